@@ -1,0 +1,51 @@
+"""quantplan: which quant type should every tensor have, and where should it live?"""
+
+from quantplan.errors import (
+    InputError,
+    MachineError,
+    NoPlanError,
+    QuantizeError,
+    QuantplanError,
+    RecipeError,
+    SolverError,
+    SourceError,
+    UnsupportedModelError,
+    WorkloadError,
+)
+from quantplan.hardware import Device, Machine
+from quantplan.inventory import Inventory, Tensor
+from quantplan.inventory.catalog import catalog_names
+from quantplan.inventory.sources import read_inventory
+from quantplan.plan import Plan, plan
+from quantplan.policy import Policy, policy
+from quantplan.quantize import quantize
+from quantplan.recipe import Recipe
+from quantplan.version import __version__
+from quantplan.workload import Workload
+
+__all__ = [
+    "Device",
+    "InputError",
+    "Inventory",
+    "Machine",
+    "MachineError",
+    "NoPlanError",
+    "Plan",
+    "Policy",
+    "QuantizeError",
+    "QuantplanError",
+    "Recipe",
+    "RecipeError",
+    "SolverError",
+    "SourceError",
+    "Tensor",
+    "UnsupportedModelError",
+    "Workload",
+    "WorkloadError",
+    "__version__",
+    "catalog_names",
+    "plan",
+    "policy",
+    "quantize",
+    "read_inventory",
+]

@@ -1,0 +1,183 @@
+"""The command line: parses, calls the API, prints."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from quantplan.errors import InputError, QuantplanError
+from quantplan.version import __version__
+from quantplan.workload import KVType
+
+app = typer.Typer(
+    name="quantplan",
+    help="Choose the quant type and the device of every tensor of a GGUF model, together.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+KVChoice = StrEnum("KVChoice", {name: name for name in get_args(KVType)})  # type: ignore[misc]
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A GGUF file, any shard of one, or a catalog name.")
+]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"quantplan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    machine: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="GPUs and RAM: 'RTX 4090 + 64GiB@80GB/s', '2x 24GiB + 128GiB@200GB/s'.",
+        ),
+    ],
+    ctx: Annotated[int, typer.Option(help="Tokens of context, all slots together.")] = 4096,
+    kv: Annotated[KVChoice, typer.Option(help="Type of the KV cache.")] = KVChoice("f16"),
+    slots: Annotated[int, typer.Option(help="Requests served at the same time.")] = 1,
+    ubatch: Annotated[int, typer.Option(help="Physical batch in tokens.")] = 512,
+    min_tps: Annotated[
+        float | None, typer.Option(help="Least decode speed in tokens/s, context full.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Rules about types and places.")] = "quality",
+    gap: Annotated[float, typer.Option(help="Relative gap at which to stop.")] = 1e-4,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the recipe as JSON.")
+    ] = None,
+    tensor_types: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Save the types for llama-quantize --pure --tensor-type-file."
+        ),
+    ] = None,
+    gguf_name: Annotated[
+        str, typer.Option(metavar="FILE", help="Name of the quantized GGUF in the command shown.")
+    ] = "model.gguf",
+    json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Choose types and places, and print the flags for llama.cpp."""
+    import quantplan as qp  # noqa: PLC0415 (help pages must not wait for the solver)
+
+    inventory = qp.read_inventory(model)
+    found = qp.plan(
+        inventory,
+        qp.Machine.parse(machine),
+        qp.Workload(context=ctx, kv_type=kv.value, slots=slots, ubatch=ubatch),
+        min_decode_tps=min_tps,
+        policy=policy,
+        gap=gap,
+    )
+    if recipe is not None:
+        found.recipe.save(recipe)
+    if tensor_types is not None:
+        tensor_types.write_text(found.recipe.tensor_type_file(), encoding="utf-8")
+    if json_output:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        typer.echo(found.summary())
+        typer.echo(f"\n{found.llama_server_command(gguf_name)}")
+
+
+@app.command()
+def show(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A recipe (.json), a GGUF file, or a catalog name."
+        ),
+    ],
+    json_output: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show what is in a recipe or in a model."""
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.report import inventory_text, recipe_text  # noqa: PLC0415
+
+    if source.endswith(".json"):
+        found: qp.Recipe | qp.Inventory = qp.Recipe.load(source)
+    else:
+        found = qp.read_inventory(source)
+    if json_output:
+        typer.echo(found.model_dump_json(indent=1))
+    elif isinstance(found, qp.Recipe):
+        typer.echo(recipe_text(found))
+    else:
+        typer.echo(inventory_text(found))
+
+
+@app.command()
+def quantize(
+    recipe: Annotated[Path, typer.Argument(help="A recipe that `quantplan plan` saved.")],
+    source: Annotated[Path, typer.Argument(help="The F32, F16 or BF16 GGUF (any shard).")],
+    target: Annotated[Path, typer.Argument(help="The GGUF to write.")],
+    threads: Annotated[int | None, typer.Option(help="Worker threads; all cores.")] = None,
+) -> None:
+    """Write a GGUF with the types of a recipe, and check it."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.quantize import Progress as Step  # noqa: PLC0415
+
+    bar = Progress(
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task("quantize", total=None)
+
+        def report(step: Step) -> None:
+            bar.update(task, completed=step.done_bytes, total=step.total_bytes)
+
+        result = qp.quantize(
+            qp.Recipe.load(recipe), source, target, threads=threads, progress=report
+        )
+    typer.echo(f"{result.path}: {result.n_bytes} bytes in {result.duration_s:.1f} s, checked")
+
+
+def main() -> None:
+    """Runs the command line; quantplan's errors become one message and an exit code.
+
+    Exit codes: 2 for input that cannot be used, 1 where there is no plan or writing failed.
+    """
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"quantplan: {error}", err=True)
+        sys.exit(2)
+    except QuantplanError as error:
+        typer.echo(f"quantplan: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Bytes on each device: weights, KV cache and state exactly, compute buffers as an estimate.
+
+Rules of llama.cpp b10434 to b11434, checked against the buffer sizes that it prints.
+"""
+
+from quantplan.inventory import Architecture, LayerCache, Tensor
+from quantplan.qtypes import qtype
+from quantplan.workload import Workload
+
+# Buffers hold each tensor at a multiple of this (ggml's TENSOR_ALIGNMENT on the CPU, and so on an
+# RPC device whose server computes on a CPU).
+BUFFER_ALIGNMENT = 32
+# CUDA pads more: tensors to 128 bytes, and the last row of a quantized matrix to a multiple of
+# 512 weights (ggml-cuda.cu, MATRIX_ROW_PADDING).
+_CUDA_ALIGNMENT = 128
+_CUDA_ROW_PADDING = 512
+# llama.cpp rounds the number of KV cells up to this.
+_CELL_PADDING = 256
+# The attention mask holds one half-precision number per token of the ubatch and cell; without
+# flash attention the scores of all heads are kept in single precision too.
+_MASK_BYTES = 2
+_F32_BYTES = 4
+# Copies of the residual stream that live at the same time in a layer's graph.
+_LIVE_RESIDUALS = 4
+# Before this build the next-token-prediction block of glm4moe got a KV cache although its weights
+# are skipped. b10434 was seen to do so, b11434 not to.
+_NEXTN_CACHE_BEFORE_BUILD = {"glm4moe": 11434}
+
+
+def pad(n_bytes: int, alignment: int) -> int:
+    """Rounds up to a multiple."""
+    return -(-n_bytes // alignment) * alignment
+
+
+def weight_bytes(tensor: Tensor, qtype_name: str) -> int:
+    """Bytes that a tensor takes in a model buffer.
+
+    Args:
+        tensor: The tensor; its own type plays no part.
+        qtype_name: The type to hold it in.
+    """
+    return pad(tensor.bytes_as(qtype_name), BUFFER_ALIGNMENT)
+
+
+def cuda_padding_bytes(tensor: Tensor, qtype_name: str) -> int:
+    """Bytes that a CUDA buffer takes for a tensor on top of `weight_bytes`."""
+    kind = qtype(qtype_name)
+    n_bytes = tensor.bytes_as(qtype_name)
+    overhang = tensor.shape_ne[0] % _CUDA_ROW_PADDING
+    if not kind.is_float and kind.block > 1 and overhang:
+        padding = _CUDA_ROW_PADDING - overhang
+        n_bytes += padding // kind.block * kind.block_bytes
+    return pad(n_bytes, _CUDA_ALIGNMENT) - weight_bytes(tensor, qtype_name)
+
+
+def kv_cells(cache: LayerCache, workload: Workload) -> int:
+    """Cells of one layer's KV cache, per stream.
+
+    A sliding window keeps the window of every sequence and one ubatch.
+    """
+    context = pad(workload.context, _CELL_PADDING)
+    unified = workload.kv_unified
+    cells = context if unified else pad(context // workload.slots, _CELL_PADDING)
+    if cache.window:
+        windows = cache.window * (workload.slots if unified else 1)
+        cells = min(cells, windows + workload.ubatch)
+    return pad(cells, _CELL_PADDING)
+
+
+def cache_bytes(architecture: Architecture, workload: Workload) -> tuple[int, ...]:
+    """Bytes of each layer's KV cache and recurrent state, all streams.
+
+    K and V rows of all cells at their types; an indexer's K rows at the K type; recurrent state in
+    F32 for every slot. Without flash attention V rows are as wide as the widest layer's.
+
+    Returns:
+        One entry per layer; next-token-prediction blocks have 0 where their cache is skipped.
+    """
+    widest_v = max(cache.v_width for cache in architecture.caches)
+    k_type, v_type = qtype(workload.kv_type_k), qtype(workload.kv_type_v)
+    keeps_nextn = workload.llama_cpp_build < _NEXTN_CACHE_BEFORE_BUILD.get(architecture.name, 0)
+    n_cached = architecture.n_layers if keeps_nextn else architecture.n_loaded_layers
+    sizes = []
+    for cache in architecture.caches[:n_cached]:
+        v_width = cache.v_width
+        if v_width and not workload.flash_attention:
+            v_width = widest_v
+        row = sum(
+            kind.row_bytes(width)
+            for kind, width in (
+                (k_type, cache.k_width),
+                (v_type, v_width),
+                (k_type, cache.indexer_width),
+            )
+            if width
+        )
+        state = cache.state_elements * _F32_BYTES * workload.slots
+        sizes.append(row * kv_cells(cache, workload) * workload.n_streams + state)
+    return (*sizes, *(0,) * (architecture.n_layers - n_cached))
+
+
+def logits_bytes(n_vocab: int, workload: Workload) -> int:
+    """Bytes of the logits of one ubatch, on the device of the output matrix."""
+    return n_vocab * workload.ubatch * _F32_BYTES
+
+
+def activation_bytes(architecture: Architecture, workload: Workload) -> int:
+    """First estimate of a GPU's compute buffer, without logits and streamed weights.
+
+    The residual stream, the rows of all attention heads (queries and their result; with MLA both
+    in the latent width, beside the queries; with a gated delta net the convolved channels too), and
+    the attention mask of one ubatch. A physical model, not a fit: for five of eight architectures
+    it is within 2 % of what llama.cpp b10434 reserves, for the hybrids within 10 %.
+    """
+    cells = max((kv_cells(c, workload) for c in architecture.caches if c.k_width), default=0)
+    latent = max((c.k_width for c in architecture.caches if not c.v_width), default=0)
+    if latent:
+        row = architecture.q_width + 2 * architecture.n_head * latent
+    else:
+        row = 2 * (architecture.q_width + architecture.convolved_width)
+    per_token = (_LIVE_RESIDUALS * architecture.n_embd + row) * _F32_BYTES
+    per_cell = _MASK_BYTES
+    if not workload.flash_attention:
+        per_cell += architecture.n_head * _F32_BYTES
+    return workload.ubatch * (per_token + cells * per_cell)
+
+
+def host_compute_bytes(architecture: Architecture, n_vocab: int, workload: Workload) -> int:
+    """First estimate of the CPU's compute and output buffers: masks, residuals, logits."""
+    return activation_bytes(architecture, workload) + logits_bytes(n_vocab, workload)

@@ -1,0 +1,135 @@
+"""The tensor inventory of a model: what there is to place and to quantize."""
+
+from functools import cached_property
+from typing import Any
+
+from quantplan.inventory.architecture import Architecture, LayerCache, read_architecture
+from quantplan.inventory.roles import RoleClass, is_quantizable, role_class, split_name
+from quantplan.qtypes import qtype
+from quantplan.schema import Frozen
+
+__all__ = ["Architecture", "Inventory", "LayerCache", "RoleClass", "Tensor"]
+
+
+class Tensor(Frozen):
+    """One tensor of a model.
+
+    Attributes:
+        name: Full name, such as ``blk.3.ffn_down_exps.weight``.
+        shape_ne: Shape in GGUF order, row length first; experts are the third axis.
+        qtype: Type that the tensor has in the source.
+    """
+
+    name: str
+    shape_ne: tuple[int, ...]
+    qtype: str
+
+    @cached_property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        product = 1
+        for n in self.shape_ne:
+            product *= n
+        return product
+
+    @cached_property
+    def _name_parts(self) -> tuple[int | None, str]:
+        return split_name(self.name)
+
+    @property
+    def layer(self) -> int | None:
+        """llama.cpp's block index; None outside the layers."""
+        return self._name_parts[0]
+
+    @property
+    def role(self) -> str:
+        """Name without layer and ``.weight``, such as ``ffn_down_exps``."""
+        return self._name_parts[1]
+
+    @cached_property
+    def role_class(self) -> RoleClass:
+        """Class of the role, which policies and cost models speak of."""
+        return role_class(self.role)
+
+    @cached_property
+    def is_quantizable(self) -> bool:
+        """Whether a quantizer may change the type."""
+        return is_quantizable(self.name, self.shape_ne)
+
+    @property
+    def n_bytes(self) -> int:
+        """Exact bytes at the type it has in the source."""
+        return self.bytes_as(self.qtype)
+
+    def bytes_as(self, qtype_name: str) -> int:
+        """Exact bytes at another type.
+
+        Raises:
+            ValueError: The rows are not a whole number of the type's blocks.
+        """
+        return qtype(qtype_name).tensor_bytes(self.shape_ne)
+
+
+class Inventory(Frozen):
+    """The tensors and the metadata of one model; never its weights.
+
+    Attributes:
+        name: What to call the model.
+        source: Where it was read from: a path or a catalog name.
+        header_sha256: Hash of the header (of all shards' headers, in order), or of the catalog
+            entry; it identifies what a plan was made for.
+        metadata: GGUF key-value pairs without the long arrays of the vocabulary.
+        array_lengths: Lengths of the arrays left out, by key.
+        tensors: Every tensor, in file order.
+    """
+
+    name: str
+    source: str
+    header_sha256: str
+    metadata: dict[str, Any]
+    array_lengths: dict[str, int]
+    tensors: tuple[Tensor, ...]
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Dimensions derived from the metadata.
+
+        Raises:
+            UnsupportedModelError: See `read_architecture`.
+        """
+        return read_architecture(self.metadata)
+
+    @cached_property
+    def by_name(self) -> dict[str, Tensor]:
+        """Tensors by full name."""
+        return {t.name: t for t in self.tensors}
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights of the whole file."""
+        return sum(t.n_weights for t in self.tensors)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors in the source, without header and padding."""
+        return sum(t.n_bytes for t in self.tensors)
+
+    @cached_property
+    def n_vocab(self) -> int:
+        """Rows of the embedding matrix."""
+        embedding = self.by_name.get("token_embd.weight")
+        return embedding.shape_ne[1] if embedding else 0
+
+    @property
+    def has_tied_output(self) -> bool:
+        """Whether the output matrix is the embedding matrix."""
+        return "output.weight" not in self.by_name
+
+    def is_loaded(self, tensor: Tensor) -> bool:
+        """Whether llama.cpp loads the tensor for plain decoding.
+
+        Next-token-prediction blocks (the last ``nextn_predict_layers`` ones) are skipped unless
+        multi-token prediction is asked for.
+        """
+        arch = self.architecture
+        return tensor.layer is None or tensor.layer < arch.n_loaded_layers

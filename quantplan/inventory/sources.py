@@ -1,0 +1,124 @@
+"""Where an inventory comes from: a GGUF file, a split GGUF, or the catalog."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantplan.errors import SourceError
+from quantplan.inventory import Inventory, Tensor
+from quantplan.inventory.catalog import catalog_names, read_catalog
+from quantplan.inventory.header import Header, SkippedArray, read_header
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+def shard_paths(path: Path) -> tuple[Path, ...]:
+    """All files of a model, given any of them.
+
+    Raises:
+        SourceError: Shards are missing; all of them are named.
+    """
+    match = _SHARD.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    count = int(match["count"])
+    shards = [
+        path.with_name(f"{match['stem']}-{index:05d}-of-{match['count']}.gguf")
+        for index in range(1, count + 1)
+    ]
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        raise SourceError(
+            f"{len(missing)} of {count} shards are missing: put {shard} beside {path}"
+            for shard in missing
+        )
+    return tuple(shards)
+
+
+def read_headers(path: Path) -> tuple[tuple[Path, Header], ...]:
+    """Reads the headers of a model's files and checks that they belong together.
+
+    Raises:
+        SourceError: A file is missing or damaged, or the shards contradict each other.
+    """
+    files = tuple((shard, read_header(shard)) for shard in shard_paths(path))
+    first = files[0][1]
+    count = int(first.metadata.get("split.count", 0) or len(files))
+    names = [t.name for _, header in files for t in header.tensors]
+    expected = int(first.metadata.get("split.tensors.count", len(names)))
+    faults = []
+    if count != len(files):
+        faults.append(
+            f"{path}: the file says that it is one of {count} shards, but its name does not follow "
+            f"NAME-00001-of-{count:05d}.gguf; restore the names that the shards were made with"
+        )
+    elif len(names) != expected or len(set(names)) != len(names):
+        faults.append(
+            f"{path}: the shards hold {len(set(names))} different tensors in {len(names)} entries, "
+            f"but {expected} are announced; they come from different models"
+        )
+    if "general.architecture" not in first.metadata:
+        faults.append(f"{path}: the metadata name no general.architecture; this is no model")
+    if faults:
+        raise SourceError(faults)
+    return files
+
+
+def _from_files(path: Path) -> Inventory:
+    files = read_headers(path)
+    headers: Sequence[Header] = [header for _, header in files]
+    metadata = {k: v for k, v in headers[0].metadata.items() if not k.startswith("split.")}
+    hashes = [header.sha256 for header in headers]
+    return Inventory(
+        name=str(metadata.get("general.name") or path.stem),
+        source=str(path),
+        header_sha256=(
+            hashes[0]
+            if len(hashes) == 1
+            else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        ),
+        metadata={k: v for k, v in metadata.items() if not isinstance(v, SkippedArray)},
+        array_lengths={k: v.length for k, v in metadata.items() if isinstance(v, SkippedArray)},
+        tensors=tuple(
+            Tensor(name=t.name, shape_ne=t.shape_ne, qtype=t.qtype.name)
+            for header in headers
+            for t in header.tensors
+        ),
+    )
+
+
+def read_inventory(source: str | Path) -> Inventory:
+    """Reads the tensor inventory and the metadata of a model.
+
+    Weights are never read and vocabulary arrays are skipped, so this takes milliseconds whatever
+    the size of the model.
+
+    Args:
+        source: A GGUF file, any shard of a split GGUF, or a name of the catalog such as
+            ``GLM-4.5-Air`` (in any case).
+
+    Raises:
+        SourceError: The file is missing, no GGUF, truncated or damaged, a shard is missing, or the
+            catalog has no such name; similar names are suggested.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _from_files(path)
+    text = str(source)
+    entry = read_catalog(text)
+    if entry is not None:
+        return entry
+    if text.lower().endswith(".gguf") or len(path.parts) > 1:
+        raise SourceError(f"{text}: no such file")
+    raise SourceError(_unknown_name(text))
+
+
+def _unknown_name(name: str) -> str:
+    import difflib  # noqa: PLC0415 (only this message needs it)
+
+    names = catalog_names()
+    near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=3, cutoff=0.5)
+    similar = [n for n in names if n.lower() in near]
+    hint = f"Did you mean {' or '.join(similar)}?" if similar else f"Known: {', '.join(names)}."
+    return f"{name!r} is neither a file nor a catalog name. {hint}"

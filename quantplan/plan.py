@@ -1,0 +1,290 @@
+"""The plan: what to quantize how, where to put it, what to expect, and how sure that is."""
+
+from collections import Counter
+from typing import Literal
+
+from quantplan.costs import data_hashes, speed
+from quantplan.costs.memory import pad
+from quantplan.formats.llama_cpp import placement_flags, server_command, workload_flags
+from quantplan.hardware import Machine
+from quantplan.inventory import Inventory, Tensor
+from quantplan.planner.problem import Problem, build_problem
+from quantplan.planner.search import best_solution
+from quantplan.planner.solve import Solution, Status, solver_name, solver_options
+from quantplan.policy import Policy
+from quantplan.policy import policy as policy_preset
+from quantplan.recipe import Assignment, Provenance, Recipe, RecipeTensor
+from quantplan.schema import Frozen
+from quantplan.units import gib
+from quantplan.version import __version__
+from quantplan.workload import Workload
+
+_DATA_ALIGNMENT = 32
+
+
+class DeviceUse(Frozen):
+    """What a plan puts on one device.
+
+    Attributes:
+        name: ``GPU0``, ..., ``CPU``.
+        model: What the device is.
+        capacity_bytes: Memory in total.
+        margin_bytes: Memory that the plan leaves alone.
+        weights_bytes: Model buffer as llama.cpp prints it; exact.
+        padding_bytes: What a CUDA buffer takes on top of that.
+        kv_bytes: KV cache and recurrent state; exact.
+        compute_bytes: Compute buffer; an estimate.
+        free_bytes: Capacity less all of the above but the margin.
+    """
+
+    name: str
+    model: str
+    capacity_bytes: int
+    margin_bytes: int
+    weights_bytes: int
+    padding_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    free_bytes: int
+
+
+class Prediction(Frozen):
+    """What to expect of a plan.
+
+    Attributes:
+        decode_tps: Tokens per second of one request, with the context full.
+        prefill_tps: Prompt tokens per second in whole ubatches, at an empty context.
+        loss_nats: Mean KL divergence from the unquantized model, nats per token.
+        file_bytes: Tensor data of the quantized file.
+        bpw: Bits per weight of the file.
+    """
+
+    decode_tps: float
+    prefill_tps: float
+    loss_nats: float
+    file_bytes: int
+    bpw: float
+
+
+class Plan(Frozen):
+    """The answer to "which types, where".
+
+    Attributes:
+        schema_version: Version of this format.
+        model: Name of the model.
+        machine: The machine that it is for.
+        workload: The workload that it is for.
+        status: ``optimal``, ``within_gap`` or ``time_limit``.
+        gap: Proven relative gap of the objective.
+        devices: What is on each device.
+        predicted: Speed, loss and size.
+        assignments: Type and device of every tensor, in file order.
+        flags: Flags for llama.cpp, one argument each.
+        provenance: Where the numbers come from.
+    """
+
+    schema_version: Literal[1] = 1
+    model: str
+    machine: Machine
+    workload: Workload
+    status: Status
+    gap: float
+    devices: tuple[DeviceUse, ...]
+    predicted: Prediction
+    assignments: tuple[RecipeTensor, ...]
+    flags: tuple[str, ...]
+    provenance: Provenance
+
+    @property
+    def recipe(self) -> Recipe:
+        """What a quantizer and a runtime need to carry the plan out."""
+        return Recipe(
+            model=self.model,
+            tensors=self.assignments,
+            flags=self.flags,
+            provenance=self.provenance,
+        )
+
+    def llama_server_command(self, model_path: str) -> str:
+        """A ``llama-server`` command line, ready to paste into a POSIX shell.
+
+        Args:
+            model_path: The quantized GGUF.
+        """
+        return server_command(model_path, self.flags)
+
+    def summary(self) -> str:
+        """The plan in a few lines of text: memory, speed, loss, types."""
+        rows = [
+            f"{self.model} on {self.machine.describe()}",
+            f"  {self.status}, proven gap {self.gap:.3%}",
+            f"  decode {self.predicted.decode_tps:.1f} tokens/s (context full), "
+            f"prefill {self.predicted.prefill_tps:.0f} tokens/s, "
+            f"loss {self.predicted.loss_nats:.4f} nats/token, "
+            f"file {gib(self.predicted.file_bytes)} ({self.predicted.bpw:.2f} bpw)",
+        ]
+        rows += [
+            f"  {d.name:5} weights {gib(d.weights_bytes):>10}, KV {gib(d.kv_bytes):>9}, "
+            f"compute {gib(d.compute_bytes):>9}, free {gib(d.free_bytes):>9} of "
+            f"{gib(d.capacity_bytes)}"
+            for d in self.devices
+        ]
+        rows.append("  types and places:")
+        rows += [f"    {line}" for line in summarize(self.assignments)]
+        return "\n".join(rows)
+
+
+def summarize(assignments: tuple[RecipeTensor, ...]) -> list[str]:
+    """One line per role of the matrices: how many tensors have which type, where."""
+    counts: dict[str, Counter[str]] = {}
+    for a in assignments:
+        tensor = Tensor(name=a.tensor, shape_ne=a.shape_ne, qtype=a.qtype)
+        if tensor.is_quantizable:
+            where = a.device or "not loaded"
+            counts.setdefault(tensor.role, Counter())[f"{a.qtype} on {where}"] += 1
+    return [
+        f"{role:18} " + ", ".join(f"{n}x {what}" for what, n in counter.most_common())
+        for role, counter in sorted(counts.items())
+    ]
+
+
+def plan(
+    inventory: Inventory,
+    machine: Machine,
+    workload: Workload | None = None,
+    *,
+    min_decode_tps: float | None = None,
+    policy: Policy | str = "quality",
+    gap: float = 1e-4,
+    time_limit_s: float = 60.0,
+) -> Plan:
+    """Chooses the type and the device of every tensor together.
+
+    With a speed target the plan has the least predicted loss that reaches it. Without one, time has
+    the price that the policy states. Attention and KV cache are on the GPUs, layer by layer from
+    the last; only if they do not fit do the first layers move to RAM whole.
+
+    Args:
+        inventory: The model.
+        machine: The devices.
+        workload: Context, slots, batch and KV types; by default 4096 tokens in F16.
+        min_decode_tps: Least decode speed in tokens per second, with the context full.
+        policy: Rules about types and places, or the name of a preset.
+        gap: Relative gap at which the solver may stop.
+        time_limit_s: Time for each run of the solver, in seconds.
+
+    Raises:
+        NoPlanError: Nothing fits, or the speed is out of reach; the message says by how much.
+        UnsupportedModelError: The memory of the architecture is not known.
+        SolverError: The solver failed.
+    """
+    rules = policy_preset(policy) if isinstance(policy, str) else policy
+    task = workload or Workload()
+    problem = build_problem(inventory, machine, task, rules, min_decode_tps)
+    problem, solution = best_solution(problem, gap=gap, time_limit_s=time_limit_s)
+    assignments = _assignments(problem, solution)
+    return Plan(
+        model=inventory.name,
+        machine=machine,
+        workload=task,
+        status=solution.status,
+        gap=solution.gap,
+        devices=_devices(machine, solution),
+        predicted=_prediction(problem, solution, assignments),
+        assignments=assignments,
+        flags=_flags(problem, solution),
+        provenance=Provenance(
+            quantplan_version=__version__,
+            source=inventory.source,
+            header_sha256=inventory.header_sha256,
+            cost_data=data_hashes(),
+            policy=rules.name,
+            runtime="llama.cpp",
+            solver=solver_name(),
+            solver_options={k: str(v) for k, v in solver_options(gap, time_limit_s).items()},
+            status=solution.status,
+            objective_nats=solution.objective_nats,
+            bound_nats=solution.bound_nats,
+            gap=solution.gap,
+        ),
+    )
+
+
+def _assignments(problem: Problem, solution: Solution) -> tuple[RecipeTensor, ...]:
+    chosen: dict[str, Assignment] = {}
+    for group, (option, device) in zip(problem.groups, solution.choices, strict=True):
+        for tensor, qtype in zip(group.tensors, option.qtypes, strict=True):
+            chosen[tensor.name] = Assignment(tensor=tensor.name, qtype=qtype, device=device)
+    assignments = []
+    for tensor in problem.inventory.tensors:
+        found = chosen.get(tensor.name)
+        if found is None:  # not loaded, so nothing was chosen
+            usual = problem.policy.candidates_for(tensor, is_loaded=False)[0]
+            found = Assignment(tensor=tensor.name, qtype=usual, device=None)
+        assignments.append(RecipeTensor(**dict(found), shape_ne=tensor.shape_ne))
+    return tuple(assignments)
+
+
+def _devices(machine: Machine, solution: Solution) -> tuple[DeviceUse, ...]:
+    uses = []
+    for device in machine.devices:
+        used = solution.device_bytes[device.name]
+        uses.append(
+            DeviceUse(
+                name=device.name,
+                model=device.model,
+                capacity_bytes=device.capacity_bytes,
+                margin_bytes=device.margin_bytes,
+                weights_bytes=used.weights,
+                padding_bytes=used.padding,
+                kv_bytes=used.cache,
+                compute_bytes=used.compute,
+                free_bytes=device.capacity_bytes - used.total,
+            )
+        )
+    return tuple(uses)
+
+
+def _prediction(
+    problem: Problem, solution: Solution, assignments: tuple[RecipeTensor, ...]
+) -> Prediction:
+    inventory = problem.inventory
+    weights_on: dict[str, float] = {}
+    host_expert_bytes = 0.0
+    for group, (option, name) in zip(problem.groups, solution.choices, strict=True):
+        active = sum(speed.active_weights(inventory, tensor) for tensor in group.tensors)
+        weights_on[name] = weights_on.get(name, 0.0) + active
+        if group.is_expert and name == problem.machine.ram.name:
+            host_expert_bytes += option.n_bytes
+    by_name = inventory.by_name
+    file_bytes = sum(
+        pad(by_name[a.tensor].bytes_as(a.qtype), _DATA_ALIGNMENT) for a in assignments
+    )
+    return Prediction(
+        decode_tps=1 / solution.decode_s,
+        prefill_tps=speed.prefill_tps(
+            problem.machine, problem.workload, weights_on, host_expert_bytes
+        ),
+        loss_nats=solution.loss_nats,
+        file_bytes=file_bytes,
+        bpw=file_bytes * 8 / inventory.n_weights,
+    )
+
+
+def _flags(problem: Problem, solution: Solution) -> tuple[str, ...]:
+    ram = problem.machine.ram.name
+    on_cpu = [
+        tensor.name
+        for group, (_, name) in zip(problem.groups, solution.choices, strict=True)
+        if group.place == "free" and name == ram
+        and solution.layer_devices[group.layer or 0] != ram
+        for tensor in group.tensors
+    ]  # fmt: skip
+    placement = placement_flags(
+        n_layers=problem.inventory.architecture.n_layers,
+        layer_devices=solution.layer_devices,
+        output_device=problem.output_device.name,
+        gpu_names=[gpu.name for gpu in problem.machine.gpus],
+        on_cpu=on_cpu,
+    )
+    return (*placement, *workload_flags(problem.workload))

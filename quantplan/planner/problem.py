@@ -1,0 +1,285 @@
+"""Model, machine, workload and policy -> groups with options and their costs."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from quantplan.costs import memory, speed
+from quantplan.costs.quality import LossTable
+from quantplan.hardware import Device, Machine
+from quantplan.inventory import Inventory, Tensor
+from quantplan.policy import Policy
+from quantplan.workload import Workload
+
+Place = Literal["layer", "free", "output", "host", "host_and_output"]
+
+# llama.cpp computes expert weights held in RAM on the GPU, by copying them there, from this batch
+# size on (GGML_OP_OFFLOAD_MIN_BATCH).
+OP_OFFLOAD_MIN_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to quantize a group.
+
+    Attributes:
+        qtypes: Type of each tensor of the group.
+        n_bytes: Bytes in a model buffer.
+        padding_bytes: Bytes that a CUDA buffer takes on top.
+        largest_bytes: Bytes of the largest tensor.
+        active_bytes: Bytes read per token.
+        loss_nats: Predicted loss.
+    """
+
+    qtypes: tuple[str, ...]
+    n_bytes: int
+    padding_bytes: int
+    largest_bytes: int
+    active_bytes: float
+    loss_nats: float
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors that share one decision.
+
+    Attributes:
+        tensors: The tensors.
+        layer: Their layer; None outside the layers.
+        place: Where they may live: on their layer's device; there or in RAM (``free``); on the
+            device of the output; in RAM (``host``); or one copy in RAM and one beside the output,
+            as llama.cpp does with tied embeddings.
+        options: Ways to quantize them, most bytes first, none dominated by another.
+    """
+
+    tensors: tuple[Tensor, ...]
+    layer: int | None
+    place: Place
+    options: tuple[Option, ...]
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether tokens read only a part of the tensors."""
+        return speed.is_expert(self.tensors[0])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that the integer program needs.
+
+    Attributes:
+        inventory: The model.
+        machine: The devices.
+        workload: Context, slots, batch and KV types.
+        policy: The rules.
+        groups: One per decision.
+        layer_devices: Name of the device of each loaded layer; its KV cache is there too.
+        min_decode_tps: Least decode speed with the context full; None for no limit.
+    """
+
+    inventory: Inventory
+    machine: Machine
+    workload: Workload
+    policy: Policy
+    groups: tuple[Group, ...]
+    layer_devices: tuple[str, ...]
+    min_decode_tps: float | None
+
+    def with_layers(self, layer_devices: tuple[str, ...]) -> "Problem":
+        """The same problem with the layers on other devices."""
+        return replace(self, layer_devices=layer_devices)
+
+    @cached_property
+    def devices(self) -> dict[str, Device]:
+        """The machine's devices by name."""
+        return {device.name: device for device in self.machine.devices}
+
+    @cached_property
+    def output_device(self) -> Device:
+        """Device of the output matrix: the last GPU, as with ``-ngl`` and ``-ts``."""
+        return self.machine.gpus[-1] if self.machine.gpus else self.machine.ram
+
+    @cached_property
+    def cache_bytes(self) -> tuple[int, ...]:
+        """Bytes of the KV cache and state per layer."""
+        return memory.cache_bytes(self.inventory.architecture, self.workload)
+
+    @cached_property
+    def n_layers(self) -> int:
+        """Layers that are loaded and so have a device."""
+        return self.inventory.architecture.n_loaded_layers
+
+    def device_cache_bytes(self, device: Device) -> int:
+        """KV cache and state of a device's layers.
+
+        The cache of blocks that are not loaded (older llama.cpp builds) is beside the output.
+        """
+        names = (*self.layer_devices, *(self.output_device.name,) * len(self.cache_bytes))
+        return sum(
+            n_bytes
+            for n_bytes, name in zip(self.cache_bytes, names, strict=False)
+            if name == device.name
+        )
+
+    @cached_property
+    def streams_experts(self) -> bool:
+        """Whether the GPUs need room for a copy of an expert tensor that is held in RAM."""
+        batch = min(self.workload.batch, self.workload.ubatch)
+        return bool(self.machine.gpus) and batch >= OP_OFFLOAD_MIN_BATCH
+
+    @cached_property
+    def activation_bytes(self) -> int:
+        """The part of every GPU's compute buffer that is there whatever the plan."""
+        return memory.activation_bytes(self.inventory.architecture, self.workload)
+
+    def scratch_bytes(self, device: Device, streamed_bytes: int) -> int:
+        """The part of a GPU's compute buffer that logits and streamed experts take in turn.
+
+        Args:
+            device: A GPU.
+            streamed_bytes: Bytes of the largest expert tensor that is held in RAM.
+        """
+        is_output = device == self.output_device
+        logits = memory.logits_bytes(self.inventory.n_vocab, self.workload) if is_output else 0
+        return max(logits, streamed_bytes if self.streams_experts else 0)
+
+    def compute_bytes(self, device: Device, streamed_bytes: int) -> int:
+        """Compute buffer of a device, given the largest expert tensor that is held in RAM."""
+        if device.kind == "gpu":
+            return self.activation_bytes + self.scratch_bytes(device, streamed_bytes)
+        return memory.host_compute_bytes(
+            self.inventory.architecture, self.inventory.n_vocab, self.workload
+        )
+
+    @cached_property
+    def base_decode_s(self) -> float:
+        """Seconds per token that no type changes: caches, with the context full, and the rest."""
+        seconds = speed.fixed_s()
+        for n_bytes, name in zip(self.cache_bytes, self.layer_devices, strict=False):
+            rate = speed.read_rate(self.devices[name], experts=False)
+            seconds += n_bytes / self.workload.slots / rate
+        return seconds
+
+    def places(self, group: Group) -> tuple[Device, ...]:
+        """Devices that a group may be on."""
+        if group.place in ("host", "host_and_output"):
+            return (self.machine.ram,)
+        if group.layer is None:
+            return (self.output_device,)
+        home = self.devices[self.layer_devices[group.layer]]
+        if group.place == "free" and home.kind == "gpu":
+            return (home, self.machine.ram)
+        return (home,)
+
+    def bytes_on(self, device: Device, group: Group, option: Option, placed_on: str) -> int:
+        """Bytes that a group takes on a device when it is placed somewhere."""
+        is_copied_here = group.place == "host_and_output" and device == self.output_device
+        if device.name != placed_on and not is_copied_here:
+            return 0
+        return option.n_bytes + (option.padding_bytes if device.kind == "gpu" else 0)
+
+    def decode_s(self, group: Group, option: Option, placed_on: str) -> float:
+        """Seconds per token to read a group from the device that it is placed on."""
+        rate = speed.read_rate(self.devices[placed_on], experts=group.is_expert)
+        seconds = option.active_bytes / rate
+        if group.tensors[0].role == "token_embd" and self.inventory.has_tied_output:
+            seconds += option.n_bytes / speed.read_rate(self.output_device, experts=False)
+        return seconds
+
+
+def build_problem(
+    inventory: Inventory,
+    machine: Machine,
+    workload: Workload,
+    policy: Policy,
+    min_decode_tps: float | None,
+) -> Problem:
+    """Forms the groups and prices every option.
+
+    Args:
+        inventory: The model.
+        machine: The devices.
+        workload: Context, slots, batch and KV types.
+        policy: The rules.
+        min_decode_tps: Least decode speed; None for no limit.
+
+    Returns:
+        A problem with every layer on the output's device, for the caller to split.
+    """
+    losses = LossTable(inventory)
+    tied_roles = {role: index for index, tie in enumerate(policy.ties) for role in tie}
+    buckets: dict[tuple[int | None, str], list[Tensor]] = defaultdict(list)
+    for tensor in inventory.tensors:
+        if inventory.is_loaded(tensor):
+            place = _place(inventory, machine, policy, tensor)
+            if place == "layer" and len(policy.candidates_for(tensor, is_loaded=True)) == 1:
+                key = "fixed"
+            elif tensor.role in tied_roles:
+                key = f"tie {tied_roles[tensor.role]}"
+            else:
+                key = tensor.name
+            buckets[tensor.layer, key].append(tensor)
+    groups = tuple(
+        Group(
+            tensors=tuple(tensors),
+            layer=layer,
+            place=_place(inventory, machine, policy, tensors[0]),
+            options=_options(inventory, policy, losses, tensors),
+        )
+        for (layer, _), tensors in buckets.items()
+    )
+    problem = Problem(inventory, machine, workload, policy, groups, (), min_decode_tps)
+    return problem.with_layers((problem.output_device.name,) * problem.n_layers)
+
+
+def _place(inventory: Inventory, machine: Machine, policy: Policy, tensor: Tensor) -> Place:
+    if tensor.role_class == "embedding":
+        is_tied = inventory.has_tied_output and tensor.role == "token_embd"
+        return "host_and_output" if is_tied and machine.gpus else "host"
+    if tensor.layer is None:
+        return "output"
+    may_leave = bool(machine.gpus) and policy.rule(tensor.role_class).may_leave_gpu
+    return "free" if may_leave else "layer"
+
+
+def _options(
+    inventory: Inventory, policy: Policy, losses: LossTable, tensors: list[Tensor]
+) -> tuple[Option, ...]:
+    """Options of a group: tied tensors take the same wanted type, each with its own fallback."""
+    choices = [policy.candidates_for(t, is_loaded=True) for t in tensors]
+    longest = max(map(len, choices))
+    found = {}
+    for index in range(longest):
+        # Tensors with fewer candidates (a fixed type) keep their last one.
+        qtypes = tuple(names[min(index, len(names) - 1)] for names in choices)
+        found[qtypes] = _option(inventory, losses, tensors, qtypes)
+    return _undominated(found.values())
+
+
+def _option(
+    inventory: Inventory, losses: LossTable, tensors: list[Tensor], qtypes: tuple[str, ...]
+) -> Option:
+    pairs = list(zip(tensors, qtypes, strict=True))
+    sizes = [memory.weight_bytes(t, q) for t, q in pairs]
+    return Option(
+        qtypes=qtypes,
+        n_bytes=sum(sizes),
+        padding_bytes=sum(memory.cuda_padding_bytes(t, q) for t, q in pairs),
+        largest_bytes=max(sizes),
+        active_bytes=sum(speed.active_bytes(inventory, t, q) for t, q in pairs),
+        loss_nats=sum(losses.loss_nats(t, q) for t, q in pairs),
+    )
+
+
+def _undominated(options: Iterable[Option]) -> tuple[Option, ...]:
+    """Options, most bytes first, without those that another one beats in bytes and loss.
+
+    Bytes read per token grow with bytes, so they need no comparison of their own.
+    """
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.n_bytes, o.loss_nats)):
+        if not kept or option.loss_nats < kept[-1].loss_nats:
+            kept.append(option)
+    return tuple(reversed(kept))

@@ -1,0 +1,189 @@
+"""The bundled quantizer: ggml's own code, from the PyPI package ``libggml-python``.
+
+Only ``libggml-base`` is loaded. It holds the reference quantizers that llama-quantize runs as well,
+so the bytes are the same; the compute backends beside it need instructions that not every processor
+has, and are never touched.
+"""
+
+import ctypes
+import functools
+import sys
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantplan.errors import QuantizeError
+from quantplan.qtypes import QType
+
+_FOLDERS = ("lib64", "lib", "bin")
+_FILE_NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
+_INSTEAD = (
+    "Install it with: pip install 'libggml-python>=0.20,<0.21'. Where it has no wheel, run "
+    "llama-quantize with the recipe's tensor-type file instead."
+)
+
+# name: (result, arguments), as ggml.h of ggml 0.20 declares them
+_FUNCTIONS = {
+    "ggml_version": (ctypes.c_char_p, []),
+    "ggml_type_name": (ctypes.c_char_p, [ctypes.c_int]),
+    "ggml_row_size": (ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]),
+    "ggml_validate_row_data": (ctypes.c_bool, [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]),
+    "ggml_quantize_init": (None, [ctypes.c_int]),
+    "ggml_quantize_requires_imatrix": (ctypes.c_bool, [ctypes.c_int]),
+    "ggml_quantize_chunk": (
+        ctypes.c_size_t,
+        [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p],
+    ),
+    "ggml_fp16_to_fp32_row": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]),
+    "ggml_bf16_to_fp32_row": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]),
+}
+
+
+class Ggml:
+    """ggml's quantizers. Safe to share between threads: every call runs without the GIL.
+
+    Attributes:
+        version: Version that the library states.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Loads the library; `ggml` does it once per process.
+
+        Args:
+            path: File of ``libggml-base``.
+
+        Raises:
+            QuantizeError: The file cannot be loaded or lacks a function.
+        """
+        try:
+            self._library = ctypes.CDLL(str(path))
+            for name, (result, arguments) in _FUNCTIONS.items():
+                function = getattr(self._library, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            hint = " On Windows it needs the Visual C++ redistributable." * (
+                sys.platform == "win32"
+            )
+            raise QuantizeError(f"{path} cannot be used: {error}.{hint} {_INSTEAD}") from error
+        self.version: str = self._library.ggml_version().decode()
+        self._ready: set[str] = set()
+        self._lock = threading.Lock()
+
+    def prepare(self, qtype: QType) -> None:
+        """Checks that the library knows a type as quantplan does, and builds its tables.
+
+        Takes effect once per type; call it before threads start to use the type.
+
+        Raises:
+            QuantizeError: The library does not know the type, its rows have another size, or the
+                type needs an importance matrix.
+        """
+        with self._lock:
+            if qtype.name in self._ready:
+                return
+            self._check(qtype)
+            self._library.ggml_quantize_init(qtype.ggml_id)
+            self._ready.add(qtype.name)
+
+    def _check(self, qtype: QType) -> None:
+        # The library reads past its table when asked for the name of a number beyond it;
+        # validating no bytes tells whether a number is in the table.
+        known = self._library.ggml_validate_row_data(qtype.ggml_id, None, 0)
+        name = self._library.ggml_type_name(qtype.ggml_id).decode() if known else "unknown"
+        if name.upper() != qtype.name:
+            raise QuantizeError(
+                f"type {qtype.ggml_id} is {qtype.name}, but {name} to ggml {self.version}, which "
+                f"does not fit this quantplan. {_INSTEAD}"
+            )
+        n_columns = 8 * qtype.block
+        row_bytes = self._library.ggml_row_size(qtype.ggml_id, n_columns)
+        if row_bytes != qtype.row_bytes(n_columns):
+            raise QuantizeError(
+                f"a row of {n_columns} weights takes {qtype.row_bytes(n_columns)} bytes as "
+                f"{qtype.name}, but {row_bytes} bytes in ggml {self.version}, which does not fit "
+                f"this quantplan. {_INSTEAD}"
+            )
+        if qtype.needs_imatrix or self._library.ggml_quantize_requires_imatrix(qtype.ggml_id):
+            raise QuantizeError(
+                f"{qtype.name} needs an importance matrix, which quantplan cannot pass on yet; "
+                "choose another type, or run llama-quantize --imatrix"
+            )
+
+    def to_float32(
+        self, qtype: QType, raw: NDArray[np.uint8], floats: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Converts stored floating-point numbers to single precision, exactly.
+
+        Args:
+            qtype: F32, F16 or BF16.
+            raw: Contiguous bytes as stored.
+            floats: Contiguous memory for the result, at least as long.
+
+        Returns:
+            One number per stored number: a view of ``raw`` if it is F32, of ``floats`` otherwise.
+        """
+        if qtype.name == "F32":
+            return raw.view(np.float32)
+        n_weights = raw.size // qtype.block_bytes
+        if qtype.name == "F16":
+            convert = self._library.ggml_fp16_to_fp32_row
+        else:
+            convert = self._library.ggml_bf16_to_fp32_row
+        convert(raw.ctypes.data, floats.ctypes.data, n_weights)
+        return floats[:n_weights]
+
+    def quantize(
+        self, qtype: QType, floats: NDArray[np.float32], n_columns: int, out: NDArray[np.uint8]
+    ) -> bool:
+        """Quantizes whole rows; floating-point types are rounded.
+
+        Args:
+            qtype: A type that `prepare` accepted.
+            floats: Contiguous rows. They must be finite and their magnitudes below about 1e9:
+                ggml ends the process on some others.
+            n_columns: Weights per row.
+            out: Contiguous memory of exactly the rows' bytes.
+
+        Returns:
+            Whether the result is valid: False where a number or the scale of a block overflowed.
+
+        Raises:
+            QuantizeError: The library wrote another number of bytes than the rows take.
+        """
+        n_bytes = self._library.ggml_quantize_chunk(
+            qtype.ggml_id,
+            floats.ctypes.data,
+            out.ctypes.data,
+            0,
+            floats.size // n_columns,
+            n_columns,
+            None,
+        )
+        if n_bytes != out.nbytes:
+            raise QuantizeError(
+                f"ggml {self.version} wrote {n_bytes} bytes of {qtype.name} instead of "
+                f"{out.nbytes}, so it does not fit this quantplan. {_INSTEAD}"
+            )
+        return bool(
+            self._library.ggml_validate_row_data(qtype.ggml_id, out.ctypes.data, out.nbytes)
+        )
+
+
+@functools.cache
+def ggml() -> Ggml:
+    """The bundled library, loaded at first use.
+
+    Raises:
+        QuantizeError: ``libggml-python`` is not installed or cannot be loaded.
+    """
+    name = _FILE_NAMES.get(sys.platform, "libggml-base.so")
+    spec = find_spec("libggml")
+    for package in (spec.submodule_search_locations or ()) if spec else ():
+        for folder in _FOLDERS:
+            path = Path(package, folder, name)
+            if path.is_file():
+                return Ggml(path)
+    raise QuantizeError(f"ggml's library {name} is not installed. {_INSTEAD}")

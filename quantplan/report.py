@@ -1,0 +1,51 @@
+"""Text for people: what is in a model, what is in a recipe."""
+
+from collections import Counter
+
+from quantplan.inventory import Inventory
+from quantplan.plan import summarize
+from quantplan.recipe import Recipe
+from quantplan.units import gib
+
+
+def inventory_text(inventory: Inventory) -> str:
+    """A model in a few lines: architecture, size, and its tensors by role."""
+    arch = inventory.architecture
+    experts = f", {arch.n_expert_used} of {arch.n_expert} experts" if arch.n_expert else ""
+    nextn = f" + {arch.n_nextn} next-token-prediction" if arch.n_nextn else ""
+    rows = [
+        f"{inventory.name} ({inventory.source})",
+        f"  {arch.name}, {arch.n_loaded_layers} layers{nextn}, width {arch.n_embd}{experts}, "
+        f"context {arch.context_length}, vocabulary {inventory.n_vocab}",
+        f"  {inventory.n_weights / 1e9:.2f}e9 weights, {gib(inventory.n_bytes)} in "
+        f"{len(inventory.tensors)} tensors",
+    ]
+    found = Counter((t.role, t.shape_ne, t.qtype) for t in inventory.tensors)
+    weights = {key: count * _product(key[1]) for key, count in found.items()}
+    for role, shape_ne, qtype in sorted(weights, key=lambda key: -weights[key]):
+        count = found[role, shape_ne, qtype]
+        shape = "x".join(map(str, shape_ne))
+        share = weights[role, shape_ne, qtype] / inventory.n_weights
+        rows.append(f"  {count:4}x {role:24} {shape:>20} {qtype:6} {share:7.2%}")
+    return "\n".join(rows)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe in a few lines: where it comes from, types and places, flags."""
+    made = recipe.provenance
+    return "\n".join(
+        [
+            f"{recipe.model}, planned by quantplan {made.quantplan_version} from {made.source}",
+            f"  {made.status}, proven gap {made.gap:.3%}, policy {made.policy}, {made.solver}",
+            "  types and places:",
+            *(f"    {line}" for line in summarize(recipe.tensors)),
+            f"  flags: {' '.join(recipe.flags)}",
+        ]
+    )
+
+
+def _product(shape_ne: tuple[int, ...]) -> int:
+    product = 1
+    for n in shape_ne:
+        product *= n
+    return product

@@ -1,0 +1,61 @@
+"""The only place that parses or prints bytes and rates."""
+
+import re
+
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_BYTE_FACTORS = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+    "g": 2**30, "m": 2**20, "t": 2**40,
+}  # fmt: skip
+
+
+def parse_bytes(text: str) -> int:
+    """Parses an amount of memory.
+
+    Args:
+        text: A number with an optional unit: ``24GiB``, ``64 GB``, ``512MiB``; ``G`` means GiB, as
+            on memory modules. Without a unit it is bytes.
+
+    Returns:
+        Bytes, rounded to the nearest integer.
+
+    Raises:
+        ValueError: The text is not such an amount.
+    """
+    match = _QUANTITY.fullmatch(text)
+    factor = _BYTE_FACTORS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not an amount of memory such as 24GiB or 512MiB")
+    return round(float(match[1]) * factor)
+
+
+def parse_bytes_per_s(text: str) -> float:
+    """Parses a bandwidth such as ``80GB/s`` or ``74.5 GiB/s``.
+
+    Returns:
+        Bytes per second.
+
+    Raises:
+        ValueError: The text does not end in ``/s`` or its amount is not understood.
+    """
+    amount, slash, second = text.strip().rpartition("/")
+    if not slash or second.strip().lower() != "s":
+        raise ValueError(f"{text!r} is not a bandwidth such as 80GB/s")
+    return float(parse_bytes(amount))
+
+
+def gib(n_bytes: float) -> str:
+    """Prints bytes as GiB with two decimals."""
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+def mib(n_bytes: float) -> str:
+    """Prints bytes as MiB with two decimals, as llama.cpp's log does."""
+    return f"{n_bytes / 2**20:.2f} MiB"
+
+
+def gb_per_s(bytes_per_s: float) -> str:
+    """Prints a bandwidth in GB/s (decimal, as vendors state it)."""
+    return f"{bytes_per_s / 1e9:g} GB/s"

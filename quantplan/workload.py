@@ -1,0 +1,78 @@
+"""What the model is asked to do: context, slots, batch, KV cache types."""
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from quantplan.errors import WorkloadError
+from quantplan.schema import Frozen
+
+KVType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+"""KV cache types that llama.cpp accepts for ``-ctk`` and ``-ctv`` (b11434)."""
+
+NEWEST_KNOWN_BUILD = 11434
+"""The newest llama.cpp build whose behaviour was checked."""
+
+_FLOAT_KV = ("f32", "f16", "bf16")
+
+
+class Workload(Frozen):
+    """How llama.cpp will be started, as far as memory and speed depend on it.
+
+    Attributes:
+        context: Tokens of context in total (``-c``); all slots share it.
+        slots: Requests served at the same time (``-np``).
+        kv_unified: One KV buffer for all slots (``-kvu``) instead of an equal part for each.
+        batch: Logical batch in tokens (``-b``).
+        ubatch: Physical batch in tokens (``-ub``).
+        kv_type_k: Type of the K cache (``-ctk``).
+        kv_type_v: Type of the V cache (``-ctv``).
+        flash_attention: ``-fa on`` or ``off``.
+        llama_cpp_build: Build number of the llama.cpp that will run, where builds differ.
+
+    ``kv_type`` may be given instead of both KV types.
+
+    Raises:
+        WorkloadError: A value is out of range, or the V cache is quantized without flash
+            attention, which llama.cpp refuses. All faults are gathered.
+    """
+
+    context: int = Field(default=4096, ge=1)
+    slots: int = Field(default=1, ge=1)
+    kv_unified: bool = True
+    batch: int = Field(default=2048, ge=1)
+    ubatch: int = Field(default=512, ge=1)
+    kv_type_k: KVType = "f16"
+    kv_type_v: KVType = "f16"
+    flash_attention: bool = True
+    llama_cpp_build: int = Field(default=NEWEST_KNOWN_BUILD, ge=1)
+
+    def __init__(self, *, kv_type: str | None = None, **values: Any) -> None:
+        """Accepts ``kv_type`` for both caches and raises `WorkloadError` with every fault."""
+        if kv_type is not None:
+            values = {"kv_type_k": kv_type, "kv_type_v": kv_type} | values
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise WorkloadError(_fault(fault) for fault in error.errors()) from error
+
+    @model_validator(mode="after")
+    def _quantized_v_needs_flash_attention(self) -> "Workload":
+        if self.kv_type_v not in _FLOAT_KV and not self.flash_attention:
+            raise ValueError(
+                f"a V cache of type {self.kv_type_v} needs flash attention: use "
+                "flash_attention=True, or f16 for kv_type_v"
+            )
+        return self
+
+    @property
+    def n_streams(self) -> int:
+        """KV buffers per layer: one for all slots, or one each."""
+        return 1 if self.kv_unified else self.slots
+
+
+def _fault(fault: Any) -> str:
+    """One validation fault as a sentence."""
+    if not fault["loc"]:
+        return f"workload: {fault['msg']}"
+    return f"workload {fault['loc'][0]}: {fault['msg']} (got {fault['input']!r})"

@@ -1,0 +1,88 @@
+"""Measures the relative squared error of every tensor type on Gaussian rows.
+
+Usage: python scripts/measure_type_error.py
+
+Quantizes and dequantizes rows of independent standard normal weights with ggml's own kernels and
+writes mean |W' - W|^2 / |W|^2 per type to quantplan/costs/data/type_error.json. Types that need an
+importance matrix get a uniform one.
+"""
+
+import ctypes
+import datetime
+import importlib.metadata
+import json
+from pathlib import Path
+
+import numpy as np
+
+from quantplan.qtypes import QTYPES, QType
+from quantplan.quantize.ggml import ggml
+
+TARGET = Path(__file__).parent.parent / "quantplan" / "costs" / "data" / "type_error.json"
+N_ROWS, N_COLUMNS, SEED = 256, 4096, 20261123
+TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class TypeTraits(ctypes.Structure):
+    """The head of ggml_type_traits, up to the dequantizer."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("block_interleave", ctypes.c_int64),
+        ("block_bytes", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+    )
+
+
+def relative_error(library: ctypes.CDLL, weights: np.ndarray, qtype: QType) -> float:
+    """Mean squared error of one type relative to the mean square of the weights."""
+    quantized = np.empty(qtype.tensor_bytes((N_COLUMNS, N_ROWS)), dtype=np.uint8)
+    uniform = np.ones(N_COLUMNS, dtype=np.float32)
+    library.ggml_quantize_init(qtype.ggml_id)
+    library.ggml_quantize_chunk(
+        qtype.ggml_id,
+        ctypes.c_void_p(weights.ctypes.data),
+        ctypes.c_void_p(quantized.ctypes.data),
+        *(ctypes.c_int64(n) for n in (0, N_ROWS, N_COLUMNS)),
+        ctypes.c_void_p(uniform.ctypes.data if qtype.needs_imatrix else None),
+    )
+    library.ggml_get_type_traits.restype = ctypes.POINTER(TypeTraits)
+    traits = library.ggml_get_type_traits(qtype.ggml_id).contents
+    restored = np.empty_like(weights)
+    TO_FLOAT(traits.to_float)(quantized.ctypes.data, restored.ctypes.data, weights.size)
+    return float(np.mean((restored - weights) ** 2) / np.mean(weights**2))
+
+
+def main() -> None:
+    """Measures every type that the bundled library can write."""
+    # The backend refuses types that need an importance matrix; here they get a uniform one.
+    library = ggml()._library
+    weights = np.random.default_rng(SEED).standard_normal((N_ROWS, N_COLUMNS), dtype=np.float32)
+    skipped = {"F32", "F16", "BF16", "NVFP4", "Q1_0", "Q2_0"}
+    errors = {
+        name: round(relative_error(library, weights, qtype), 9)
+        for name, qtype in QTYPES.items()
+        if qtype.is_file_target and "llama.cpp" in qtype.runtimes and name not in skipped
+    }
+    # Rounding to 11 and to 8 significant bits: error uniform in half a unit in the last place.
+    errors["F16"] = float(np.mean((weights.astype(np.float16) - weights) ** 2))
+    bits = weights.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32)
+    errors["BF16"] = float(np.mean((rounded.view(np.float32) - weights) ** 2))
+    document = {
+        "about": "Relative squared error |W' - W|^2 / |W|^2 per type on Gaussian rows.",
+        "script": "scripts/measure_type_error.py",
+        "library": f"libggml-python {importlib.metadata.version('libggml-python')}",
+        "rows": [N_ROWS, N_COLUMNS],
+        "seed": SEED,
+        "date": datetime.date.today().isoformat(),
+        "relative_squared_error": dict(sorted(errors.items(), key=lambda item: item[1])),
+    }
+    TARGET.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document["relative_squared_error"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Helpers that several tests share: the real llama.cpp, and small models to feed it."""
