@@ -1,15 +1,14 @@
 """The command line: parses, calls the API, prints."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
 from quantplan.errors import InputError, QuantplanError
 from quantplan.version import __version__
-from quantplan.workload import KVType
+from quantplan.workload import NEWEST_KNOWN_BUILD, KVType
 
 app = typer.Typer(
     name="quantplan",
@@ -19,8 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-KVChoice = StrEnum("KVChoice", {name: name for name in get_args(KVType)})  # type: ignore[misc]
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A GGUF file, any shard of one, or a catalog name.")
@@ -37,7 +34,9 @@ def _print_version(value: bool) -> None:
 def _main(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -54,9 +53,12 @@ def plan(
         ),
     ],
     ctx: Annotated[int, typer.Option(help="Tokens of context, all slots together.")] = 4096,
-    kv: Annotated[KVChoice, typer.Option(help="Type of the KV cache.")] = KVChoice("f16"),
+    kv: Annotated[KVType, typer.Option(help="Type of the KV cache.")] = "f16",
     slots: Annotated[int, typer.Option(help="Requests served at the same time.")] = 1,
     ubatch: Annotated[int, typer.Option(help="Physical batch in tokens.")] = 512,
+    llama_build: Annotated[
+        int, typer.Option(help="Build number of the llama.cpp that will run the model.")
+    ] = NEWEST_KNOWN_BUILD,
     min_tps: Annotated[
         float | None, typer.Option(help="Least decode speed in tokens/s, context full.")
     ] = None,
@@ -83,7 +85,14 @@ def plan(
     found = qp.plan(
         inventory,
         qp.Machine.parse(machine),
-        qp.Workload(context=ctx, kv_type=kv.value, slots=slots, ubatch=ubatch),
+        qp.Workload(
+            context=ctx,
+            kv_type=kv,
+            slots=slots,
+            batch=max(ubatch, 2048),
+            ubatch=ubatch,
+            llama_cpp_build=llama_build,
+        ),
         min_decode_tps=min_tps,
         policy=policy,
         gap=gap,
@@ -103,9 +112,7 @@ def plan(
 def show(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SOURCE", help="A recipe (.json), a GGUF file, or a catalog name."
-        ),
+        typer.Argument(metavar="SOURCE", help="A recipe (.json), a GGUF file, or a catalog name."),
     ],
     json_output: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:

@@ -218,7 +218,7 @@ def _key(name: str) -> str:
     return re.sub(r"[\s\-_]+", "", text)
 
 
-def _preset(name: str) -> tuple[str, dict[str, float]]:
+def _preset(name: str) -> tuple[str, dict[str, Any]]:
     presets = {**_data()["gpus"], **_data()["classes"]}
     by_key = {_key(n): n for n in presets}
     by_key.update({k.replace("gib", "gb"): n for k, n in by_key.items() if n.endswith("GiB")})
@@ -227,9 +227,7 @@ def _preset(name: str) -> tuple[str, dict[str, float]]:
         near = difflib.get_close_matches(_key(name), by_key, n=3, cutoff=0.6)
         similar = " or ".join(dict.fromkeys(by_key[k] for k in near))
         hint = f"did you mean {similar}?" if near else f"known are {', '.join(gpu_presets())}."
-        raise MachineError(
-            f"unknown GPU {name!r}: {hint} Or give numbers: 24GiB@936GB/s"
-        )
+        raise MachineError(f"unknown GPU {name!r}: {hint} Or give numbers: 24GiB@936GB/s")
     return known, presets[known]
 
 

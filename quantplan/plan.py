@@ -13,6 +13,7 @@ from quantplan.planner.search import best_solution
 from quantplan.planner.solve import Solution, Status, solver_name, solver_options
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
+from quantplan.qtypes import qtype
 from quantplan.recipe import Assignment, Provenance, Recipe, RecipeTensor
 from quantplan.schema import Frozen
 from quantplan.units import gib
@@ -80,6 +81,7 @@ class Plan(Frozen):
         predicted: Speed, loss and size.
         assignments: Type and device of every tensor, in file order.
         flags: Flags for llama.cpp, one argument each.
+        notes: What a person should know about this plan.
         provenance: Where the numbers come from.
     """
 
@@ -93,6 +95,7 @@ class Plan(Frozen):
     predicted: Prediction
     assignments: tuple[RecipeTensor, ...]
     flags: tuple[str, ...]
+    notes: tuple[str, ...]
     provenance: Provenance
 
     @property
@@ -129,6 +132,7 @@ class Plan(Frozen):
             f"{gib(d.capacity_bytes)}"
             for d in self.devices
         ]
+        rows += [f"  note: {note}" for note in self.notes]
         rows.append("  types and places:")
         rows += [f"    {line}" for line in summarize(self.assignments)]
         return "\n".join(rows)
@@ -140,8 +144,8 @@ def summarize(assignments: tuple[RecipeTensor, ...]) -> list[str]:
     for a in assignments:
         tensor = Tensor(name=a.tensor, shape_ne=a.shape_ne, qtype=a.qtype)
         if tensor.is_quantizable:
-            where = a.device or "not loaded"
-            counts.setdefault(tensor.role, Counter())[f"{a.qtype} on {where}"] += 1
+            where = f"on {a.device}" if a.device else "not loaded"
+            counts.setdefault(tensor.role, Counter())[f"{a.qtype} {where}"] += 1
     return [
         f"{role:18} " + ", ".join(f"{n}x {what}" for what, n in counter.most_common())
         for role, counter in sorted(counts.items())
@@ -193,6 +197,7 @@ def plan(
         predicted=_prediction(problem, solution, assignments),
         assignments=assignments,
         flags=_flags(problem, solution),
+        notes=_notes(problem, solution),
         provenance=Provenance(
             quantplan_version=__version__,
             source=inventory.source,
@@ -213,8 +218,8 @@ def plan(
 def _assignments(problem: Problem, solution: Solution) -> tuple[RecipeTensor, ...]:
     chosen: dict[str, Assignment] = {}
     for group, (option, device) in zip(problem.groups, solution.choices, strict=True):
-        for tensor, qtype in zip(group.tensors, option.qtypes, strict=True):
-            chosen[tensor.name] = Assignment(tensor=tensor.name, qtype=qtype, device=device)
+        for tensor, name in zip(group.tensors, option.qtypes, strict=True):
+            chosen[tensor.name] = Assignment(tensor=tensor.name, qtype=name, device=device)
     assignments = []
     for tensor in problem.inventory.tensors:
         found = chosen.get(tensor.name)
@@ -257,9 +262,7 @@ def _prediction(
         if group.is_expert and name == problem.machine.ram.name:
             host_expert_bytes += option.n_bytes
     by_name = inventory.by_name
-    file_bytes = sum(
-        pad(by_name[a.tensor].bytes_as(a.qtype), _DATA_ALIGNMENT) for a in assignments
-    )
+    file_bytes = sum(pad(by_name[a.tensor].bytes_as(a.qtype), _DATA_ALIGNMENT) for a in assignments)
     return Prediction(
         decode_tps=1 / solution.decode_s,
         prefill_tps=speed.prefill_tps(
@@ -269,6 +272,24 @@ def _prediction(
         file_bytes=file_bytes,
         bpw=file_bytes * 8 / inventory.n_weights,
     )
+
+
+def _notes(problem: Problem, solution: Solution) -> tuple[str, ...]:
+    notes = []
+    trained = problem.inventory.architecture.context_length
+    if trained and problem.workload.context > trained:
+        notes.append(
+            f"the context of {problem.workload.context} tokens is longer than the {trained} that "
+            "the model was trained for"
+        )
+    n_cpu = solution.layer_devices.count(problem.machine.ram.name) if problem.machine.gpus else 0
+    if n_cpu:
+        notes.append(f"attention and KV cache of the first {n_cpu} layers do not fit on the GPUs")
+    if not any(qtype(t.qtype).is_float and t.is_quantizable for t in problem.inventory.tensors):
+        notes.append("the model is quantized already: types are kept, only places were chosen")
+    if solution.status == "time_limit":
+        notes.append("the solver ran out of time; the gap is what it proved by then")
+    return tuple(notes)
 
 
 def _flags(problem: Problem, solution: Solution) -> tuple[str, ...]:

@@ -12,8 +12,6 @@ from quantplan.formats.llama_cpp import tensor_type_file
 from quantplan.inventory import Tensor
 from quantplan.schema import Frozen
 
-SCHEMA_VERSION = 1
-
 Status = Literal["optimal", "within_gap", "time_limit"]
 
 
@@ -87,7 +85,7 @@ class Recipe(Frozen):
         provenance: Where the decisions come from.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     model: str
     tensors: tuple[RecipeTensor, ...]
     flags: tuple[str, ...]
@@ -110,7 +108,7 @@ class Recipe(Frozen):
             raise RecipeError(f"{os.fspath(path)}: {error.strerror or error}") from error
         except ValidationError as error:
             raise RecipeError(
-                f"{os.fspath(path)} is no recipe of version {SCHEMA_VERSION}: "
+                f"{os.fspath(path)} is no recipe that this version reads: "
                 f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
                 for fault in error.errors()
             ) from error

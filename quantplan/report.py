@@ -1,5 +1,6 @@
 """Text for people: what is in a model, what is in a recipe."""
 
+import shlex
 from collections import Counter
 
 from quantplan.inventory import Inventory
@@ -39,7 +40,7 @@ def recipe_text(recipe: Recipe) -> str:
             f"  {made.status}, proven gap {made.gap:.3%}, policy {made.policy}, {made.solver}",
             "  types and places:",
             *(f"    {line}" for line in summarize(recipe.tensors)),
-            f"  flags: {' '.join(recipe.flags)}",
+            f"  flags: {shlex.join(recipe.flags)}",
         ]
     )
 

@@ -33,8 +33,8 @@ class Workload(Frozen):
     ``kv_type`` may be given instead of both KV types.
 
     Raises:
-        WorkloadError: A value is out of range, or the V cache is quantized without flash
-            attention, which llama.cpp refuses. All faults are gathered.
+        WorkloadError: A value is out of range, the ubatch is larger than the batch, or the V cache
+            is quantized without flash attention, which llama.cpp refuses. All faults are gathered.
     """
 
     context: int = Field(default=4096, ge=1)
@@ -65,6 +65,15 @@ class Workload(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ubatch_is_part_of_the_batch(self) -> "Workload":
+        if self.ubatch > self.batch:
+            raise ValueError(
+                f"the ubatch ({self.ubatch} tokens) must not be larger than the batch "
+                f"({self.batch} tokens): raise the batch too"
+            )
+        return self
+
     @property
     def n_streams(self) -> int:
         """KV buffers per layer: one for all slots, or one each."""
@@ -74,5 +83,5 @@ class Workload(Frozen):
 def _fault(fault: Any) -> str:
     """One validation fault as a sentence."""
     if not fault["loc"]:
-        return f"workload: {fault['msg']}"
+        return f"workload: {fault['msg'].removeprefix('Value error, ')}"
     return f"workload {fault['loc'][0]}: {fault['msg']} (got {fault['input']!r})"

@@ -48,7 +48,7 @@ def convert(raw: dict[str, Any]) -> dict[str, Any]:
             shown = value["truncated"]
             # The last shown number may itself be cut in the middle.
             if metadata[key][: len(shown) - 1] != shown[:-1]:
-                raise SystemExit(f"{raw['name']}: {key} derived as {metadata[key]}, log says {shown}")
+                raise SystemExit(f"{raw['name']}: {key}: {metadata[key]} derived, {shown} logged")
         else:
             metadata[key] = value
     return {

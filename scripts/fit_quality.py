@@ -47,7 +47,7 @@ Row = dict[str, str]
 
 def family(name: str) -> str:
     """Models that share weights or an architecture belong to one family."""
-    return name.split("-")[0].rstrip("0123456789.") if "VL" not in name else "Qwen-VL"
+    return "Qwen-VL" if "-VL-" in name else name.partition("-")[0].rstrip("0123456789.")
 
 
 def whole_model_scale(rows: list[Row]) -> float | None:
@@ -63,7 +63,7 @@ def whole_model_scale(rows: list[Row]) -> float | None:
 
 
 def role_factors(rows: list[Row], inventory: Inventory) -> dict[str, float]:
-    """ln of each role's KLD share per square root of weights share, for one model."""
+    """Logarithm of each role's KLD share per square root of weights share, for one model."""
     bundles = defaultdict(list)
     for row in rows:
         known = row["tensor_or_group"] in inventory.by_name

@@ -3,8 +3,9 @@
 Rules of llama.cpp b10434 to b11434, checked against the buffer sizes that it prints.
 """
 
+from quantplan.errors import WorkloadError
 from quantplan.inventory import Architecture, LayerCache, Tensor
-from quantplan.qtypes import qtype
+from quantplan.qtypes import QType, qtype
 from quantplan.workload import Workload
 
 # Buffers hold each tensor at a multiple of this (ggml's TENSOR_ALIGNMENT on the CPU, and so on an
@@ -25,6 +26,9 @@ _LIVE_RESIDUALS = 4
 # Before this build the next-token-prediction block of glm4moe got a KV cache although its weights
 # are skipped. b10434 was seen to do so, b11434 not to.
 _NEXTN_CACHE_BEFORE_BUILD = {"glm4moe": 11434}
+# From this build on llama-server was seen to reserve logits for one token per slot; builds of 2025
+# did so for every token of the ubatch (as llama-bench and llama-perplexity still need).
+_FEW_OUTPUTS_FROM_BUILD = 10434
 
 
 def pad(n_bytes: int, alignment: int) -> int:
@@ -75,6 +79,9 @@ def cache_bytes(architecture: Architecture, workload: Workload) -> tuple[int, ..
 
     Returns:
         One entry per layer; next-token-prediction blocks have 0 where their cache is skipped.
+
+    Raises:
+        WorkloadError: A row of the cache is no whole number of blocks of its type.
     """
     widest_v = max(cache.v_width for cache in architecture.caches)
     k_type, v_type = qtype(workload.kv_type_k), qtype(workload.kv_type_v)
@@ -85,23 +92,28 @@ def cache_bytes(architecture: Architecture, workload: Workload) -> tuple[int, ..
         v_width = cache.v_width
         if v_width and not workload.flash_attention:
             v_width = widest_v
-        row = sum(
-            kind.row_bytes(width)
-            for kind, width in (
-                (k_type, cache.k_width),
-                (v_type, v_width),
-                (k_type, cache.indexer_width),
-            )
-            if width
+        row = (
+            _row_bytes(k_type, cache.k_width)
+            + _row_bytes(v_type, v_width)
+            + _row_bytes(k_type, cache.indexer_width)
         )
         state = cache.state_elements * _F32_BYTES * workload.slots
         sizes.append(row * kv_cells(cache, workload) * workload.n_streams + state)
     return (*sizes, *(0,) * (architecture.n_layers - n_cached))
 
 
+def _row_bytes(kind: QType, width: int) -> int:
+    try:
+        return kind.row_bytes(width) if width else 0
+    except ValueError as error:
+        raise WorkloadError(f"KV cache: {error}; use f16 for the KV type") from error
+
+
 def logits_bytes(n_vocab: int, workload: Workload) -> int:
-    """Bytes of the logits of one ubatch, on the device of the output matrix."""
-    return n_vocab * workload.ubatch * _F32_BYTES
+    """Bytes of the logits that llama-server reserves, on the device of the output matrix."""
+    reserves_few = workload.llama_cpp_build >= _FEW_OUTPUTS_FROM_BUILD
+    n_outputs = workload.slots if reserves_few else workload.ubatch
+    return n_vocab * n_outputs * _F32_BYTES
 
 
 def activation_bytes(architecture: Architecture, workload: Workload) -> int:

@@ -25,8 +25,8 @@ def integers_pattern(numbers: Iterable[int]) -> str:
     for prefix, digits in by_prefix.items():
         by_digits[tuple(digits)].append(prefix)
     parts = []
-    for digits, prefixes in by_digits.items():
-        last = _digit_class(digits)
+    for last_digits, prefixes in by_digits.items():
+        last = _digit_class(last_digits)
         if "" in prefixes:
             parts.append(last)
         longer = [int(prefix) for prefix in prefixes if prefix]
@@ -80,9 +80,9 @@ def names_patterns(names: Iterable[str]) -> list[str]:
     patterns = []
     if outside:
         patterns.append(f"^{_alternatives(outside)}$")
-    for layers in sorted(roles_of, key=lambda found: (min(found), roles_of[found])):
-        numbers = _group(integers_pattern(layers))
-        patterns.append(rf"^blk\.{numbers}\.{_alternatives(roles_of[layers])}$")
+    for shared, roles in sorted(roles_of.items(), key=lambda item: (min(item[0]), item[1])):
+        numbers = _group(integers_pattern(shared))
+        patterns.append(rf"^blk\.{numbers}\.{_alternatives(roles)}$")
     return patterns
 
 

@@ -3,6 +3,8 @@
 from functools import cached_property
 from typing import Any
 
+from pydantic import field_validator
+
 from quantplan.inventory.architecture import Architecture, LayerCache, read_architecture
 from quantplan.inventory.roles import RoleClass, is_quantizable, role_class, split_name
 from quantplan.qtypes import qtype
@@ -89,6 +91,12 @@ class Inventory(Frozen):
     metadata: dict[str, Any]
     array_lengths: dict[str, int]
     tensors: tuple[Tensor, ...]
+
+    @field_validator("metadata")
+    @classmethod
+    def _arrays_are_tuples(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Makes an inventory that was loaded from JSON equal to the one that was saved."""
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in metadata.items()}
 
     @cached_property
     def architecture(self) -> Architecture:

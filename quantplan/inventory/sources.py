@@ -74,9 +74,7 @@ def _from_files(path: Path) -> Inventory:
         name=str(metadata.get("general.name") or path.stem),
         source=str(path),
         header_sha256=(
-            hashes[0]
-            if len(hashes) == 1
-            else hashlib.sha256("".join(hashes).encode()).hexdigest()
+            hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
         ),
         metadata={k: v for k, v in metadata.items() if not isinstance(v, SkippedArray)},
         array_lengths={k: v.length for k, v in metadata.items() if isinstance(v, SkippedArray)},

@@ -103,9 +103,7 @@ def form_cohorts(
     )
 
 
-def build_model(
-    problem: Problem, cohorts: tuple[Cohort, ...], *, pool_gpus: bool = False
-) -> Model:
+def build_model(problem: Problem, cohorts: tuple[Cohort, ...], *, pool_gpus: bool = False) -> Model:
     """Builds variables and constraints; the objective is set by the caller.
 
     Args:
@@ -129,7 +127,7 @@ def add_choices(model: Model) -> None:
         for o in range(len(cohort.options)):
             for d, device in enumerate(cohort.places):
                 name = f"x_{c}_{o}_{d}"
-                model.x[c, o, device.name] = pulp.LpVariable(name, 0, size, pulp.LpInteger)
+                model.x[c, o, device.name] = model.lp.add_variable(name, 0, size, pulp.LpInteger)
         model.lp += pulp.lpSum(count for choice, count in model.x.items() if choice[0] == c) == size
 
 
@@ -142,14 +140,14 @@ def add_scratch(model: Model) -> None:
     problem = model.problem
     for d, device in enumerate(problem.machine.gpus):
         logits = problem.scratch_bytes(device, 0) / _MIB
-        model.scratch[device.name] = pulp.LpVariable(f"scratch_{d}", lowBound=logits)
+        model.scratch[device.name] = model.lp.add_variable(f"scratch_{d}", lowBound=logits)
     if not problem.streams_experts:
         return
     for choice, count in model.x.items():
         c, o, name = choice
         if name != problem.machine.ram.name or not model.group(choice).is_expert:
             continue
-        is_streamed = pulp.LpVariable(f"z_{c}_{o}", cat=pulp.LpBinary)
+        is_streamed = model.lp.add_variable(f"z_{c}_{o}", cat=pulp.LpBinary)
         model.lp += count <= len(model.cohorts[c].members) * is_streamed
         for variable in model.scratch.values():
             model.lp += variable >= model.option(choice).largest_bytes / _MIB * is_streamed

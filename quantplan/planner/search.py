@@ -9,9 +9,7 @@ from quantplan.planner.split import least_layer_bytes, split_layers
 from quantplan.units import gib
 
 
-def best_solution(
-    problem: Problem, *, gap: float, time_limit_s: float
-) -> tuple[Problem, Solution]:
+def best_solution(problem: Problem, *, gap: float, time_limit_s: float) -> tuple[Problem, Solution]:
     """Solves with every layer on the GPUs, or with as few of the first layers in RAM as fit.
 
     Args:
@@ -73,15 +71,11 @@ def _too_large(problem: Problem) -> NoPlanError:
         f"({on_devices}, margins taken off). "
     )
     if required > usable:
-        message += f"Add {gib(required - usable)} of memory, or choose a smaller model"
+        message += f"Add {gib(required - usable)} of memory, or "
     else:
         message += (
-            "The total would do, but not where the parts must be: the output matrix, the compute "
-            "buffers and at least one tensor at a time must fit on their own device"
+            "The total would do, but each device must hold its own compute buffer, and the last "
+            "GPU the output matrix. Use a GPU with more memory or none, or "
         )
-    smaller = " or a smaller KV type" if workload.kv_type_k not in ("q4_0", "iq4_nl") else ""
-    return NoPlanError(
-        f"{message}, a shorter context{smaller}, or a smaller ubatch.",
-        required_bytes=required,
-        available_bytes=usable,
-    )
+    message += "choose a smaller model, a shorter context, a smaller KV type or a smaller ubatch."
+    return NoPlanError(message, required_bytes=required, available_bytes=usable)

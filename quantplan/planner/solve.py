@@ -238,7 +238,7 @@ def _choices(model: Model) -> list[tuple[Option, str]]:
     ik_llama.cpp was measured to prefill about 10 % faster.
     """
     ram = model.problem.machine.ram.name
-    counted = defaultdict(list)
+    counted: dict[int, list[tuple[Option, str]]] = defaultdict(list)
     for choice, count in model.x.items():
         counted[choice[0]] += [(model.option(choice), choice[2])] * round(count.value() or 0)
     choices: dict[int, tuple[Option, str]] = {}
@@ -248,9 +248,7 @@ def _choices(model: Model) -> list[tuple[Option, str]]:
     return [choices[g] for g in range(len(model.problem.groups))]
 
 
-def _checked(
-    problem: Problem, choices: list[tuple[Option, str]], *, finished: bool
-) -> Solution:
+def _checked(problem: Problem, choices: list[tuple[Option, str]], *, finished: bool) -> Solution:
     """Recomputes bytes, time and loss from the choices, and holds them against the budgets."""
     device_bytes = {d.name: _bytes_of(problem, d, choices) for d in problem.machine.devices}
     for device in problem.machine.devices:
@@ -280,9 +278,7 @@ def _checked(
     )
 
 
-def _bytes_of(
-    problem: Problem, device: Device, choices: list[tuple[Option, str]]
-) -> DeviceBytes:
+def _bytes_of(problem: Problem, device: Device, choices: list[tuple[Option, str]]) -> DeviceBytes:
     ram = problem.machine.ram.name
     weights = padding = streamed = 0
     for group, (option, name) in zip(problem.groups, choices, strict=True):

@@ -60,9 +60,10 @@ def quantize(
 ) -> QuantizeResult:
     """Writes a model with the types of a recipe.
 
-    The bytes are those that llama-quantize writes for the same types, whatever the number of
-    threads. Memory does not grow with the model. The target appears under its name only when it is
-    complete and has been read back; until then an existing file of that name stays as it is.
+    The data are those that llama-quantize writes for the same types on the same kind of processor,
+    whatever the number of threads. Memory does not grow with the model: about 6 MB per thread. The
+    target appears under its name only when it is complete and its header has been read back; until
+    then an existing file of that name stays as it is.
 
     Args:
         recipe: Type of every tensor; a tensor whose type does not change is copied as it is.

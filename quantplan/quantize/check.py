@@ -47,6 +47,8 @@ def _tensor_faults(recipe: Recipe, files: Files) -> list[str]:
     faults = [f"the recipe names {name} {n} times" for name, n in counts.items() if n > 1]
     wanted = {t.tensor: t for t in recipe.tensors}
     present = {t.name: t for _, header in files for t in header.tensors}
+    if not present:
+        return [f"{files[0][0]} holds no tensors, only metadata; name the file with the weights"]
     faults += [
         f"the recipe lacks {name}, a tensor of the source; plan again from this source"
         for name in present.keys() - wanted.keys()

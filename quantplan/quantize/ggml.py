@@ -46,6 +46,7 @@ class Ggml:
     """ggml's quantizers. Safe to share between threads: every call runs without the GIL.
 
     Attributes:
+        path: File that was loaded.
         version: Version that the library states.
     """
 
@@ -58,6 +59,7 @@ class Ggml:
         Raises:
             QuantizeError: The file cannot be loaded or lacks a function.
         """
+        self.path = path
         try:
             self._library = ctypes.CDLL(str(path))
             for name, (result, arguments) in _FUNCTIONS.items():

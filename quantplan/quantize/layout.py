@@ -22,6 +22,8 @@ _FTYPE_NAMES = {
     "Q5_K": "MOSTLY_Q5_K_M",
     "MXFP4": "MOSTLY_MXFP4_MOE",
 }
+# llama.h has it, the gguf package of the same time has not.
+_LATER_FTYPES = {"MOSTLY_Q2_0": 41}
 
 Files = Sequence[tuple[Path, Header]]
 """The files of a model in order, with their headers."""
@@ -113,7 +115,8 @@ def file_type(tensors: Iterable[TensorEntry]) -> int:
         n_bytes[tensor.qtype] += tensor.n_bytes
     main = max(n_bytes, key=lambda qtype: (not qtype.is_float, n_bytes[qtype]))
     name = _FTYPE_NAMES.get(main.name, f"MOSTLY_{main.name}")
-    return int(gguf.LlamaFileType.__members__.get(name, gguf.LlamaFileType.GUESSED))
+    ftypes = {**_LATER_FTYPES, **gguf.LlamaFileType.__members__}
+    return int(ftypes.get(name, gguf.LlamaFileType.GUESSED))
 
 
 def _metadata(path: Path, header: Header, ftype: int) -> list[bytes]:

