@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from support.models import smollm2_f16
-from test_quantize import llama_quantize, recipe_for, spread, stored
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quantplan.quantize import quantize
+from tests.support.models import smollm2_f16
+from tests.support.quantizer import llama_quantize, recipe_for, spread, stored
 
 _ATTENTION = ("attn_", "token_embd", "output")
 

@@ -12,14 +12,24 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.llama_cpp import Buffers, llama_server, needs_llama_cpp, rpc_server
-from support.models import smollm2_path, toy_from_catalog
 
-from quantplan import Device, Inventory, Machine, Policy, Tensor, Workload, plan, policy
+from quantplan import (
+    Device,
+    Inventory,
+    Machine,
+    Policy,
+    Tensor,
+    Workload,
+    WorkloadError,
+    plan,
+    policy,
+)
 from quantplan import read_inventory as read
 from quantplan.costs import memory
 from quantplan.formats.llama_cpp import workload_flags
 from quantplan.inventory import LayerCache
+from tests.support.llama_cpp import Buffers, llama_server, needs_llama_cpp, rpc_server
+from tests.support.models import smollm2_path, toy_from_catalog
 
 MIB = 2**20
 # llama.cpp prints MiB with two decimals, and models with two caches print two of them.
@@ -203,13 +213,14 @@ def as_it_is() -> Policy:
 
 def tight_machine(inventory: Inventory, workload: Workload, n_gpus: int) -> Machine:
     """GPUs that hold the caches and buffers, and two thirds of the weights between them."""
-    room = (sum(memory.cache_bytes(inventory.architecture, workload)) + inventory.n_bytes) / n_gpus
+    cache = sum(memory.cache_bytes(inventory.architecture, workload))
     compute = memory.activation_bytes(inventory.architecture, workload)
-    gpus = (
-        Device.gpu(index, int(compute + room * 2 / 3), 1e12, margin_bytes=0)
+    room = (cache + inventory.n_bytes) * 2 / 3
+    gpus = tuple(
+        Device.gpu(index, int(compute + room / n_gpus), 1e12, margin_bytes=0)
         for index in range(n_gpus)
     )
-    return Machine(gpus=tuple(gpus), ram=Device.ram(2**34, 1e11))
+    return Machine(gpus=gpus, ram=Device.ram(2**34, 1e11))
 
 
 @needs_llama_cpp
@@ -238,4 +249,98 @@ def test_plan_states_the_bytes_that_its_flags_lead_to(
         "weights": pytest.approx(weights, abs=PRINTED_MIB),
         "caches": pytest.approx(caches, abs=PRINTED_MIB),
     }
-    
+
+
+@pytest.mark.parametrize("model", sorted(LATENT))
+def test_what_llama_cpp_refuses_is_refused(model: str) -> None:
+    """Two KV types for a model whose K and V are one row, which llama.cpp refuses, are an error."""
+    workload = Workload(kv_type_k="q8_0", kv_type_v="f16")
+    with pytest.raises(WorkloadError, match="q8_0"):
+        plan(read(model), Machine.parse("RTX 4090 + 2TiB@200GB/s"), workload)
+
+
+@pytest.mark.parametrize(
+    ("model", "workload", "mib"),
+    [
+        ("GLM-4.5-Air", Workload(), 736),
+        ("GLM-4.5-Air", Workload(llama_cpp_build=BUILD), 752),
+        ("GLM-4.5-Air", Workload(kv_type="q8_0"), 391),
+        ("GLM-4.5-Air", Workload(context=4097), 782),
+        ("Qwen3-4B-Instruct-2507", Workload(), 576),
+        ("DeepSeek-V3.1-Terminus", Workload(), 274.5),
+    ],
+)
+def test_known_cache_sizes(model: str, workload: Workload, mib: float) -> None:
+    """Caches of well-known models have the sizes that llama.cpp prints for them."""
+    assert sum(memory.cache_bytes(read(model).architecture, workload)) == mib * MIB
+
+
+def test_skipped_layers_have_no_cache() -> None:
+    """A next-token-prediction block has a cache only in the builds that gave it one."""
+    architecture = read("GLM-4.5-Air").architecture
+    newest = memory.cache_bytes(architecture, Workload())
+    older = memory.cache_bytes(architecture, Workload(llama_cpp_build=BUILD))
+    assert (newest[-1], older[-1]) == (0, 16 * MIB)
+
+
+WIDTHS = st.sampled_from([0, 64, 512, 1024])
+LAYER_CACHES = st.builds(
+    LayerCache, k_width=WIDTHS, v_width=WIDTHS, window=st.sampled_from([0, 128, 1024])
+)
+CONTEXTS = st.integers(1, 100_000)
+
+
+@given(LAYER_CACHES, CONTEXTS, CONTEXTS, st.integers(1, 8), st.booleans())
+def test_a_longer_context_needs_no_fewer_cells(
+    cache: LayerCache, context: int, other: int, slots: int, kv_unified: bool
+) -> None:
+    """Cells never become fewer when the context grows, and one buffer always holds all of it."""
+    shorter, longer = (
+        memory.kv_cells(cache, Workload(context=c, slots=slots, kv_unified=kv_unified))
+        for c in sorted((context, other))
+    )
+    assert shorter <= longer
+    if kv_unified and not cache.window:
+        assert longer >= max(context, other)
+
+
+@given(LAYER_CACHES, CONTEXTS, st.integers(1, 8), st.booleans())
+def test_a_window_saves_cells(
+    cache: LayerCache, context: int, slots: int, kv_unified: bool
+) -> None:
+    """A sliding window never needs more cells than full attention."""
+    workload = Workload(context=context, slots=slots, kv_unified=kv_unified)
+    full = cache.model_copy(update={"window": 0})
+    assert memory.kv_cells(cache, workload) <= memory.kv_cells(full, workload)
+
+
+@pytest.mark.parametrize(
+    ("shape_ne", "qtype", "padding"),
+    [
+        ((4096, 1408, 128), "Q4_K", 0),
+        ((1408, 4096, 128), "Q8_0", 256),  # 4 blocks of 34 bytes, then up to 128
+        ((1408, 4096, 128), "F16", 0),
+        ((576, 192), "Q4_1", 384),  # 448 weights: 14 blocks of 20 bytes, then up to 128
+        ((8,), "F32", 96),
+    ],
+)
+def test_cuda_pads_rows_and_tensors(shape_ne: tuple[int, ...], qtype: str, padding: int) -> None:
+    """CUDA fills the last quantized row up to 512 weights, and every tensor up to 128 bytes."""
+    tensor = Tensor(name="blk.0.ffn_down.weight", shape_ne=shape_ne, qtype=qtype)
+    assert memory.cuda_padding_bytes(tensor, qtype) == padding
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 4096), st.integers(1, 8), st.booleans())
+def test_compute_buffers_grow_with_the_batch(
+    ubatch: int, slots: int, flash_attention: bool
+) -> None:
+    """A larger ubatch never makes the estimate of a compute buffer smaller."""
+    architecture = read("GLM-4.5-Air").architecture
+    small, large = (
+        memory.host_compute_bytes(
+            architecture, 1000, Workload(slots=slots, ubatch=u, flash_attention=flash_attention)
+        )
+        for u in (ubatch, ubatch + 1)
+    )
+    assert small < large

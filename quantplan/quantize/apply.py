@@ -126,7 +126,9 @@ def _write(
     file.write(bytes(layout.n_bytes - done))
 
 
-def _converted(layout: Layout, shards: Shards, threads: int) -> Generator[tuple[Chunk, memoryview]]:
+def _converted(
+    layout: Layout, shards: Shards, threads: int
+) -> Generator[tuple[Chunk, memoryview], None, None]:
     """Converts the chunks in threads and yields them in order, a bounded number in flight."""
     library = ggml()
     free = [Workspace(layout.moves) for _ in range(4 * threads)]
