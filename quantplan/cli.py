@@ -80,6 +80,7 @@ def plan(
 ) -> None:
     """Choose types and places, and print the flags for llama.cpp."""
     import quantplan as qp  # noqa: PLC0415 (help pages must not wait for the solver)
+    from quantplan.recipe import write_whole  # noqa: PLC0415
 
     inventory = qp.read_inventory(model)
     found = qp.plan(
@@ -100,7 +101,7 @@ def plan(
     if recipe is not None:
         found.recipe.save(recipe)
     if tensor_types is not None:
-        tensor_types.write_text(found.recipe.tensor_type_file(), encoding="utf-8")
+        write_whole(tensor_types, found.recipe.tensor_type_file())
     if json_output:
         typer.echo(found.model_dump_json(indent=1))
     else:

@@ -13,7 +13,9 @@ from quantplan.errors import MachineError
 from quantplan.schema import Frozen
 from quantplan.units import gb_per_s, gib, parse_bytes, parse_bytes_per_s
 
-_TERM = re.compile(r"\s*(?:(?P<count>\d+)\s*[xX]\s+)?(?P<what>[^@]+?)\s*(?:@\s*(?P<rate>.+?)\s*)?")
+_TERM = re.compile(
+    r"\s*(?:(?P<count>\d{1,3})\s*[xX]\s+)?(?P<what>[^@]+?)\s*(?:@\s*(?P<rate>.+?)\s*)?"
+)
 
 
 @cache
@@ -185,7 +187,7 @@ def _parse_gpus(term: str, first_index: int) -> list[Device]:
     count = int(match["count"] or 1)
     indices = range(first_index, first_index + count)
     if match["rate"]:
-        capacity, rate = _amount(match["what"]), _rate(match["rate"])
+        capacity, rate = _capacity_and_rate(match)
         return [Device.gpu(i, capacity, rate, model=f"{gib(capacity)} GPU") for i in indices]
     name, preset = _preset(match["what"])
     return [
@@ -209,7 +211,20 @@ def _parse_ram(term: str) -> Device:
             "bandwidth. Write for example RTX 4090 + 64GiB@80GB/s (dual-channel DDR5-5600 reads "
             "about 80 GB/s)"
         )
-    return Device.ram(_amount(match["what"]), _rate(match["rate"]))
+    return Device.ram(*_capacity_and_rate(match))
+
+
+def _capacity_and_rate(match: re.Match[str]) -> tuple[int, float]:
+    faults: list[str] = []
+    values: list[float] = []
+    for parse, text in ((_amount, match["what"]), (_rate, match["rate"])):
+        try:
+            values.append(parse(text))
+        except MachineError as error:
+            faults += error.faults
+    if faults:
+        raise MachineError(faults)
+    return int(values[0]), values[1]
 
 
 def _key(name: str) -> str:

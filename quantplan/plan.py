@@ -255,18 +255,18 @@ def _prediction(
 ) -> Prediction:
     inventory = problem.inventory
     weights_on: dict[str, float] = {}
-    host_expert_bytes = 0.0
+    streamed_bytes = 0.0
     for group, (option, name) in zip(problem.groups, solution.choices, strict=True):
         active = sum(speed.active_weights(inventory, tensor) for tensor in group.tensors)
         weights_on[name] = weights_on.get(name, 0.0) + active
-        if group.is_expert and name == problem.machine.ram.name:
-            host_expert_bytes += option.n_bytes
+        if problem.is_streamed(group) and name == problem.machine.ram.name:
+            streamed_bytes += option.n_bytes
     by_name = inventory.by_name
     file_bytes = sum(pad(by_name[a.tensor].bytes_as(a.qtype), _DATA_ALIGNMENT) for a in assignments)
     return Prediction(
         decode_tps=1 / solution.decode_s,
         prefill_tps=speed.prefill_tps(
-            problem.machine, problem.workload, weights_on, host_expert_bytes
+            problem.machine, problem.workload, weights_on, streamed_bytes
         ),
         loss_nats=solution.loss_nats,
         file_bytes=file_bytes,
@@ -288,7 +288,7 @@ def _notes(problem: Problem, solution: Solution) -> tuple[str, ...]:
     if not any(qtype(t.qtype).is_float and t.is_quantizable for t in problem.inventory.tensors):
         notes.append("the model is quantized already: types are kept, only places were chosen")
     if solution.status == "time_limit":
-        notes.append("the solver ran out of time; the gap is what it proved by then")
+        notes.append("the search ended before the gap was closed; the gap is what it proved")
     return tuple(notes)
 
 

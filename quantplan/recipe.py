@@ -1,7 +1,7 @@
 """The recipe: which type every tensor gets and where it lives, with provenance."""
 
+import contextlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Literal, Self
 
@@ -42,11 +42,11 @@ class Provenance(Frozen):
         runtime: Runtime whose types and flags were used.
         solver: Name and version of the solver.
         solver_options: Options that it was given.
-        status: ``optimal`` (gap closed to the solver's tolerance), ``within_gap`` or
-            ``time_limit`` (the incumbent, with its gap).
-        objective_nats: Predicted loss of the answer in nats per token, recomputed outside the
-            solver.
-        bound_nats: Proven lower bound of the loss under the same constraints.
+        status: ``optimal``, ``within_gap`` (of the gap asked for), or ``time_limit``: the search
+            ended, by time or for want of a better split of the layers, with a larger gap.
+        objective_nats: What was minimised: predicted loss in nats per token, and the price of time
+            where no speed was asked for; recomputed outside the solver.
+        bound_nats: Proven lower bound of the objective under the same constraints.
         gap: ``(objective - bound) / objective``.
     """
 
@@ -92,7 +92,11 @@ class Recipe(Frozen):
     provenance: Provenance
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the recipe as JSON, whole or not at all."""
+        """Writes the recipe as JSON, whole or not at all.
+
+        Raises:
+            RecipeError: The file cannot be written; one of that name stays as it was.
+        """
         write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
@@ -129,13 +133,17 @@ class Recipe(Frozen):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees the old content or the new, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Writes a text file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        RecipeError: The file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The only place that parses or prints bytes and rates."""
 
+import math
 import re
 
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -28,7 +29,10 @@ def parse_bytes(text: str) -> int:
     factor = _BYTE_FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise ValueError(f"{text!r} is not an amount of memory such as 24GiB or 512MiB")
-    return round(float(match[1]) * factor)
+    amount = float(match[1]) * factor
+    if not math.isfinite(amount):
+        raise ValueError(f"{text!r} is not an amount of memory: the number is too large")
+    return round(amount)
 
 
 def parse_bytes_per_s(text: str) -> float:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from quantplan.errors import WorkloadError
 from quantplan.schema import Frozen
@@ -41,7 +41,7 @@ class Workload(Frozen):
     slots: int = Field(default=1, ge=1)
     kv_unified: bool = True
     batch: int = Field(default=2048, ge=1)
-    ubatch: int = Field(default=512, ge=1)
+    ubatch: int = Field(default=512, ge=1, validate_default=True)
     kv_type_k: KVType = "f16"
     kv_type_v: KVType = "f16"
     flash_attention: bool = True
@@ -56,23 +56,27 @@ class Workload(Frozen):
         except ValidationError as error:
             raise WorkloadError(_fault(fault) for fault in error.errors()) from error
 
-    @model_validator(mode="after")
-    def _quantized_v_needs_flash_attention(self) -> "Workload":
-        if self.kv_type_v not in _FLOAT_KV and not self.flash_attention:
+    @field_validator("flash_attention")
+    @classmethod
+    def _quantized_v_needs_flash_attention(cls, value: bool, info: ValidationInfo) -> bool:
+        kv_type_v = info.data.get("kv_type_v", "f16")
+        if kv_type_v not in _FLOAT_KV and not value:
             raise ValueError(
-                f"a V cache of type {self.kv_type_v} needs flash attention: use "
+                f"a V cache of type {kv_type_v} needs flash attention: use "
                 "flash_attention=True, or f16 for kv_type_v"
             )
-        return self
+        return value
 
-    @model_validator(mode="after")
-    def _ubatch_is_part_of_the_batch(self) -> "Workload":
-        if self.ubatch > self.batch:
+    @field_validator("ubatch")
+    @classmethod
+    def _ubatch_is_part_of_the_batch(cls, value: int, info: ValidationInfo) -> int:
+        batch = info.data.get("batch", value)
+        if value > batch:
             raise ValueError(
-                f"the ubatch ({self.ubatch} tokens) must not be larger than the batch "
-                f"({self.batch} tokens): raise the batch too"
+                f"the ubatch ({value} tokens) must not be larger than the batch "
+                f"({batch} tokens): raise the batch too"
             )
-        return self
+        return value
 
     @property
     def n_streams(self) -> int:
@@ -82,6 +86,5 @@ class Workload(Frozen):
 
 def _fault(fault: Any) -> str:
     """One validation fault as a sentence."""
-    if not fault["loc"]:
-        return f"workload: {fault['msg'].removeprefix('Value error, ')}"
-    return f"workload {fault['loc'][0]}: {fault['msg']} (got {fault['input']!r})"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"workload {fault['loc'][0]}: {message} (got {fault['input']!r})"

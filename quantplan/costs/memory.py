@@ -81,14 +81,21 @@ def cache_bytes(architecture: Architecture, workload: Workload) -> tuple[int, ..
         One entry per layer; next-token-prediction blocks have 0 where their cache is skipped.
 
     Raises:
-        WorkloadError: A row of the cache is no whole number of blocks of its type.
+        WorkloadError: A row of the cache is no whole number of blocks of its type, or the types of
+            K and V differ where llama.cpp wants one.
     """
-    widest_v = max(cache.v_width for cache in architecture.caches)
+    caches = architecture.caches
+    widest_v = max(cache.v_width for cache in caches)
     k_type, v_type = qtype(workload.kv_type_k), qtype(workload.kv_type_v)
+    if k_type != v_type and any(cache.k_width and not cache.v_width for cache in caches):
+        raise WorkloadError(
+            f"the KV types {workload.kv_type_k} and {workload.kv_type_v} differ, which llama.cpp "
+            "refuses for multi-head latent attention: use one type for both"
+        )
     keeps_nextn = workload.llama_cpp_build < _NEXTN_CACHE_BEFORE_BUILD.get(architecture.name, 0)
     n_cached = architecture.n_layers if keeps_nextn else architecture.n_loaded_layers
     sizes = []
-    for cache in architecture.caches[:n_cached]:
+    for cache in caches[:n_cached]:
         v_width = cache.v_width
         if v_width and not workload.flash_attention:
             v_width = widest_v

@@ -50,7 +50,7 @@ def fixed_s() -> float:
 
 
 def prefill_tps(
-    machine: Machine, workload: Workload, weights_on: dict[str, float], host_expert_bytes: float
+    machine: Machine, workload: Workload, weights_on: dict[str, float], streamed_bytes: float
 ) -> float:
     """Prompt tokens per second for whole ubatches at an empty context.
 
@@ -58,15 +58,15 @@ def prefill_tps(
         machine: The devices.
         workload: Its ubatch is what one pass processes.
         weights_on: Weights multiplied per token, by the name of the device that holds them.
-        host_expert_bytes: Bytes of the experts held in RAM. With a GPU llama.cpp streams them to it
-            once per ubatch (``op offload``), so their matrix work happens there.
+        streamed_bytes: Bytes of weights held in RAM that llama.cpp copies to a GPU once per ubatch
+            (``op offload``), where their matrix work happens then.
     """
     share = load_data("speed.json")["matrix_share"]
     seconds = 0.0
     for device in machine.devices:
-        worker = machine.gpus[0] if machine.gpus else device
+        worker = machine.gpus[0] if streamed_bytes and device.kind == "cpu" else device
         flops = 2 * weights_on.get(device.name, 0.0) * workload.ubatch
         seconds += flops / (worker.flops_per_s * share)
-    if machine.gpus:
-        seconds += host_expert_bytes / machine.gpus[0].link_bytes_per_s
+    if streamed_bytes:
+        seconds += streamed_bytes / machine.gpus[0].link_bytes_per_s
     return workload.ubatch / seconds if seconds else 0.0

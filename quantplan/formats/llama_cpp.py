@@ -6,6 +6,7 @@ What the flags do was established by running llama.cpp b10434 and b11434: ``-ot`
 and the output layer, from the back.
 """
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +15,7 @@ from quantplan.formats.regex import names_patterns, rules_by_value
 from quantplan.workload import Workload
 
 MAX_OVERRIDES = 4095
+_MATCHABLE = re.compile(r"[a-z0-9_.-]+")
 
 
 def tensor_type_file(qtype_by_name: Mapping[str, str]) -> str:
@@ -26,9 +28,9 @@ def tensor_type_file(qtype_by_name: Mapping[str, str]) -> str:
         qtype_by_name: Type of every quantizable tensor, by full name.
 
     Raises:
-        RecipeError: A name has capital letters or white space, which the file cannot express.
+        RecipeError: A name has other characters than small letters, digits, ``_``, ``.`` and ``-``.
     """
-    odd = [n for n in qtype_by_name if n != n.lower() or any(c.isspace() for c in n)]
+    odd = [n for n in qtype_by_name if not _MATCHABLE.fullmatch(n)]
     if odd:
         raise RecipeError(f"llama-quantize cannot match the tensor name {name!r}" for name in odd)
     rules = rules_by_value({n: q.lower() for n, q in qtype_by_name.items()})

@@ -25,6 +25,8 @@ _WINDOW_PERIOD = {
 # a gated delta net in between.
 _DELTA_NET = {"qwen3next", "qwen35", "qwen35moe"}
 _DEFAULT_FULL_ATTENTION_INTERVAL = 4
+# LLAMA_MAX_LAYERS
+_MAX_LAYERS = 512
 
 
 class LayerCache(Frozen):
@@ -95,9 +97,21 @@ class _Keys:
     def get(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(f"{self.arch}.{key}", default)
 
+    def number(self, key: str, default: int = 0) -> int:
+        """A count that may be absent."""
+        value = self.get(key)
+        return default if value is None else self._count(key, value)
+
+    def _count(self, key: str, value: Any) -> int:
+        if not isinstance(value, int) or value < 0:
+            raise UnsupportedModelError(
+                f"{self.arch}.{key} of this model is {value!r}, which is no count"
+            )
+        return int(value)
+
     def need(self, key: str) -> int:
         value = self.get(key)
-        if not isinstance(value, int):
+        if not isinstance(value, int) or value <= 0:
             raise UnsupportedModelError(
                 f"the metadata of this {self.arch or 'unknown'} model hold no integer "
                 f"{self.arch}.{key} (found {value!r}), without which its memory cannot be computed"
@@ -107,22 +121,24 @@ class _Keys:
     def per_layer(self, key: str, n_layers: int, default: int) -> tuple[int, ...]:
         value = self.get(key, default)
         if not isinstance(value, (tuple, list)):
-            return (int(value),) * n_layers
+            return (self._count(key, value),) * n_layers
         if len(value) < n_layers:
             raise UnsupportedModelError(
                 f"{self.arch}.{key} has {len(value)} entries for {n_layers} layers"
             )
-        return tuple(int(v) for v in value[:n_layers])
+        return tuple(self._count(key, v) for v in value[:n_layers])
 
 
 def _windows(keys: _Keys, n_layers: int) -> tuple[int, ...]:
     """Sliding window of each layer in tokens, 0 for full attention."""
-    window = int(keys.get("attention.sliding_window", 0) or 0)
+    window = keys.number("attention.sliding_window")
     if not window:
         return (0,) * n_layers
-    pattern = keys.get("attention.sliding_window_pattern", _WINDOW_PERIOD.get(keys.arch, 0))
-    if isinstance(pattern, (tuple, list)):
-        return tuple(window if slides else 0 for slides in pattern[:n_layers])
+    key = "attention.sliding_window_pattern"
+    if isinstance(keys.get(key), (tuple, list)):
+        slides = keys.per_layer(key, n_layers, 0)
+        return tuple(window if sliding else 0 for sliding in slides)
+    pattern = keys.number(key, _WINDOW_PERIOD.get(keys.arch, 0))
     # Without a known pattern every layer is counted at full length, which is never too little.
     return tuple(
         window if pattern and layer % pattern < pattern - 1 else 0 for layer in range(n_layers)
@@ -143,13 +159,14 @@ def _delta_net_state(keys: _Keys) -> int:
 
 
 def _caches(keys: _Keys, n_layers: int) -> tuple[LayerCache, ...]:
-    shared = int(keys.get("attention.shared_kv_layers", 0) or 0)
+    shared = keys.number("attention.shared_kv_layers")
+    n_loaded = n_layers - keys.number("nextn_predict_layers")
     if keys.get("attention.key_length_mla") is not None:
         width = keys.need("attention.kv_lora_rank") + keys.need("rope.dimension_count")
-        indexer = int(keys.get("attention.indexer.key_length", 0) or 0)
+        indexer = keys.number("attention.indexer.key_length")
         return (LayerCache(k_width=width, indexer_width=indexer),) * n_layers
     if keys.arch in _DELTA_NET:
-        interval = int(keys.get("full_attention_interval", _DEFAULT_FULL_ATTENTION_INTERVAL))
+        interval = keys.number("full_attention_interval") or _DEFAULT_FULL_ATTENTION_INTERVAL
         recurrent = [(layer + 1) % interval != 0 for layer in range(n_layers)]
         state = _delta_net_state(keys)
     elif any(keys.get(key) is not None for key in ("ssm.state_size", "wkv.head_size")):
@@ -166,13 +183,13 @@ def _caches(keys: _Keys, n_layers: int) -> tuple[LayerCache, ...]:
     for layer, window in enumerate(_windows(keys, n_layers)):
         suffix = "_swa" if window else ""
         k_length, v_length = (
-            int(keys.get(f"attention.{part}_length{suffix}")
-                or keys.get(f"attention.{part}_length", head_width))
+            keys.number(f"attention.{part}_length{suffix}")
+            or keys.number(f"attention.{part}_length", head_width)
             for part in ("key", "value")
         )  # fmt: skip
         if recurrent[layer]:
             layers.append(LayerCache(state_elements=state))
-        elif layer >= n_layers - shared:
+        elif n_loaded - shared <= layer < n_loaded:
             layers.append(LayerCache())
         else:
             n_kv = kv_heads[layer]
@@ -194,20 +211,28 @@ def read_architecture(metadata: Mapping[str, Any]) -> Architecture:
     """
     keys = _Keys(metadata)
     n_layers = keys.need("block_count")
-    n_nextn = int(keys.get("nextn_predict_layers", 0) or 0)
+    if n_layers > _MAX_LAYERS:
+        raise UnsupportedModelError(
+            f"{keys.arch}.block_count is {n_layers}; llama.cpp loads at most {_MAX_LAYERS} layers"
+        )
+    n_nextn = keys.number("nextn_predict_layers")
+    if n_nextn > n_layers:
+        raise UnsupportedModelError(
+            f"{keys.arch}.nextn_predict_layers is {n_nextn}, but there are {n_layers} blocks"
+        )
     n_embd = keys.need("embedding_length")
     n_head = keys.per_layer("attention.head_count", n_layers, 1)[0]
-    head_width = keys.get("attention.key_length_mla") or keys.get("attention.key_length")
+    head_width = keys.number("attention.key_length_mla") or keys.number("attention.key_length")
     return Architecture(
         name=keys.arch,
         n_layers=n_layers,
         n_nextn=n_nextn,
         n_embd=n_embd,
-        n_expert=int(keys.get("expert_count", 0) or 0),
-        n_expert_used=int(keys.get("expert_used_count", 0) or 0),
-        context_length=int(keys.get("context_length", 0) or 0),
+        n_expert=keys.number("expert_count"),
+        n_expert_used=keys.number("expert_used_count"),
+        context_length=keys.number("context_length"),
         n_head=n_head,
-        q_width=n_head * int(head_width or n_embd // max(n_head, 1)),
+        q_width=n_head * (head_width or n_embd // max(n_head, 1)),
         convolved_width=_convolved_width(keys) if keys.arch in _DELTA_NET else 0,
         caches=_caches(keys, n_layers),
     )

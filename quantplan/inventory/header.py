@@ -21,6 +21,10 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
+# Longest key that the format allows; a longer name is a damaged length.
+MAX_NAME_BYTES = 2**16 - 1
+# Longest string that llama.cpp loads.
+MAX_STRING_BYTES = 2**30
 # Arrays up to this length are decoded (per-layer settings); longer ones are vocabulary.
 MAX_DECODED_ARRAY = 2048
 _READ_AHEAD_BYTES = 1 << 20
@@ -132,8 +136,12 @@ class _Cursor:
         layout = self.order + code
         return struct.unpack(layout, self.take(struct.calcsize(layout), what))[0]
 
-    def string(self, what: str) -> str:
-        raw = self.take(self.scalar("Q", what), what)
+    def string(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
+        n_bytes = self.scalar("Q", what)
+        self.require(n_bytes, what)
+        if n_bytes > limit:
+            raise self.fail(f"damaged GGUF header: {what} has {n_bytes} bytes, more than {limit}")
+        raw = self.take(n_bytes, what)
         return raw.decode("utf-8", errors="replace")
 
     def skip_strings(self, count: int, what: str) -> None:
@@ -204,7 +212,7 @@ def _preamble(cursor: _Cursor) -> int:
 
 def _tensor_entry(cursor: _Cursor, index: int) -> TensorEntry:
     what = f"tensor {index}"
-    name = cursor.string(what)
+    name = cursor.string(what, MAX_NAME_BYTES)
     n_dims = cursor.scalar("I", what)
     if not 0 < n_dims <= MAX_DIMS:
         raise cursor.fail(f"tensor {name!r} has {n_dims} dimensions; 1 to {MAX_DIMS} are possible")
@@ -235,7 +243,7 @@ def _check_data(cursor: _Cursor, header: Header, size: int) -> None:
         if tensor.offset < end:
             raise cursor.fail(f"tensor {tensor.name!r} overlaps {previous!r}")
         end, previous = tensor.offset + tensor.n_bytes, tensor.name
-    if header.data_offset + end > size:
+    if header.tensors and header.data_offset + end > size:
         raise cursor.fail(
             f"truncated GGUF file: {previous!r} ends at byte {header.data_offset + end}, but the "
             f"file has {size} bytes"
@@ -264,7 +272,7 @@ def parse_header(read_at: ReadAt, size: int, name: str) -> Header:
     spans: dict[str, tuple[int, int]] = {}
     for index in range(n_keys):
         begin = cursor.offset
-        key = cursor.string(f"metadata key {index}")
+        key = cursor.string(f"metadata key {index}", MAX_NAME_BYTES)
         if key in metadata:
             raise cursor.fail(f"the metadata key {key!r} occurs twice")
         metadata[key] = _value(cursor, key)

@@ -19,7 +19,7 @@ RoleClass = Literal[
     "other",
 ]
 
-_LAYER = re.compile(r"blk\.(\d+)\.(.+)", re.DOTALL)
+_LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 _EXPERTS = re.compile(r"ffn_(up|gate|gate_up|down)_(?:ch)?exps")
 _FFN = re.compile(r"ffn_(?:up|gate|down)(?:_shexp)?")
 

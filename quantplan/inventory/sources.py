@@ -1,6 +1,7 @@
 """Where an inventory comes from: a GGUF file, a split GGUF, or the catalog."""
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
     if match is None:
         return (path,)
     count = int(match["count"])
+    if not 1 <= int(match["index"]) <= count:
+        raise SourceError(f"{path}: there is no shard {match['index']} of {match['count']}")
     shards = [
         path.with_name(f"{match['stem']}-{index:05d}-of-{match['count']}.gguf")
         for index in range(1, count + 1)
@@ -44,9 +47,10 @@ def read_headers(path: Path) -> tuple[tuple[Path, Header], ...]:
     """
     files = tuple((shard, read_header(shard)) for shard in shard_paths(path))
     first = files[0][1]
-    count = int(first.metadata.get("split.count", 0) or len(files))
+    count = _count(files[0], "split.count") or len(files)
     names = [t.name for _, header in files for t in header.tensors]
-    expected = int(first.metadata.get("split.tensors.count", len(names)))
+    expected = _count(files[0], "split.tensors.count")
+    expected = len(names) if expected is None else expected
     faults = []
     if count != len(files):
         faults.append(
@@ -65,14 +69,28 @@ def read_headers(path: Path) -> tuple[tuple[Path, Header], ...]:
     return files
 
 
+def _count(file: tuple[Path, Header], key: str) -> int | None:
+    """A count of a shard's metadata, or None where it has none."""
+    path, header = file
+    value = header.metadata.get(key)
+    if value is not None and not isinstance(value, int):
+        raise SourceError(f"{path}: {key} is {value!r}, which is no number of anything")
+    return value
+
+
+def _text(path: str | Path) -> str:
+    """A path as text that JSON can hold."""
+    return os.fsencode(path).decode("utf-8", errors="replace")
+
+
 def _from_files(path: Path) -> Inventory:
     files = read_headers(path)
     headers: Sequence[Header] = [header for _, header in files]
     metadata = {k: v for k, v in headers[0].metadata.items() if not k.startswith("split.")}
     hashes = [header.sha256 for header in headers]
     return Inventory(
-        name=str(metadata.get("general.name") or path.stem),
-        source=str(path),
+        name=str(metadata.get("general.name") or _text(path.stem)),
+        source=_text(path),
         header_sha256=(
             hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
         ),
@@ -101,7 +119,11 @@ def read_inventory(source: str | Path) -> Inventory:
             catalog has no such name; similar names are suggested.
     """
     path = Path(source)
-    if path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise SourceError(f"{source}: {error.strerror or error}") from error
+    if is_file:
         return _from_files(path)
     text = str(source)
     entry = read_catalog(text)

@@ -132,25 +132,23 @@ def add_choices(model: Model) -> None:
 
 
 def add_scratch(model: Model) -> None:
-    """A GPU's scratch holds the logits (beside the output), or a streamed expert tensor.
+    """A GPU's scratch holds the logits (beside the output), or a tensor streamed from RAM.
 
-    scratch[d] >= logits[d]; for every expert cohort c and option o: scratch[d] >= largest[c,o]
-    z[c,o] and x[c,o,CPU] <= size(c) z[c,o], z binary.
+    scratch[d] >= logits[d]; for every cohort c that may be in RAM and option o: scratch[d] >=
+    largest[c,o] z[c,o] and x[c,o,CPU] <= size(c) z[c,o], z binary.
     """
     problem = model.problem
     for d, device in enumerate(problem.machine.gpus):
         logits = problem.scratch_bytes(device, 0) / _MIB
         model.scratch[device.name] = model.lp.add_variable(f"scratch_{d}", lowBound=logits)
-    if not problem.streams_experts:
-        return
     for choice, count in model.x.items():
         c, o, name = choice
-        if name != problem.machine.ram.name or not model.group(choice).is_expert:
+        if name != problem.machine.ram.name or not problem.is_streamed(model.group(choice)):
             continue
-        is_streamed = model.lp.add_variable(f"z_{c}_{o}", cat=pulp.LpBinary)
-        model.lp += count <= len(model.cohorts[c].members) * is_streamed
+        streams = model.lp.add_variable(f"z_{c}_{o}", cat=pulp.LpBinary)
+        model.lp += count <= len(model.cohorts[c].members) * streams
         for variable in model.scratch.values():
-            model.lp += variable >= model.option(choice).largest_bytes / _MIB * is_streamed
+            model.lp += variable >= model.option(choice).largest_bytes / _MIB * streams
 
 
 def add_memory(model: Model, *, pool_gpus: bool) -> None:

@@ -13,11 +13,15 @@ from quantplan.inventory import Inventory, Tensor
 from quantplan.policy import Policy
 from quantplan.workload import Workload
 
+# Without a GPU llama.cpp reads a tied embedding as the output matrix where it is; for these
+# architectures it makes a second copy even so (seen in b10434).
+_ALWAYS_COPIES_TIED_OUTPUT = {"gemma4"}
+
 Place = Literal["layer", "free", "output", "host", "host_and_output"]
 
-# llama.cpp computes expert weights held in RAM on the GPU, by copying them there, from this batch
-# size on (GGML_OP_OFFLOAD_MIN_BATCH).
-OP_OFFLOAD_MIN_BATCH = 32
+# From this batch size on llama.cpp multiplies by weights held in RAM on the GPU, by copying them
+# there one after the other (GGML_OP_OFFLOAD_MIN_BATCH).
+_OP_OFFLOAD_MIN_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +127,10 @@ class Problem:
             if name == device.name
         )
 
-    @cached_property
-    def streams_experts(self) -> bool:
-        """Whether the GPUs need room for a copy of an expert tensor that is held in RAM."""
-        batch = min(self.workload.batch, self.workload.ubatch)
-        return bool(self.machine.gpus) and batch >= OP_OFFLOAD_MIN_BATCH
+    def is_streamed(self, group: Group) -> bool:
+        """Whether large batches copy the group to a GPU when it is held in RAM."""
+        is_large = self.workload.ubatch >= _OP_OFFLOAD_MIN_BATCH
+        return bool(self.machine.gpus) and is_large and group.layer is not None
 
     @cached_property
     def activation_bytes(self) -> int:
@@ -135,18 +138,18 @@ class Problem:
         return memory.activation_bytes(self.inventory.architecture, self.workload)
 
     def scratch_bytes(self, device: Device, streamed_bytes: int) -> int:
-        """The part of a GPU's compute buffer that logits and streamed experts take in turn.
+        """The part of a GPU's compute buffer that logits and streamed weights take in turn.
 
         Args:
             device: A GPU.
-            streamed_bytes: Bytes of the largest expert tensor that is held in RAM.
+            streamed_bytes: Bytes of the largest tensor that is streamed from RAM.
         """
         is_output = device == self.output_device
         logits = memory.logits_bytes(self.inventory.n_vocab, self.workload) if is_output else 0
-        return max(logits, streamed_bytes if self.streams_experts else 0)
+        return max(logits, streamed_bytes)
 
     def compute_bytes(self, device: Device, streamed_bytes: int) -> int:
-        """Compute buffer of a device, given the largest expert tensor that is held in RAM."""
+        """Compute buffer of a device, given the largest tensor that is streamed from RAM."""
         if device.kind == "gpu":
             return self.activation_bytes + self.scratch_bytes(device, streamed_bytes)
         return memory.host_compute_bytes(
@@ -173,12 +176,15 @@ class Problem:
             return (home, self.machine.ram)
         return (home,)
 
+    def copies_on(self, device: Device, group: Group, placed_on: str) -> int:
+        """How many copies of a group a device holds when the group is placed somewhere."""
+        is_copied_here = group.place == "host_and_output" and device == self.output_device
+        return int(device.name == placed_on) + int(is_copied_here)
+
     def bytes_on(self, device: Device, group: Group, option: Option, placed_on: str) -> int:
         """Bytes that a group takes on a device when it is placed somewhere."""
-        is_copied_here = group.place == "host_and_output" and device == self.output_device
-        if device.name != placed_on and not is_copied_here:
-            return 0
-        return option.n_bytes + (option.padding_bytes if device.kind == "gpu" else 0)
+        padding = option.padding_bytes if device.kind == "gpu" else 0
+        return self.copies_on(device, group, placed_on) * (option.n_bytes + padding)
 
     def decode_s(self, group: Group, option: Option, placed_on: str) -> float:
         """Seconds per token to read a group from the device that it is placed on."""
@@ -211,11 +217,12 @@ def build_problem(
     losses = LossTable(inventory)
     tied_roles = {role: index for index, tie in enumerate(policy.ties) for role in tie}
     buckets: dict[tuple[int | None, str], list[Tensor]] = defaultdict(list)
-    for tensor in inventory.tensors:
+    # In an order of its own, so that the order of the file plays no part in the plan.
+    for tensor in sorted(inventory.tensors, key=lambda t: (t.layer is None, t.layer or 0, t.name)):
         if inventory.is_loaded(tensor):
             place = _place(inventory, machine, policy, tensor)
             if place == "layer" and len(policy.candidates_for(tensor, is_loaded=True)) == 1:
-                key = "fixed"
+                key = "fixed experts" if speed.is_expert(tensor) else "fixed"
             elif tensor.role in tied_roles:
                 key = f"tie {tied_roles[tensor.role]}"
             else:
@@ -237,7 +244,8 @@ def build_problem(
 def _place(inventory: Inventory, machine: Machine, policy: Policy, tensor: Tensor) -> Place:
     if tensor.role_class == "embedding":
         is_tied = inventory.has_tied_output and tensor.role == "token_embd"
-        return "host_and_output" if is_tied and machine.gpus else "host"
+        is_copied = bool(machine.gpus) or inventory.architecture.name in _ALWAYS_COPIES_TIED_OUTPUT
+        return "host_and_output" if is_tied and is_copied else "host"
     if tensor.layer is None:
         return "output"
     may_leave = bool(machine.gpus) and policy.rule(tensor.role_class).may_leave_gpu

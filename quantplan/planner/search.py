@@ -1,11 +1,9 @@
 """Finds a plan, or says what is in the way."""
 
-from dataclasses import replace
-
 from quantplan.errors import NoPlanError
 from quantplan.planner.problem import Problem
-from quantplan.planner.solve import Solution, fastest_decode_s, solve
-from quantplan.planner.split import least_layer_bytes, split_layers
+from quantplan.planner.solve import Solution, fastest_split, solve
+from quantplan.planner.split import first_splits, least_layer_bytes
 from quantplan.units import gib
 
 
@@ -24,14 +22,16 @@ def best_solution(problem: Problem, *, gap: float, time_limit_s: float) -> tuple
         NoPlanError: Nothing fits, or the speed asked for is out of reach.
     """
     for n_cpu_layers in _layer_counts(problem):
-        tried = problem.with_layers(split_layers(problem, n_cpu_layers))
-        solution = solve(tried, gap=gap, time_limit_s=time_limit_s)
-        if solution is not None:
-            return tried.with_layers(solution.layer_devices), solution
-        if problem.min_decode_tps is not None:
-            fastest = fastest_decode_s(replace(tried, min_decode_tps=None))
+        splits = first_splits(problem, n_cpu_layers)
+        solution = solve(problem, splits=splits, gap=gap, time_limit_s=time_limit_s)
+        if solution is None and problem.min_decode_tps is not None:
+            fastest = fastest_split(problem, splits)
             if fastest is not None:
-                raise _too_slow(problem.min_decode_tps, 1 / fastest)
+                if fastest[1] * problem.min_decode_tps > 1:
+                    raise _too_slow(problem.min_decode_tps, 1 / fastest[1])
+                solution = solve(problem, splits=[fastest[0]], gap=gap, time_limit_s=time_limit_s)
+        if solution is not None:
+            return problem.with_layers(solution.layer_devices), solution
     raise _too_large(problem)
 
 

@@ -5,9 +5,9 @@ import importlib.metadata
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import highspy
 import pulp
@@ -20,6 +20,12 @@ from quantplan.planner.split import neighbours
 
 Status = Literal["optimal", "within_gap", "time_limit"]
 
+_Found = TypeVar("_Found")
+
+# Relative gap at which the search over splits of the layers may stop.
+_SPLIT_GAP = 1e-3
+# Relative improvement that is worth another step of that search.
+_PROGRESS = 1e-6
 # Losses below this many nats are equal: no text is long enough to tell them apart.
 _NEGLIGIBLE_NATS = 1e-9
 
@@ -51,9 +57,11 @@ class Solution:
     """An answer to a problem, checked in integers.
 
     Attributes:
-        status: ``optimal``, ``within_gap`` (of the gap asked for) or ``time_limit``.
+        status: ``optimal``, ``within_gap`` (of the gap asked for), or ``time_limit``: the search
+            ended, by time or for want of a better split of the layers, with a larger gap.
         objective_nats: Loss plus the price of time, recomputed from the choices.
-        bound_nats: Proven lower bound of the objective, over every split of the layers.
+        bound_nats: Proven lower bound of the objective over every split of the layers with as many
+            of them in RAM.
         choices: Option and device name of each group.
         layer_devices: Device name of each loaded layer.
         device_bytes: What is on each device, by name.
@@ -101,17 +109,26 @@ def solver_options(gap: float, time_limit_s: float) -> dict[str, Any]:
     return {"gapRel": gap, "timeLimit": time_limit_s, "threads": 1, "random_seed": 0}
 
 
-def _run(model: Model, gap: float, time_limit_s: float) -> tuple[bool, float]:
+def _run(model: Model, gap: float, time_limit_s: float, good_enough: float | None = None) -> float:
     """Runs HiGHS.
 
+    Args:
+        model: What to solve.
+        gap: Relative gap at which to stop.
+        time_limit_s: Time at which to stop.
+        good_enough: Objective, in the model's unit, at which to stop.
+
     Returns:
-        Whether it finished, and its proven bound in the objective's unit.
+        The proven bound, in the objective's unit.
 
     Raises:
         SolverError: There is no solution to read for a reason other than infeasibility.
     """
+    options = solver_options(gap, time_limit_s)
+    if good_enough is not None:
+        options["objective_target"] = good_enough
     with _quiet_stdout():
-        model.lp.solve(pulp.HiGHS(msg=False, **solver_options(gap, time_limit_s)))
+        model.lp.solve(pulp.HiGHS(msg=False, **options))
         highs = model.lp.solverModel
         status, info = highs.getModelStatus(), highs.getInfo()
     if model.lp.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
@@ -121,59 +138,124 @@ def _run(model: Model, gap: float, time_limit_s: float) -> tuple[bool, float]:
             f"HiGHS stopped after {time_limit_s} s without a solution ({status.name}); "
             "give it more time"
         )
-    return status == highspy.HighsModelStatus.kOptimal, info.mip_dual_bound
+    return float(info.mip_dual_bound)
 
 
 class _InfeasibleError(Exception):
     """The solver proved that no choice meets the constraints."""
 
 
-def solve(problem: Problem, *, gap: float = 1e-4, time_limit_s: float = 60.0) -> Solution | None:
+def solve(
+    problem: Problem,
+    *,
+    splits: Sequence[tuple[str, ...]] = (),
+    gap: float = 1e-4,
+    time_limit_s: float = 60.0,
+) -> Solution | None:
     """Finds the types and places of least loss, then the fastest placement of those types.
 
     Without a speed target time has a price (the policy's nats per second), so that no bytes are
-    spent on quality that nobody can tell. With several GPUs the split of the layers is improved one
-    boundary at a time until it is within the gap of the bound that pooled GPUs give.
+    spent on quality that nobody can tell. With several GPUs the best of the given splits of the
+    layers is improved one boundary at a time, until it is within the gap of the bound that pooled
+    GPUs give or no neighbour is better.
 
     Args:
-        problem: Groups, budgets and a first split of the layers.
-        gap: Relative gap at which the search may stop.
+        problem: Groups and budgets.
+        splits: Splits of the layers to start from, with equally many layers in RAM; by default the
+            problem's own.
+        gap: Relative gap at which the search may stop; with several GPUs at least 0.1 %.
         time_limit_s: Time for each run of the solver, in seconds.
 
     Returns:
-        The solution, or None where the solver proved that there is none for this split.
+        The solution, or None where the solver proved that there is none for these splits.
 
     Raises:
         SolverError: The solver found nothing in time, or its answer breaks a constraint.
     """
-    best = _solve_split(problem, gap, time_limit_s)
-    if best is None or len(problem.machine.gpus) < 2:
-        return best
-    pooled_bound = _pooled_bound(problem, gap, time_limit_s)
-    tried = {problem.layer_devices}
-    improved = True
-    while improved and _with_bound(best, pooled_bound, gap).gap > gap:
+    starts = splits or (problem.layer_devices,)
+    if len(problem.machine.gpus) < 2:
+        return _solve_split(problem.with_layers(starts[0]), gap, time_limit_s)
+    # Which split is best matters more than the last digits of one.
+    gap = max(gap, _SPLIT_GAP)
+    pooled_bound = _pooled_bound(problem.with_layers(starts[0]), gap / 10, time_limit_s)
+    if pooled_bound is None:
+        return None
+    good_enough = pooled_bound / (1 - gap)
+    best = _climb(
+        problem,
+        starts,
+        lambda split: _solve_split(split, gap / 2, time_limit_s, good_enough),
+        lambda found: found.objective_nats,
+        good_enough,
+    )
+    return _with_bound(best[1], pooled_bound, gap) if best else None
+
+
+def fastest_split(
+    problem: Problem, splits: Sequence[tuple[str, ...]], *, time_limit_s: float = 60.0
+) -> tuple[tuple[str, ...], float] | None:
+    """The split of the layers, and its seconds per token, that decodes fastest within memory.
+
+    Args:
+        problem: Groups and budgets; a speed target plays no part.
+        splits: Splits to start from; their neighbours are tried while that helps.
+        time_limit_s: Time for each run of the solver, in seconds.
+
+    Returns:
+        None where no split fits.
+    """
+
+    def decode_s(split: Problem) -> float | None:
+        model = build_model(split, form_cohorts(split))
+        model.lp += model.decode_ms()
+        try:
+            _run(model, _SPLIT_GAP, time_limit_s)
+        except _InfeasibleError:
+            return None
+        return float(pulp.value(model.lp.objective)) / 1000 + split.base_decode_s
+
+    free = replace(problem, min_decode_tps=None)
+    best = _climb(free, splits, decode_s, lambda seconds: seconds, 0.0)
+    return (best[0].layer_devices, best[1]) if best else None
+
+
+def _climb(
+    problem: Problem,
+    starts: Sequence[tuple[str, ...]],
+    evaluate: Callable[[Problem], _Found | None],
+    cost: Callable[[_Found], float],
+    good_enough: float,
+) -> tuple[Problem, _Found] | None:
+    """Improves the best start one boundary at a time.
+
+    Args:
+        problem: The groups.
+        starts: Splits to start from.
+        evaluate: What a split is worth; None where it is impossible.
+        cost: The number to bring down.
+        good_enough: Cost at which to stop.
+    """
+    best: tuple[Problem, _Found] | None = None
+    tried: set[tuple[str, ...]] = set()
+    candidates: Iterable[tuple[str, ...]] = starts
+    while True:
         improved = False
-        for layers in neighbours(problem, best.layer_devices):
+        for layers in candidates:
             if layers in tried:
                 continue
             tried.add(layers)
-            found = _solve_split(problem.with_layers(layers), gap, time_limit_s)
-            if found and found.objective_nats < best.objective_nats - _NEGLIGIBLE_NATS:
-                best, improved = found, True
+            split = problem.with_layers(layers)
+            found = evaluate(split)
+            if found is None or (best and cost(found) >= cost(best[1]) * (1 - _PROGRESS)):
+                continue
+            best, improved = (split, found), True
+            if cost(found) <= good_enough:
+                return best
+            if candidates is not starts:
                 break
-    return _with_bound(best, pooled_bound, gap)
-
-
-def fastest_decode_s(problem: Problem, *, time_limit_s: float = 60.0) -> float | None:
-    """Least seconds per token that any choice within memory reaches; None where none fits."""
-    model = build_model(problem, form_cohorts(problem))
-    model.lp += model.decode_ms()
-    try:
-        _run(model, 1e-3, time_limit_s)
-    except _InfeasibleError:
-        return None
-    return float(pulp.value(model.lp.objective)) / 1000 + problem.base_decode_s
+        if best is None or not improved:
+            return best
+        candidates = neighbours(problem, best[0].layer_devices)
 
 
 def _price(problem: Problem) -> float:
@@ -186,12 +268,16 @@ def _set_objective(model: Model) -> None:
     model.lp += model.loss_millinats() + _price(model.problem) * model.decode_ms()
 
 
-def _solve_split(problem: Problem, gap: float, time_limit_s: float) -> Solution | None:
+def _solve_split(
+    problem: Problem, gap: float, time_limit_s: float, good_enough_nats: float | None = None
+) -> Solution | None:
     """Solves a problem for its split of the layers; the bound is for this split."""
     model = build_model(problem, form_cohorts(problem))
     _set_objective(model)
+    base = _price(problem) * problem.base_decode_s
+    good_enough = None if good_enough_nats is None else (good_enough_nats - base) * 1000
     try:
-        finished, bound = _run(model, gap, time_limit_s)
+        bound = _run(model, gap, time_limit_s, good_enough)
     except _InfeasibleError:
         return None
     chosen = [(option,) for option, _ in _choices(model)]
@@ -201,13 +287,16 @@ def _solve_split(problem: Problem, gap: float, time_limit_s: float) -> Solution 
         _run(fastest, gap, time_limit_s)
     except _InfeasibleError as error:
         raise SolverError("the chosen types lost their placement; please report this") from error
-    solution = _checked(problem, _choices(fastest), finished=finished)
-    base = _price(problem) * problem.base_decode_s
+    solution = _checked(problem, _choices(fastest))
     return _with_bound(solution, bound / 1000 + base, gap)
 
 
-def _pooled_bound(problem: Problem, gap: float, time_limit_s: float) -> float:
-    """A lower bound of the objective over every split of the layers, in nats."""
+def _pooled_bound(problem: Problem, gap: float, time_limit_s: float) -> float | None:
+    """A lower bound of the objective over every split of the layers, in nats.
+
+    Returns:
+        None where not even pooled GPUs hold the model.
+    """
     fastest = max(problem.machine.gpus, key=lambda gpu: gpu.bandwidth_bytes_per_s)
     n_cpu_layers = problem.layer_devices.count(problem.machine.ram.name)
     layers = (*problem.layer_devices[:n_cpu_layers],) + (fastest.name,) * (
@@ -216,18 +305,19 @@ def _pooled_bound(problem: Problem, gap: float, time_limit_s: float) -> float:
     pooled = problem.with_layers(layers)
     model = build_model(pooled, form_cohorts(pooled), pool_gpus=True)
     _set_objective(model)
-    _, bound = _run(model, gap, time_limit_s)
+    try:
+        bound = _run(model, gap, time_limit_s)
+    except _InfeasibleError:
+        return None
     return bound / 1000 + _price(problem) * pooled.base_decode_s
 
 
 def _with_bound(solution: Solution, bound_nats: float, gap: float) -> Solution:
     """The solution with another bound, and the status that follows from it."""
     bounded = replace(solution, bound_nats=min(bound_nats, solution.objective_nats))
-    if solution.status == "time_limit" and bounded.gap > gap:
-        return bounded
-    # Two steps and rounding may leave the objective a little above what the solver stopped at.
-    status: Status = "optimal" if bounded.gap == 0.0 else "within_gap"
-    return replace(bounded, status=status)
+    # Rounding may leave the objective a little above what the solver stopped at.
+    status: Status = "within_gap" if bounded.gap <= gap * 1.01 else "time_limit"
+    return replace(bounded, status="optimal" if bounded.gap == 0.0 else status)
 
 
 def _choices(model: Model) -> list[tuple[Option, str]]:
@@ -248,7 +338,7 @@ def _choices(model: Model) -> list[tuple[Option, str]]:
     return [choices[g] for g in range(len(model.problem.groups))]
 
 
-def _checked(problem: Problem, choices: list[tuple[Option, str]], *, finished: bool) -> Solution:
+def _checked(problem: Problem, choices: list[tuple[Option, str]]) -> Solution:
     """Recomputes bytes, time and loss from the choices, and holds them against the budgets."""
     device_bytes = {d.name: _bytes_of(problem, d, choices) for d in problem.machine.devices}
     for device in problem.machine.devices:
@@ -267,7 +357,7 @@ def _checked(problem: Problem, choices: list[tuple[Option, str]], *, finished: b
         )
     loss = sum(option.loss_nats for option, _ in choices)
     return Solution(
-        status="optimal" if finished else "time_limit",
+        status="time_limit",
         objective_nats=loss + _price(problem) * decode_s,
         bound_nats=0.0,
         choices=tuple(choices),
@@ -282,10 +372,10 @@ def _bytes_of(problem: Problem, device: Device, choices: list[tuple[Option, str]
     ram = problem.machine.ram.name
     weights = padding = streamed = 0
     for group, (option, name) in zip(problem.groups, choices, strict=True):
-        if problem.bytes_on(device, group, option, name):
-            weights += option.n_bytes
-            padding += option.padding_bytes if device.kind == "gpu" else 0
-        if group.is_expert and name == ram:
+        copies = problem.copies_on(device, group, name)
+        weights += copies * option.n_bytes
+        padding += copies * option.padding_bytes if device.kind == "gpu" else 0
+        if problem.is_streamed(group) and name == ram:
             streamed = max(streamed, option.largest_bytes)
     return DeviceBytes(
         weights,

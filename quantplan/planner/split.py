@@ -1,6 +1,6 @@
 """Which layer is on which device: contiguous, as llama.cpp's ``-ngl`` and ``-ts`` place them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from quantplan.planner.problem import Problem
 
@@ -12,6 +12,27 @@ def least_layer_bytes(problem: Problem) -> list[int]:
         if group.layer is not None and group.place == "layer":
             least[group.layer] += group.options[-1].n_bytes
     return least
+
+
+def _room(problem: Problem) -> list[int]:
+    """Bytes that each GPU has for layers."""
+    output = sum(g.options[-1].n_bytes for g in problem.groups if g.place == "output")
+    return [
+        max(
+            0,
+            gpu.usable_bytes
+            - problem.compute_bytes(gpu, 0)
+            - (output if gpu == problem.output_device else 0),
+        )
+        for gpu in problem.machine.gpus
+    ]
+
+
+def _as_devices(problem: Problem, n_cpu_layers: int, counts: Sequence[int]) -> tuple[str, ...]:
+    names = [problem.machine.ram.name] * n_cpu_layers
+    for gpu, count in zip(problem.machine.gpus, counts, strict=True):
+        names += [gpu.name] * count
+    return tuple(names)
 
 
 def split_layers(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
@@ -27,34 +48,53 @@ def split_layers(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
     gpus = problem.machine.gpus
     if not gpus:
         return (problem.machine.ram.name,) * problem.n_layers
-    output_bytes = sum(g.options[-1].n_bytes for g in problem.groups if g.place == "output")
-    room = [
-        max(
-            0,
-            gpu.usable_bytes
-            - problem.compute_bytes(gpu, 0)
-            - (output_bytes if gpu == problem.output_device else 0),
-        )
-        for gpu in gpus
-    ]
+    room = _room(problem)
     least = least_layer_bytes(problem)[n_cpu_layers:]
-    names = [problem.machine.ram.name] * n_cpu_layers
     total_room, total, done = sum(room), sum(least), 0.0
     share_end = [sum(room[: d + 1]) / total_room if total_room else 1.0 for d in range(len(gpus))]
+    counts = [0] * len(gpus)
     for n_bytes in least:
         # A layer belongs to the GPU whose share of the bytes its middle falls into.
         middle = (done + n_bytes / 2) / total
-        d = next((d for d, end in enumerate(share_end) if middle <= end), len(gpus) - 1)
-        names.append(gpus[d].name)
+        counts[next((d for d, end in enumerate(share_end) if middle <= end), len(gpus) - 1)] += 1
         done += n_bytes
-    return tuple(names)
+    return _as_devices(problem, n_cpu_layers, counts)
+
+
+def first_splits(problem: Problem, n_cpu_layers: int) -> list[tuple[str, ...]]:
+    """Splits to start a search from, without repetition.
+
+    In proportion to memory; as many layers as fit on the first GPUs, which fits if any split does;
+    and as many as fit on the GPUs with the most bandwidth.
+    """
+    splits = [split_layers(problem, n_cpu_layers)]
+    gpus, room = problem.machine.gpus, _room(problem)
+    if len(gpus) > 1:
+        least = least_layer_bytes(problem)[n_cpu_layers:]
+        counts, d, free = [0] * len(gpus), 0, room[0]
+        for n_bytes in least:
+            while n_bytes > free and d < len(gpus) - 1:
+                d, free = d + 1, room[d + 1]
+            counts[d], free = counts[d] + 1, free - n_bytes
+        splits.append(_as_devices(problem, n_cpu_layers, counts))
+        left, typical = len(least), max(least, default=1)
+        counts = [0] * len(gpus)
+        for d in sorted(range(len(gpus)), key=lambda d: -gpus[d].bandwidth_bytes_per_s):
+            counts[d] = min(left, int(room[d] // typical))
+            left -= counts[d]
+        counts[-1] += left
+        splits.append(_as_devices(problem, n_cpu_layers, counts))
+    return list(dict.fromkeys(splits))
 
 
 def neighbours(problem: Problem, layer_devices: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Splits in which one boundary between two GPUs is moved by one layer."""
-    gpus = {gpu.name for gpu in problem.machine.gpus}
-    for layer in range(1, len(layer_devices)):
-        before, after = layer_devices[layer - 1 : layer + 1]
-        if before != after and before in gpus:
-            yield (*layer_devices[:layer], before, *layer_devices[layer + 1 :])
-            yield (*layer_devices[: layer - 1], after, *layer_devices[layer:])
+    counts = [layer_devices.count(gpu.name) for gpu in problem.machine.gpus]
+    n_cpu_layers = len(layer_devices) - sum(counts)
+    for d in range(len(counts) - 1):
+        for giver, taker in ((d, d + 1), (d + 1, d)):
+            if counts[giver]:
+                moved = list(counts)
+                moved[giver] -= 1
+                moved[taker] += 1
+                yield _as_devices(problem, n_cpu_layers, moved)

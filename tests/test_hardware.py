@@ -1,0 +1,232 @@
+"""Machines as people write them."""
+
+import json
+from importlib.resources import files
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from quantplan.errors import MachineError
+from quantplan.hardware import Device, Machine, gpu_presets
+
+GIB = 2**30
+RAM = "64GiB@80GB/s"
+
+
+@pytest.mark.parametrize("name", gpu_presets())
+def test_presets_are_understood_by_name(name: str) -> None:
+    """Every preset makes a GPU of plausible size, speed and margin, called by its name."""
+    (gpu,) = Machine.parse(f"{name} + {RAM}").gpus
+    assert (gpu.name, gpu.kind, gpu.model) == ("GPU0", "gpu", name)
+    assert 7 * GIB < gpu.capacity_bytes <= 96 * GIB
+    assert 250e9 <= gpu.bandwidth_bytes_per_s <= 2000e9
+    assert 10e12 <= gpu.flops_per_s <= 400e12
+    assert 10e9 <= gpu.link_bytes_per_s <= 64e9
+    assert gpu.usable_bytes == gpu.capacity_bytes - gpu.margin_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "capacity_mib", "bandwidth_gb_s"),
+    [
+        ("RTX 3090", 24576, 936),
+        ("RTX 4090", 24564, 1008),
+        ("RTX 5090", 32607, 1792),
+        ("RTX A6000", 49140, 768),
+        ("RTX 3060", 12288, 360),
+        ("Tesla T4", 15360, 320),
+    ],
+)
+def test_well_known_cards(name: str, capacity_mib: int, bandwidth_gb_s: int) -> None:
+    """Common cards have the memory that drivers list and the bandwidth of the data sheet."""
+    (gpu,) = Machine.parse(f"{name} + {RAM}").gpus
+    assert gpu.capacity_bytes == capacity_mib * 2**20
+    assert gpu.bandwidth_bytes_per_s == bandwidth_gb_s * 1e9
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "RTX 4090",
+        "rtx4090",
+        "RTX-4090",
+        "Rtx_4090",
+        "NVIDIA GeForce RTX 4090",
+        "  geforce rtx 4090",
+    ],
+)
+def test_spellings_of_one_card(spelling: str) -> None:
+    """Case, spaces, hyphens and vendor words make no difference."""
+    assert Machine.parse(f"{spelling} + {RAM}") == Machine.parse(f"RTX 4090 + {RAM}")
+
+
+@pytest.mark.parametrize("name", [n for n in gpu_presets() if n.endswith("GiB")])
+def test_memory_classes_may_be_written_in_gb(name: str) -> None:
+    """A memory class is the same in GB, as vendors write it."""
+    text = f"{name.replace('GiB', 'GB')} + {RAM}"
+    assert Machine.parse(text) == Machine.parse(f"{name} + {RAM}")
+
+
+@given(
+    counts=st.lists(st.integers(1, 8), max_size=4),
+    names=st.lists(st.sampled_from(gpu_presets()), min_size=4, max_size=4),
+    sign=st.sampled_from(["x ", "X ", " x  "]),
+    joint=st.sampled_from(["+", " + ", "  +\t"]),
+)
+@settings(deadline=None)
+def test_counts_make_so_many_gpus(
+    counts: list[int], names: list[str], sign: str, joint: str
+) -> None:
+    """Terms with counts make so many GPUs, numbered through in the order of the text."""
+    wanted = list(zip(counts, names, strict=False))
+    text = joint.join([*(f"{count}{sign}{name}" for count, name in wanted), RAM])
+    machine = Machine.parse(text)
+    assert [gpu.model for gpu in machine.gpus] == [n for count, n in wanted for _ in range(count)]
+    assert [gpu.name for gpu in machine.gpus] == [f"GPU{i}" for i in range(sum(counts))]
+    assert machine.devices == (*machine.gpus, machine.ram)
+    assert machine.ram == Machine.parse(RAM).ram
+
+
+def test_gpus_from_plain_numbers() -> None:
+    """A GPU may be a capacity with a bandwidth; its other rates follow a known card."""
+    machine = Machine.parse("2x 24GiB@936GB/s + 128 GiB @ 200 GB/s")
+    assert [g.capacity_bytes for g in machine.gpus] == [24 * GIB] * 2
+    assert [g.bandwidth_bytes_per_s for g in machine.gpus] == [936e9] * 2
+    assert machine.gpus[1].flops_per_s == pytest.approx(71e12, rel=0.01)
+    assert machine.gpus[1].link_bytes_per_s == 25e9
+    assert machine.ram.capacity_bytes == 128 * GIB
+    assert machine.ram.bandwidth_bytes_per_s == 200e9
+
+
+def test_ram_alone_is_a_machine_without_gpu() -> None:
+    """One term is the RAM, and the CPU reads host memory over no link."""
+    machine = Machine.parse(RAM)
+    assert machine.gpus == ()
+    assert (machine.ram.name, machine.ram.kind) == ("CPU", "cpu")
+    assert machine.ram.link_bytes_per_s == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "margin_bytes"),
+    [
+        (Device.gpu(0, 10 * GIB, 1e9), GIB // 2),
+        (Device.gpu(0, 80 * GIB, 1e9), GIB),
+        (Device.ram(40 * GIB, 1e9), 2 * GIB),
+        (Device.ram(512 * GIB, 1e9), 4 * GIB),
+        (Device.gpu(0, 80 * GIB, 1e9, margin_bytes=0), 0),
+        (Device.ram(8 * GIB, 1e9, margin_bytes=3 * GIB), 3 * GIB),
+    ],
+)
+def test_margins(device: Device, margin_bytes: int) -> None:
+    """A twentieth stays free by default, at most 1 GiB on a GPU and 4 GiB of RAM."""
+    assert device.margin_bytes == margin_bytes
+    assert device.usable_bytes == device.capacity_bytes - margin_bytes
+
+
+def test_a_margin_above_the_capacity_leaves_nothing() -> None:
+    """A device whose margin exceeds its memory offers none, not a negative amount."""
+    assert Device.gpu(0, GIB, 1e9, margin_bytes=2 * GIB).usable_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("RTX 409", "RTX 4090"),
+        ("RTX 3091", "RTX 3090"),
+        ("5090", "RTX 5090"),
+        ("RTX A6001", "RTX A6000"),
+        ("RX 7900XTXX", "RX 7900 XTX"),
+    ],
+)
+def test_near_names_are_suggested(text: str, near: str) -> None:
+    """A name that is almost right comes with the right one."""
+    with pytest.raises(MachineError, match=rf"unknown GPU '{text}': did you mean .*\b{near}\b"):
+        Machine.parse(f"{text} + {RAM}")
+
+
+def test_a_name_like_no_other_lists_what_is_known() -> None:
+    """A name without a near one comes with all that are known."""
+    with pytest.raises(MachineError) as caught:
+        Machine.parse(f"abacus + {RAM}")
+    assert all(name in str(caught.value) for name in gpu_presets())
+
+
+@pytest.mark.parametrize("text", ["RTX 4090", "RTX 4090 + 64GiB", "64GiB", "2x 64GiB@80GB/s", ""])
+def test_missing_ram_is_explained(text: str) -> None:
+    """A text without RAM and its bandwidth says what to write instead."""
+    with pytest.raises(MachineError, match=r"the RAM is missing.*64GiB@80GB/s"):
+        Machine.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("RTX 409 + 24XB@9GB/s + 64GiB", ["'RTX 409'", "'24XB'", "the RAM is missing"]),
+        ("foo + bar + 1GiB@0GB/s", ["'foo'", "'bar'", "must be above 0"]),
+        ("+ 24GiB@fast + many@80GB/s", ["''", "'fast'", "'many'"]),
+        ("24XB@fast + 64GiB@80GB/s", ["'24XB'", "'fast'"]),
+        ("RTX 4090 + some@slow", ["'some'", "'slow'"]),
+    ],
+)
+def test_all_faults_come_at_once(text: str, faults: list[str]) -> None:
+    """Every fault of the line is reported in one error, in the order of the line."""
+    with pytest.raises(MachineError) as caught:
+        Machine.parse(text)
+    assert len(caught.value.faults) == len(faults)
+    assert all(part in fault for part, fault in zip(faults, caught.value.faults, strict=True))
+
+
+words = st.sampled_from(["RTX 4090", "24GiB", "@", "+", "x ", "2", "80GB/s", " ", "0", "/s", "é"])
+
+
+@given(st.text(max_size=30) | st.lists(words, max_size=8).map("".join))
+@example("9" * 400 + "@80GB/s")
+@example("64GiB@" + "9" * 400 + "GB/s")
+@example("9" * 5000 + f"x RTX 4090 + {RAM}")
+@settings(deadline=None)
+def test_any_text_is_a_machine_or_a_machine_error(text: str) -> None:
+    """Whatever is typed, the answer is a machine that works or a MachineError with a reason."""
+    try:
+        machine = Machine.parse(text)
+    except MachineError as error:
+        assert error.faults
+        assert all(error.faults)
+        return
+    assert all(device.bandwidth_bytes_per_s > 0 for device in machine.devices)
+    assert machine.describe()
+
+
+def test_description_names_every_device() -> None:
+    """One line names each GPU with its memory, and the RAM with its bandwidth."""
+    described = Machine.parse(f"2x RTX 3090 + RTX 3060 + {RAM}").describe()
+    assert described == (
+        "RTX 3090 (24.00 GiB) + RTX 3090 (24.00 GiB) + RTX 3060 (12.00 GiB) + "
+        "RAM 64.00 GiB at 80 GB/s"
+    )
+
+
+@given(
+    gpus=st.lists(st.sampled_from(gpu_presets()), max_size=3),
+    capacity_gib=st.integers(1, 4096),
+    rate=st.integers(1, 2000),
+)
+@settings(deadline=None)
+def test_machines_survive_json(gpus: list[str], capacity_gib: int, rate: int) -> None:
+    """A machine is the same after a trip through JSON."""
+    machine = Machine.parse(" + ".join([*gpus, f"{capacity_gib}GiB@{rate}GB/s"]))
+    assert Machine.model_validate_json(machine.model_dump_json()) == machine
+
+
+def test_devices_cannot_change() -> None:
+    """A device is a value: its fields cannot be assigned."""
+    with pytest.raises(ValidationError, match="frozen"):
+        Machine.parse(RAM).ram.capacity_bytes = 1
+
+
+def test_numbers_of_the_table_come_with_a_source() -> None:
+    """The table of GPUs says where its numbers are from and when they were looked up."""
+    table = json.loads(files("quantplan").joinpath("data/hardware.json").read_text())
+    assert table["source"]
+    assert table["date"]
+    assert (*table["gpus"], *table["classes"]) == gpu_presets()

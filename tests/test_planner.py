@@ -1,0 +1,703 @@
+"""The optimiser, compared with counting every choice out."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from quantplan import (
+    Device,
+    Inventory,
+    Machine,
+    NoPlanError,
+    Plan,
+    Policy,
+    Tensor,
+    Workload,
+    plan,
+    policy,
+)
+from quantplan import read_inventory as read
+from quantplan.costs import load_data, memory
+from quantplan.costs.quality import LossTable
+from quantplan.planner.problem import Problem, build_problem
+from quantplan.planner.solve import Solution, solve
+from tests.support.models import toy_inventory
+
+GAP = 1e-4
+# The solver and the fastest placement of its types may each stop at the gap.
+SLACK = 1 + 2.5 * GAP
+# With several GPUs the search over the splits stops at a gap of 0.1 %.
+SPLIT_SLACK = 1 + 2.5e-3
+NATS = 1e-8
+# The solver holds 4096 bytes of each device back, and a millionth of the time.
+HELD_BACK_BYTES = 8192
+HELD_BACK_TIME = 1 + 1e-5
+OFFLOAD_MIN_BATCH = 32
+SPEED = load_data("speed.json")
+solving = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+# What things cost, from llama.cpp's rules, without the code under test.
+
+
+def raw_bytes(tensor: Tensor, qtype: str) -> int:
+    """Bytes in the file."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[qtype]]
+    return tensor.n_weights // block * block_bytes
+
+
+def bytes_on(kind: str, tensor: Tensor, qtype: str) -> int:
+    """Bytes in a buffer: 32-byte steps on the CPU; on CUDA 128, and rows in steps of 512."""
+    n_bytes = raw_bytes(tensor, qtype)
+    if kind == "cpu":
+        return math.ceil(n_bytes / 32) * 32
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[qtype]]
+    if block > 1 and tensor.shape_ne[0] % 512:
+        n_bytes += (512 - tensor.shape_ne[0] % 512) // block * block_bytes
+    return math.ceil(n_bytes / 128) * 128
+
+
+def is_expert(tensor: Tensor) -> bool:
+    """Whether the tensor holds experts."""
+    return tensor.name.endswith("_exps.weight")
+
+
+def seconds(inventory: Inventory, tensor: Tensor, qtype: str, home: Device, last: Device) -> float:
+    """Seconds per token to read a tensor, the output's copy of a tied embedding included."""
+    share, kind = 1.0, f"{home.kind}_bandwidth_share"
+    if is_expert(tensor):
+        share = inventory.architecture.n_expert_used / inventory.architecture.n_expert
+        kind = "cpu_expert_bandwidth_share" if home.kind == "cpu" else kind
+    if tensor.name == "token_embd.weight":
+        share = 1 / tensor.shape_ne[1]
+    found = raw_bytes(tensor, qtype) * share / home.bandwidth_bytes_per_s / SPEED[kind]
+    if is_tied(inventory, tensor):
+        rate = last.bandwidth_bytes_per_s * SPEED[f"{last.kind}_bandwidth_share"]
+        found += bytes_on("cpu", tensor, qtype) / rate
+    return found
+
+
+def is_tied(inventory: Inventory, tensor: Tensor) -> bool:
+    """Whether the tensor is the embedding and the output matrix."""
+    return tensor.name == "token_embd.weight" and "output.weight" not in inventory.by_name
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem with the layers on given devices."""
+
+    inventory: Inventory
+    machine: Machine
+    workload: Workload
+    rules: Policy
+    layers: tuple[str, ...]
+    min_decode_tps: float | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """The same for the code under test."""
+        parts = (self.inventory, self.machine, self.workload, self.rules, self.min_decode_tps)
+        return build_problem(*parts).with_layers(self.layers)
+
+    @property
+    def last(self) -> Device:
+        """The device of the output."""
+        return (self.machine.gpus or (self.machine.ram,))[-1]
+
+
+def homes(task: Task, tensor: Tensor) -> list[Device]:
+    """Devices that a tensor may be on."""
+    by_name = {device.name: device for device in task.machine.devices}
+    if tensor.name == "token_embd.weight":
+        return [task.machine.ram]
+    if tensor.layer is None:
+        return [task.last]
+    home = by_name[task.layers[tensor.layer]]
+    may_leave = task.rules.rule(tensor.role_class).may_leave_gpu
+    return [home, task.machine.ram] if may_leave and home.kind == "gpu" else [home]
+
+
+def decisions(task: Task) -> list[list[Tensor]]:
+    """Tensors by what is decided together: up and gate experts of a layer, else one by one."""
+    found = defaultdict(list)
+    for tensor in task.inventory.tensors:
+        is_tie = "_up_exps" in tensor.name or "_gate_exps" in tensor.name
+        found[f"experts of layer {tensor.layer}" if is_tie else tensor.name].append(tensor)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Everything:
+    """All combinations of types and places: one row each."""
+
+    loss: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    fits: NDArray[np.bool_]
+    fits_easily: NDArray[np.bool_]
+
+
+def every_choice(task: Task, only: dict[str, str] | None = None) -> Everything:
+    """Count all combinations out.
+
+    Args:
+        task: The problem.
+        only: Type of each tensor, where only the places are to be counted out.
+    """
+    losses = LossTable(task.inventory)
+    devices = task.machine.devices
+    sums = np.zeros((1, 2 + len(devices)))  # loss, seconds, bytes of each device
+    streamed = np.zeros(1)
+    for tensors in decisions(task):
+        rows, largest = [], []
+        names = task.rules.candidates_for(tensors[0], is_loaded=True)
+        for qtype in [only[tensors[0].name]] if only else names:
+            for home in homes(task, tensors[0]):
+                row = [0.0] * (2 + len(devices))
+                for tensor in tensors:
+                    row[0] += losses.loss_nats(tensor, qtype)
+                    row[1] += seconds(task.inventory, tensor, qtype, home, task.last)
+                    copies = {home, task.last} if is_tied(task.inventory, tensor) else {home}
+                    for d, device in enumerate(devices):
+                        if device in copies:
+                            row[2 + d] += bytes_on(device.kind, tensor, qtype)
+                rows.append(row)
+                streams = home.kind == "cpu" and tensors[0].layer is not None
+                largest.append(max(bytes_on("cpu", t, qtype) for t in tensors) if streams else 0)
+        sums = (sums[:, None, :] + np.array(rows)[None]).reshape(-1, sums.shape[1])
+        streamed = np.maximum(streamed[:, None], np.array(largest)[None]).reshape(-1)
+        assert len(sums) < 2e6, "too many choices to count out"
+    time = sums[:, 1] + SPEED["fixed_s_per_token"] + cache_seconds(task)
+    room = [
+        device.usable_bytes - cache_bytes(task).get(device.name, 0) - sums[:, 2 + d]
+        - np.array([compute_bytes(task, device, 0)])
+        - extra_scratch(task, device, streamed)
+        for d, device in enumerate(devices)
+    ]  # fmt: skip
+    least_room = np.minimum.reduce(room)
+    allowed_s = 1 / task.min_decode_tps if task.min_decode_tps else math.inf
+    return Everything(
+        loss=sums[:, 0],
+        seconds=time,
+        fits=(least_room >= 0) & (time <= allowed_s),
+        fits_easily=(least_room >= HELD_BACK_BYTES) & (time * HELD_BACK_TIME <= allowed_s),
+    )
+
+
+def cache_bytes(task: Task) -> dict[str, int]:
+    """KV cache of each device: F16 rows of two heads of 64 for K and V."""
+    cells = math.ceil(task.workload.context / 256) * 256
+    found: dict[str, int] = defaultdict(int)
+    for name in task.layers:
+        found[name] += cells * 2 * (2 * 64 * 2)
+    return found
+
+
+def cache_seconds(task: Task) -> float:
+    """Seconds per token for the cache of one slot."""
+    return sum(
+        cache_bytes(task).get(d.name, 0) / task.workload.slots
+        / (d.bandwidth_bytes_per_s * SPEED[f"{d.kind}_bandwidth_share"])
+        for d in task.machine.devices
+    )  # fmt: skip
+
+
+def compute_bytes(task: Task, device: Device, streamed: int) -> int:
+    """The estimate of a compute buffer; a GPU's has room for logits or a streamed tensor."""
+    activations = memory.activation_bytes(task.inventory.architecture, task.workload)
+    logits = 4 * task.inventory.by_name["token_embd.weight"].shape_ne[1] * task.workload.slots
+    if device.kind == "cpu":
+        return activations + logits
+    return activations + max(logits if device == task.last else 0, streamed)
+
+
+def extra_scratch(
+    task: Task, device: Device, streamed: NDArray[np.float64]
+) -> NDArray[np.float64] | float:
+    """What a streamed tensor needs beyond the logits, whose room it shares."""
+    if device.kind == "cpu" or task.workload.ubatch < OFFLOAD_MIN_BATCH:
+        return 0.0
+    without = compute_bytes(task, device, 0)
+    activations = memory.activation_bytes(task.inventory.architecture, task.workload)
+    return np.maximum(0, streamed - (without - activations))
+
+
+def objective(task: Task, found: Everything) -> NDArray[np.float64]:
+    """What is minimised: the loss, and the price of time where no speed is asked for."""
+    price = 0.0 if task.min_decode_tps else task.rules.decode_price_nats_per_s
+    return found.loss + price * found.seconds
+
+
+def best(task: Task, *, easily: bool = False) -> float:
+    """Least objective; infinite where nothing fits."""
+    found = every_choice(task)
+    fits = found.fits_easily if easily else found.fits
+    return float(objective(task, found)[fits].min(initial=math.inf))
+
+
+# Small random problems.
+
+CANDIDATES = st.sampled_from(["Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K"])
+# Three decisions a layer in a dense model, two with experts.
+MODELS = [
+    {"layers": (1, 2), "experts": 0, "types": (2, 2)},
+    {"layers": (1, 3), "experts": 4, "types": (2, 2)},
+    {"layers": (2, 2), "experts": 4, "types": (3, 3)},
+]
+
+
+@st.composite
+def tasks(draw: st.DrawFn, n_gpus: Sequence[int] = (1, 2, 1, 0)) -> Task:
+    """A model of a few MB on GPUs that hold a part of it."""
+    model = draw(st.sampled_from(MODELS))
+    n_layers = draw(st.integers(*model["layers"]))
+    same = draw(st.booleans())
+    width = st.integers(1, 24).map(lambda n: 32 * n)
+    widths = draw(st.lists(width, min_size=n_layers, max_size=n_layers))
+    inventory = toy_inventory(
+        widths[:1] * n_layers if same else widths,
+        experts=model["experts"],
+        has_tied_output=draw(st.booleans()),
+    )
+    low, high = model["types"]
+    types = draw(st.lists(CANDIDATES, min_size=low, max_size=high, unique=True))
+    rules = policy().model_copy(update={"candidates": tuple(types)})
+    workload = Workload(
+        context=draw(st.sampled_from([256, 1000, 4096])),
+        slots=draw(st.sampled_from([1, 2])),
+        ubatch=draw(st.sampled_from([16, 64])),
+    )
+    share = st.integers(1, 30).map(lambda n: n / 20)
+    rate = st.integers(1, 100).map(lambda n: n * 1e7)
+    overhead = memory.activation_bytes(inventory.architecture, workload) + 2**16
+    n_bytes = inventory.n_bytes // 2 + sum(memory.cache_bytes(inventory.architecture, workload))
+    machine = Machine(
+        gpus=tuple(
+            Device.gpu(
+                d, overhead + int(draw(share) * n_bytes), draw(rate), margin_bytes=draw(MARGINS)
+            )
+            for d in range(draw(st.sampled_from(n_gpus)))
+        ),
+        ram=Device.ram(
+            overhead + int((draw(share) + 0.3) * n_bytes), draw(rate) / 4, margin_bytes=0
+        ),
+    )
+    names = [device.name for device in (machine.ram, *machine.gpus)]
+    layers = draw(st.lists(st.sampled_from(names), min_size=n_layers, max_size=n_layers))
+    task = Task(inventory, machine, workload, rules, tuple(sorted(layers, key=names.index)))
+    if draw(st.booleans()):
+        return task
+    found = every_choice(task)
+    if not found.fits.any():
+        return task
+    wanted_s = float(np.quantile(found.seconds[found.fits], draw(st.floats(0, 1))))
+    target = draw(st.sampled_from([1.0, 1.01])) / wanted_s
+    return Task(inventory, machine, workload, rules, task.layers, target)
+
+
+MARGINS = st.sampled_from([0, 1000])
+
+
+def slack(task: Task) -> float:
+    """How much larger than the best an answer may be."""
+    return SPLIT_SLACK if len(task.machine.gpus) > 1 else SLACK
+
+
+@solving
+@given(tasks())
+def test_a_solution_is_as_good_as_counting_every_choice_out(task: Task) -> None:
+    """The objective is within the gap of the best of all combinations of types and places."""
+    solution = solve(task.problem, gap=GAP)
+    if solution is None:
+        assert not every_choice(task).fits_easily.any()
+        return
+    # With several GPUs the layers may have moved to a better split.
+    same_split = Task(**{**vars(task), "layers": solution.layer_devices})
+    assert solution.objective_nats >= best(same_split) - NATS
+    assert solution.objective_nats <= best(same_split, easily=True) * slack(task) + NATS
+
+
+@solving
+@given(tasks())
+def test_no_solution_means_that_there_is_none(task: Task) -> None:
+    """None is returned where no combination fits, and only there."""
+    found = every_choice(task)
+    assume(found.fits.any() == found.fits_easily.any())  # else the held-back bytes decide
+    assert (solve(task.problem) is not None) == found.fits.any()
+
+
+@solving
+@given(tasks(n_gpus=(1, 2)))
+def test_types_are_on_the_fastest_places_that_hold_them(task: Task) -> None:
+    """No other placement of the chosen types is faster by more than the gap."""
+    solution = solve(task.problem, gap=GAP)
+    assume(solution is not None)
+    assert isinstance(solution, Solution)
+    groups = zip(task.problem.groups, solution.choices, strict=True)
+    types = {
+        tensor.name: qtype
+        for group, (option, _) in groups
+        for tensor, qtype in zip(group.tensors, option.qtypes, strict=True)
+    }
+    same_split = Task(**{**vars(task), "layers": solution.layer_devices})
+    found = every_choice(same_split, only=types)
+    fastest = found.seconds[found.fits_easily].min(initial=math.inf)
+    assert solution.decode_s <= fastest * slack(task)
+
+
+def splits(task: Task) -> list[tuple[str, ...]]:
+    """Every contiguous split with as many layers in RAM."""
+    n_cpu = task.layers.count("CPU")
+    names = [gpu.name for gpu in task.machine.gpus]
+    n_layers = len(task.layers) - n_cpu
+    return [
+        ("CPU",) * n_cpu + on_gpus for on_gpus in combinations_with_replacement(names, n_layers)
+    ]
+
+
+@solving
+@given(tasks(n_gpus=(2,)))
+def test_the_bound_holds_over_every_split(task: Task) -> None:
+    """No split of the layers over the GPUs has a solution below the stated bound."""
+    solution = solve(task.problem, gap=GAP)
+    assume(solution is not None)
+    assert isinstance(solution, Solution)
+    everywhere = min(
+        best(Task(**{**vars(task), "layers": layers}), easily=True) for layers in splits(task)
+    )
+    assert solution.bound_nats <= everywhere + NATS
+    assert solution.bound_nats <= solution.objective_nats
+
+
+@solving
+@given(tasks(n_gpus=(0, 1)))
+def test_the_status_is_what_the_gap_says(task: Task) -> None:
+    """With time enough the gap is no larger than asked for, and `optimal` means none at all."""
+    solution = solve(task.problem, gap=GAP)
+    assume(solution is not None)
+    assert isinstance(solution, Solution)
+    assert 0 <= solution.gap <= SLACK - 1
+    assert (solution.status == "optimal") == (solution.gap == 0)
+    assert solution.status != "time_limit"
+
+
+# Plans, audited from their assignments.
+
+
+def audit(made: Plan, inventory: Inventory) -> dict[str, dict[str, int]]:
+    """Recompute what a plan puts on each device from its assignments alone."""
+    gpus = [device.name for device in made.machine.gpus]
+    last = gpus[-1] if gpus else "CPU"
+    found = {name: defaultdict(int) for name in (*gpus, "CPU")}
+    layer_device: dict[int, str] = {}
+    streamed = 0
+    for assignment in made.assignments:
+        tensor = inventory.by_name[assignment.tensor]
+        if assignment.device is None:
+            continue
+        copies = [assignment.device]
+        if is_tied(inventory, tensor) and gpus:
+            copies.append(last)
+        for name in copies:
+            kind = "cpu" if name == "CPU" else "gpu"
+            found[name]["buffer"] += bytes_on(kind, tensor, assignment.qtype)
+            found[name]["weights"] += bytes_on("cpu", tensor, assignment.qtype)
+        if tensor.layer is not None and tensor.role == "attn_norm":
+            layer_device[tensor.layer] = assignment.device
+        if tensor.layer is not None and assignment.device == "CPU":
+            streamed = max(streamed, bytes_on("cpu", tensor, assignment.qtype))
+    caches = memory.cache_bytes(inventory.architecture, made.workload)
+    for layer, n_bytes in enumerate(caches):
+        found[layer_device.get(layer, last)]["kv"] += n_bytes
+    activations = memory.activation_bytes(inventory.architecture, made.workload)
+    logits = inventory.n_vocab * 4 * made.workload.slots
+    for name, use in found.items():
+        if name == "CPU":
+            use["compute"] = activations + logits
+        else:
+            scratch = [logits if name == last else 0]
+            if min(made.workload.batch, made.workload.ubatch) >= OFFLOAD_MIN_BATCH:
+                scratch.append(streamed)
+            use["compute"] = activations + max(scratch)
+    return {name: dict(use) for name, use in found.items()}
+
+
+def check_budgets(made: Plan, inventory: Inventory) -> None:
+    """Hold every device of a plan against the audit and against its budget."""
+    audited = audit(made, inventory)
+    for device in made.devices:
+        use = defaultdict(int, audited[device.name])
+        assert device.weights_bytes == use["weights"]
+        assert device.weights_bytes + device.padding_bytes == use["buffer"]
+        assert device.kv_bytes == use["kv"]
+        assert device.compute_bytes == use["compute"]
+        used = use["buffer"] + use["kv"] + use["compute"]
+        assert device.free_bytes == device.capacity_bytes - used
+        assert used <= device.capacity_bytes - device.margin_bytes
+
+
+def decode_s(made: Plan, inventory: Inventory) -> float:
+    """Seconds per token of a plan, recomputed from its assignments."""
+    devices = {device.name: device for device in made.machine.devices}
+    last = (made.machine.gpus or (made.machine.ram,))[-1]
+    total = float(SPEED["fixed_s_per_token"])
+    caches = memory.cache_bytes(inventory.architecture, made.workload)
+    for assignment in made.assignments:
+        tensor = inventory.by_name[assignment.tensor]
+        if assignment.device is not None:
+            home = devices[assignment.device]
+            total += seconds(inventory, tensor, assignment.qtype, home, last)
+            if tensor.layer is not None and tensor.role == "attn_norm":
+                rate = home.bandwidth_bytes_per_s * SPEED[f"{home.kind}_bandwidth_share"]
+                total += caches[tensor.layer] / made.workload.slots / rate
+    return total
+
+
+def try_plan(
+    task: Task, machine: Machine | None = None, min_decode_tps: float | None = None
+) -> Plan | None:
+    """A plan, or None where there is none."""
+    try:
+        return plan(
+            task.inventory,
+            machine or task.machine,
+            task.workload,
+            min_decode_tps=min_decode_tps or task.min_decode_tps,
+            policy=task.rules,
+            gap=GAP,
+        )
+    except NoPlanError:
+        return None
+
+
+@solving
+@given(tasks())
+def test_plans_keep_within_their_budgets(task: Task) -> None:
+    """Every device holds what a plan puts there, and every byte stated is found in the audit."""
+    made = try_plan(task)
+    assume(made is not None)
+    assert isinstance(made, Plan)
+    check_budgets(made, task.inventory)
+
+
+@solving
+@given(tasks())
+def test_plans_reach_the_speed_asked_for(task: Task) -> None:
+    """The stated speed is that of the assignments, and no less than asked for."""
+    made = try_plan(task)
+    assume(made is not None)
+    assert isinstance(made, Plan)
+    assert 1 / made.predicted.decode_tps == pytest.approx(decode_s(made, task.inventory))
+    assert made.predicted.decode_tps >= (task.min_decode_tps or 0)
+
+
+REAL = ["GLM-4.5-Air", "DeepSeek-V3.1-Terminus", "Qwen3-4B-Instruct-2507", "gemma-4-31B-it"]
+
+
+@pytest.mark.parametrize("machine", ["RTX 4090 + 256GiB@200GB/s", "2x RTX 3090 + 256GiB@80GB/s"])
+@pytest.mark.parametrize("model", REAL)
+def test_plans_of_real_models_keep_within_their_budgets(model: str, machine: str) -> None:
+    """The same holds for models of the catalog."""
+    inventory = read(model)
+    workload = Workload(context=16384, kv_type="q8_0", slots=2)
+    check_budgets(plan(inventory, Machine.parse(machine), workload), inventory)
+
+
+# More of anything does no harm.
+
+
+def with_more(machine: Machine, what: str, factor: float) -> Machine:
+    """A machine with more of one thing."""
+    key = "capacity_bytes" if "memory" in what else "bandwidth_bytes_per_s"
+    device = machine.ram if what.startswith("RAM") else machine.gpus[0]
+    value = getattr(device, key) * factor
+    more = device.model_copy(update={key: int(value) if "memory" in what else value})
+    if what.startswith("RAM"):
+        return machine.model_copy(update={"ram": more})
+    return machine.model_copy(update={"gpus": (more, *machine.gpus[1:])})
+
+
+def is_no_worse(more: Plan | None, less: Plan | None) -> bool:
+    """Whether the first plan's objective is no worse than the second's, the gap aside.
+
+    Layers must be on the GPU if they fit, which is no gain with a GPU that is hardly faster than
+    RAM. Plans are compared only where the GPU is, and where as many layers are in RAM.
+    """
+    if less is None:
+        return True
+    gpus, ram = less.machine.gpus, less.machine.ram
+    assume(all(gpu.bandwidth_bytes_per_s > 2 * ram.bandwidth_bytes_per_s for gpu in gpus))
+    if more is None:
+        return False
+    assume(more.flags[:2] == less.flags[:2])  # -ngl
+    allowed = less.provenance.objective_nats * SLACK + NATS
+    return more.provenance.objective_nats <= allowed
+
+
+@pytest.mark.parametrize("what", ["RAM memory", "RAM bandwidth", "GPU memory", "GPU bandwidth"])
+@solving
+@given(task=tasks(n_gpus=(1,)), factor=st.floats(1.0, 3.0))
+def test_a_better_machine_has_no_worse_plan(what: str, task: Task, factor: float) -> None:
+    """With the same layers in RAM, more memory or bandwidth never makes the objective worse."""
+    better = with_more(task.machine, what, factor)
+    assert is_no_worse(try_plan(task, better), try_plan(task))
+
+
+@solving
+@given(tasks(n_gpus=(0, 1)), st.floats(0.3, 1.0))
+def test_a_lower_target_has_no_worse_plan(task: Task, factor: float) -> None:
+    """With the same layers in RAM, a lower speed target never makes the objective worse."""
+    target = task.min_decode_tps or 20.0
+    lower = try_plan(task, min_decode_tps=target * factor)
+    assert is_no_worse(lower, try_plan(task, min_decode_tps=target))
+
+
+@solving
+@given(tasks(n_gpus=(1,)), st.integers(0, 2**16))
+def test_smaller_caches_have_no_worse_plan(task: Task, context: int) -> None:
+    """With the same layers in RAM, a shorter context never makes the objective worse."""
+    longer = task.workload.model_copy(update={"context": task.workload.context + context})
+    more = Task(**{**vars(task), "workload": longer})
+    assert is_no_worse(try_plan(task), try_plan(more))
+
+
+# What a plan keeps to.
+
+
+def by_name(made: Plan) -> dict[str, tuple[str, str | None]]:
+    """Type and device of each tensor."""
+    return {a.tensor: (a.qtype, a.device) for a in made.assignments}
+
+
+@solving
+@given(tasks(), st.randoms(use_true_random=False))
+def test_the_order_of_the_tensors_plays_no_part(task: Task, random: "np.random.Generator") -> None:
+    """A model whose file lists its tensors in another order gets the same plan."""
+    made = try_plan(task)
+    tensors = list(task.inventory.tensors)
+    random.shuffle(tensors)
+    shuffled = task.inventory.model_copy(update={"tensors": tuple(tensors)})
+    again = try_plan(Task(**{**vars(task), "inventory": shuffled}))
+    assert (made is None) == (again is None)
+    if made is not None and again is not None:
+        objectives = made.provenance.objective_nats, again.provenance.objective_nats
+        assert objectives[0] == pytest.approx(objectives[1], rel=1e-12)
+        assert by_name(made) == by_name(again)
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_the_order_of_the_tensors_plays_no_part_in_real_models(model: str) -> None:
+    """The same holds for models of the catalog, listed backwards."""
+    inventory = read(model)
+    backwards = inventory.model_copy(update={"tensors": inventory.tensors[::-1]})
+    machine = Machine.parse("RTX 4090 + 256GiB@200GB/s")
+    assert by_name(plan(backwards, machine)) == by_name(plan(inventory, machine))
+
+
+@solving
+@given(tasks())
+def test_up_and_gate_experts_of_a_layer_are_alike(task: Task) -> None:
+    """Up and gate experts of a layer have one type and one device."""
+    made = try_plan(task)
+    assume(made is not None)
+    assert isinstance(made, Plan)
+    found = by_name(made)
+    pairs = [(n, n.replace("_up_", "_gate_")) for n in found if "_up_exps" in n]
+    assert all(found[up] == found[gate] for up, gate in pairs)
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_attention_keeps_at_least_q8_0(model: str) -> None:
+    """However little memory there is, attention has 8 bits or more."""
+    inventory = read(model)
+    # Just enough for less than 6 bits per weight, the caches and the compute buffers.
+    machine = Machine.parse(f"{inventory.n_weights * 0.62 / 0.95 + 2**30:.0f}B@200GB/s")
+    made = plan(inventory, machine)
+    attention = {
+        a.qtype
+        for a in made.assignments
+        if inventory.by_name[a.tensor].role_class == "attention" and a.device
+    }
+    assert attention
+    assert all(raw_bytes(EIGHT_BITS, qtype) >= 34 * 8 for qtype in attention)
+    assert made.predicted.bpw < 6
+
+
+EIGHT_BITS = Tensor(name="blk.0.attn_q.weight", shape_ne=(256, 1), qtype="Q8_0")
+
+
+@solving
+@given(tasks())
+def test_layers_are_contiguous(task: Task) -> None:
+    """Attention runs through RAM, then through the GPUs in order."""
+    made = try_plan(task)
+    assume(made is not None)
+    assert isinstance(made, Plan)
+    order = ["CPU", *(gpu.name for gpu in task.machine.gpus)]
+    found = by_name(made)
+    devices = [found[f"blk.{layer}.attn_q.weight"][1] for layer in range(len(task.layers))]
+    assert [order.index(device) for device in devices] == sorted(map(order.index, devices))
+
+
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is written to file descriptor 1 or 2, whatever the solver thinks of silence."""
+    task = Task(
+        toy_inventory([256, 512], experts=4),
+        Machine(gpus=(Device.gpu(0, 2**23, 1e9),), ram=Device.ram(2**23, 1e8)),
+        Workload(context=256, ubatch=64),
+        policy(),
+        ("GPU0", "GPU0"),
+    )
+    assert solve(task.problem) is not None
+    assert capfd.readouterr() == ("", "")
+
+
+# Several GPUs.
+
+
+def plain_machine(*gpus: tuple[float, float], ram: tuple[float, float]) -> Machine:
+    """A machine from (bytes, bytes per second) without margins."""
+    return Machine(
+        gpus=tuple(Device.gpu(d, int(n), rate, margin_bytes=0) for d, (n, rate) in enumerate(gpus)),
+        ram=Device.ram(int(ram[0]), ram[1], margin_bytes=0),
+    )
+
+
+def test_a_speed_that_some_split_reaches_is_reached() -> None:
+    """With a fast and a slow GPU, a speed that the fast one alone reaches is no refusal."""
+    inventory = toy_inventory([512] * 8)
+    workload = Workload(context=256, ubatch=64)
+    slow_and_fast = plain_machine((2**28, 1e7), (2**28, 1e9), ram=(2**28, 1e7))
+    only_fast = plain_machine((2**28, 1e9), ram=(2**28, 1e7))
+    alone = plan(inventory, only_fast, workload)
+    target = alone.predicted.decode_tps * 0.5
+    made = plan(inventory, slow_and_fast, workload, min_decode_tps=target)
+    assert made.predicted.decode_tps >= target
+
+
+def test_layers_stay_on_the_gpus_if_some_split_fits() -> None:
+    """Layers are not put into RAM while some split of them fits on the GPUs."""
+    inventory = toy_inventory([512, 512])
+    workload = Workload(context=256, ubatch=16)
+    rules = policy().model_copy(update={"candidates": ("Q8_0", "Q4_K")})
+    layer = 2**17 + (2 * 512 + 2 * 128) * 256 * 34 // 32 + 1024  # cache, attention at Q8_0, norm
+    activations = memory.activation_bytes(inventory.architecture, workload)
+    output = 256 * 136 * 34 // 32 + 1024
+    # The second GPU takes nine tenths of a layer beside the output, the first one both layers.
+    first, second = activations + 2 * layer + 2**15, activations + output + layer * 9 // 10
+    machine = plain_machine((first, 1e12), (second, 1e12), ram=(2**28, 1e10))
+    for layers in (("GPU0", "GPU0"), ("CPU", "GPU0")):
+        task = Task(inventory, machine, workload, rules, layers)
+        assert every_choice(task).fits_easily.any()
+    found = by_name(plan(inventory, machine, workload, policy=rules))
+    assert [found[f"blk.{n}.attn_q.weight"][1] for n in range(2)] == ["GPU0", "GPU0"]
