@@ -33,6 +33,7 @@ ORDER = [
     "planner.milp",
     "planner.split",
     "planner.solve",
+    "planner.diagnose",
     "planner.search",
     "formats",
     "formats.regex",

@@ -29,7 +29,8 @@ from quantplan import read_inventory as read
 from quantplan.costs import load_data, memory
 from quantplan.costs.quality import LossTable
 from quantplan.planner.problem import Problem, build_problem
-from quantplan.planner.solve import Solution, solve
+from quantplan.planner.search import solve
+from quantplan.planner.solve import Solution
 from tests.support.models import toy_inventory
 
 GAP = 1e-4

@@ -95,6 +95,7 @@ class _Keys:
         self._metadata = metadata
 
     def get(self, key: str, default: Any = None) -> Any:
+        """The value of an architecture key, whatever it is."""
         return self._metadata.get(f"{self.arch}.{key}", default)
 
     def number(self, key: str, default: int = 0) -> int:
@@ -110,6 +111,7 @@ class _Keys:
         return int(value)
 
     def need(self, key: str) -> int:
+        """A count above 0 that must be there."""
         value = self.get(key)
         if not isinstance(value, int) or value <= 0:
             raise UnsupportedModelError(
@@ -119,6 +121,7 @@ class _Keys:
         return value
 
     def per_layer(self, key: str, n_layers: int, default: int) -> tuple[int, ...]:
+        """A count for each layer, from an array or one number for all."""
         value = self.get(key, default)
         if not isinstance(value, (tuple, list)):
             return (self._count(key, value),) * n_layers

@@ -1,13 +1,13 @@
-"""Solves the integer program and checks the answer outside the solver, in integers."""
+"""Solves the program for one split of the layers, and checks the answer in integers."""
 
 import contextlib
 import importlib.metadata
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import highspy
 import pulp
@@ -16,16 +16,10 @@ from quantplan.errors import SolverError
 from quantplan.hardware import Device
 from quantplan.planner.milp import Model, build_model, form_cohorts
 from quantplan.planner.problem import Option, Problem
-from quantplan.planner.split import neighbours
 
 Status = Literal["optimal", "within_gap", "time_limit"]
 
-_Found = TypeVar("_Found")
 
-# Relative gap at which the search over splits of the layers may stop.
-_SPLIT_GAP = 1e-3
-# Relative improvement that is worth another step of that search.
-_PROGRESS = 1e-6
 # Losses below this many nats are equal: no text is long enough to tell them apart.
 _NEGLIGIBLE_NATS = 1e-9
 
@@ -145,119 +139,6 @@ class _InfeasibleError(Exception):
     """The solver proved that no choice meets the constraints."""
 
 
-def solve(
-    problem: Problem,
-    *,
-    splits: Sequence[tuple[str, ...]] = (),
-    gap: float = 1e-4,
-    time_limit_s: float = 60.0,
-) -> Solution | None:
-    """Finds the types and places of least loss, then the fastest placement of those types.
-
-    Without a speed target time has a price (the policy's nats per second), so that no bytes are
-    spent on quality that nobody can tell. With several GPUs the best of the given splits of the
-    layers is improved one boundary at a time, until it is within the gap of the bound that pooled
-    GPUs give or no neighbour is better.
-
-    Args:
-        problem: Groups and budgets.
-        splits: Splits of the layers to start from, with equally many layers in RAM; by default the
-            problem's own.
-        gap: Relative gap at which the search may stop; with several GPUs at least 0.1 %.
-        time_limit_s: Time for each run of the solver, in seconds.
-
-    Returns:
-        The solution, or None where the solver proved that there is none for these splits.
-
-    Raises:
-        SolverError: The solver found nothing in time, or its answer breaks a constraint.
-    """
-    starts = splits or (problem.layer_devices,)
-    if len(problem.machine.gpus) < 2:
-        return _solve_split(problem.with_layers(starts[0]), gap, time_limit_s)
-    # Which split is best matters more than the last digits of one.
-    gap = max(gap, _SPLIT_GAP)
-    pooled_bound = _pooled_bound(problem.with_layers(starts[0]), gap / 10, time_limit_s)
-    if pooled_bound is None:
-        return None
-    good_enough = pooled_bound / (1 - gap)
-    best = _climb(
-        problem,
-        starts,
-        lambda split: _solve_split(split, gap / 2, time_limit_s, good_enough),
-        lambda found: found.objective_nats,
-        good_enough,
-    )
-    return _with_bound(best[1], pooled_bound, gap) if best else None
-
-
-def fastest_split(
-    problem: Problem, splits: Sequence[tuple[str, ...]], *, time_limit_s: float = 60.0
-) -> tuple[tuple[str, ...], float] | None:
-    """The split of the layers, and its seconds per token, that decodes fastest within memory.
-
-    Args:
-        problem: Groups and budgets; a speed target plays no part.
-        splits: Splits to start from; their neighbours are tried while that helps.
-        time_limit_s: Time for each run of the solver, in seconds.
-
-    Returns:
-        None where no split fits.
-    """
-
-    def decode_s(split: Problem) -> float | None:
-        model = build_model(split, form_cohorts(split))
-        model.lp += model.decode_ms()
-        try:
-            _run(model, _SPLIT_GAP, time_limit_s)
-        except _InfeasibleError:
-            return None
-        return float(pulp.value(model.lp.objective)) / 1000 + split.base_decode_s
-
-    free = replace(problem, min_decode_tps=None)
-    best = _climb(free, splits, decode_s, lambda seconds: seconds, 0.0)
-    return (best[0].layer_devices, best[1]) if best else None
-
-
-def _climb(
-    problem: Problem,
-    starts: Sequence[tuple[str, ...]],
-    evaluate: Callable[[Problem], _Found | None],
-    cost: Callable[[_Found], float],
-    good_enough: float,
-) -> tuple[Problem, _Found] | None:
-    """Improves the best start one boundary at a time.
-
-    Args:
-        problem: The groups.
-        starts: Splits to start from.
-        evaluate: What a split is worth; None where it is impossible.
-        cost: The number to bring down.
-        good_enough: Cost at which to stop.
-    """
-    best: tuple[Problem, _Found] | None = None
-    tried: set[tuple[str, ...]] = set()
-    candidates: Iterable[tuple[str, ...]] = starts
-    while True:
-        improved = False
-        for layers in candidates:
-            if layers in tried:
-                continue
-            tried.add(layers)
-            split = problem.with_layers(layers)
-            found = evaluate(split)
-            if found is None or (best and cost(found) >= cost(best[1]) * (1 - _PROGRESS)):
-                continue
-            best, improved = (split, found), True
-            if cost(found) <= good_enough:
-                return best
-            if candidates is not starts:
-                break
-        if best is None or not improved:
-            return best
-        candidates = neighbours(problem, best[0].layer_devices)
-
-
 def _price(problem: Problem) -> float:
     """Nats that a second per token is worth."""
     is_free = problem.min_decode_tps is None
@@ -268,7 +149,7 @@ def _set_objective(model: Model) -> None:
     model.lp += model.loss_millinats() + _price(model.problem) * model.decode_ms()
 
 
-def _solve_split(
+def solve_split(
     problem: Problem, gap: float, time_limit_s: float, good_enough_nats: float | None = None
 ) -> Solution | None:
     """Solves a problem for its split of the layers; the bound is for this split."""
@@ -288,10 +169,21 @@ def _solve_split(
     except _InfeasibleError as error:
         raise SolverError("the chosen types lost their placement; please report this") from error
     solution = _checked(problem, _choices(fastest))
-    return _with_bound(solution, bound / 1000 + base, gap)
+    return with_bound(solution, bound / 1000 + base, gap)
 
 
-def _pooled_bound(problem: Problem, gap: float, time_limit_s: float) -> float | None:
+def fastest_decode_s(problem: Problem, gap: float, time_limit_s: float) -> float | None:
+    """Least seconds per token within memory for a problem's split; None where nothing fits."""
+    model = build_model(problem, form_cohorts(problem))
+    model.lp += model.decode_ms()
+    try:
+        _run(model, gap, time_limit_s)
+    except _InfeasibleError:
+        return None
+    return float(pulp.value(model.lp.objective)) / 1000 + problem.base_decode_s
+
+
+def pooled_bound(problem: Problem, gap: float, time_limit_s: float) -> float | None:
     """A lower bound of the objective over every split of the layers, in nats.
 
     Returns:
@@ -312,7 +204,7 @@ def _pooled_bound(problem: Problem, gap: float, time_limit_s: float) -> float | 
     return bound / 1000 + _price(problem) * pooled.base_decode_s
 
 
-def _with_bound(solution: Solution, bound_nats: float, gap: float) -> Solution:
+def with_bound(solution: Solution, bound_nats: float, gap: float) -> Solution:
     """The solution with another bound, and the status that follows from it."""
     bounded = replace(solution, bound_nats=min(bound_nats, solution.objective_nats))
     # Rounding may leave the objective a little above what the solver stopped at.
