@@ -18,6 +18,7 @@ from quantplan.inventory.catalog import catalog_names
 from quantplan.inventory.sources import read_inventory
 from quantplan.plan import Plan, plan
 from quantplan.policy import Policy, policy
+from quantplan.predict import MemoryPrediction, predict
 from quantplan.quantize import quantize
 from quantplan.recipe import Recipe
 from quantplan.version import __version__
@@ -29,6 +30,7 @@ __all__ = [
     "Inventory",
     "Machine",
     "MachineError",
+    "MemoryPrediction",
     "NoPlanError",
     "Plan",
     "Policy",
@@ -46,6 +48,7 @@ __all__ = [
     "catalog_names",
     "plan",
     "policy",
+    "predict",
     "quantize",
     "read_inventory",
 ]

@@ -19,6 +19,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+MachineOption = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        help="GPUs and RAM: 'RTX 4090 + 64GiB@80GB/s', '2x 24GiB + 128GiB@200GB/s'.",
+    ),
+]
+LlamaBuildOption = Annotated[
+    int, typer.Option(help="Build number of the llama.cpp that will run the model.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A GGUF file, any shard of one, or a catalog name.")
 ]
@@ -45,20 +56,12 @@ def _main(
 @app.command()
 def plan(
     model: ModelArgument,
-    machine: Annotated[
-        str,
-        typer.Option(
-            metavar="TEXT",
-            help="GPUs and RAM: 'RTX 4090 + 64GiB@80GB/s', '2x 24GiB + 128GiB@200GB/s'.",
-        ),
-    ],
+    machine: MachineOption,
     ctx: Annotated[int, typer.Option(help="Tokens of context, all slots together.")] = 4096,
     kv: Annotated[KVType, typer.Option(help="Type of the KV cache.")] = "f16",
     slots: Annotated[int, typer.Option(help="Requests served at the same time.")] = 1,
     ubatch: Annotated[int, typer.Option(help="Physical batch in tokens.")] = 512,
-    llama_build: Annotated[
-        int, typer.Option(help="Build number of the llama.cpp that will run the model.")
-    ] = NEWEST_KNOWN_BUILD,
+    llama_build: LlamaBuildOption = NEWEST_KNOWN_BUILD,
     min_tps: Annotated[
         float | None, typer.Option(help="Least decode speed in tokens/s, context full.")
     ] = None,
@@ -76,7 +79,7 @@ def plan(
     gguf_name: Annotated[
         str, typer.Option(metavar="FILE", help="Name of the quantized GGUF in the command shown.")
     ] = "model.gguf",
-    json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    json_output: JsonOption = False,
 ) -> None:
     """Choose types and places, and print the flags for llama.cpp."""
     import quantplan as qp  # noqa: PLC0415 (help pages must not wait for the solver)
@@ -110,12 +113,34 @@ def plan(
 
 
 @app.command()
+def predict(
+    model: ModelArgument,
+    machine: MachineOption,
+    flags: Annotated[
+        list[str], typer.Argument(metavar="-- FLAGS", help="Flags of llama-server, after --.")
+    ],
+    llama_build: LlamaBuildOption = NEWEST_KNOWN_BUILD,
+    json_output: JsonOption = False,
+) -> None:
+    """Say how much memory a model takes with given llama.cpp flags, and whether that fits."""
+    import quantplan as qp  # noqa: PLC0415
+
+    found = qp.predict(
+        qp.read_inventory(model),
+        flags,
+        qp.Machine.parse(machine),
+        llama_cpp_build=llama_build,
+    )
+    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+
+
+@app.command()
 def show(
     source: Annotated[
         str,
         typer.Argument(metavar="SOURCE", help="A recipe (.json), a GGUF file, or a catalog name."),
     ],
-    json_output: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    json_output: JsonOption = False,
 ) -> None:
     """Show what is in a recipe or in a model."""
     import quantplan as qp  # noqa: PLC0415

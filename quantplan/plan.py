@@ -13,6 +13,7 @@ from quantplan.planner.search import best_solution
 from quantplan.planner.solve import Solution, Status, solver_name, solver_options
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
+from quantplan.predict import DeviceUse, device_line
 from quantplan.qtypes import qtype
 from quantplan.recipe import Assignment, Provenance, Recipe, RecipeTensor
 from quantplan.schema import Frozen
@@ -21,32 +22,6 @@ from quantplan.version import __version__
 from quantplan.workload import Workload
 
 _DATA_ALIGNMENT = 32
-
-
-class DeviceUse(Frozen):
-    """What a plan puts on one device.
-
-    Attributes:
-        name: ``GPU0``, ..., ``CPU``.
-        model: What the device is.
-        capacity_bytes: Memory in total.
-        margin_bytes: Memory that the plan leaves alone.
-        weights_bytes: Model buffer as llama.cpp prints it; exact.
-        padding_bytes: What a CUDA buffer takes on top of that.
-        kv_bytes: KV cache and recurrent state; exact.
-        compute_bytes: Compute buffer; an estimate.
-        free_bytes: Capacity less all of the above but the margin.
-    """
-
-    name: str
-    model: str
-    capacity_bytes: int
-    margin_bytes: int
-    weights_bytes: int
-    padding_bytes: int
-    kv_bytes: int
-    compute_bytes: int
-    free_bytes: int
 
 
 class Prediction(Frozen):
@@ -126,12 +101,7 @@ class Plan(Frozen):
             f"loss {self.predicted.loss_nats:.4f} nats/token, "
             f"file {gib(self.predicted.file_bytes)} ({self.predicted.bpw:.2f} bpw)",
         ]
-        rows += [
-            f"  {d.name:5} weights {gib(d.weights_bytes):>10}, KV {gib(d.kv_bytes):>9}, "
-            f"compute {gib(d.compute_bytes):>9}, free {gib(d.free_bytes):>9} of "
-            f"{gib(d.capacity_bytes)}"
-            for d in self.devices
-        ]
+        rows += [device_line(device) for device in self.devices]
         rows += [f"  note: {note}" for note in self.notes]
         rows.append("  types and places:")
         rows += [f"    {line}" for line in summarize(self.assignments)]

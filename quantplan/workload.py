@@ -28,6 +28,7 @@ class Workload(Frozen):
         kv_type_k: Type of the K cache (``-ctk``).
         kv_type_v: Type of the V cache (``-ctv``).
         flash_attention: ``-fa on`` or ``off``.
+        swa_full: Keep sliding-window layers at the full context (``--swa-full``).
         llama_cpp_build: Build number of the llama.cpp that will run, where builds differ.
 
     ``kv_type`` may be given instead of both KV types.
@@ -45,6 +46,7 @@ class Workload(Frozen):
     kv_type_k: KVType = "f16"
     kv_type_v: KVType = "f16"
     flash_attention: bool = True
+    swa_full: bool = False
     llama_cpp_build: int = Field(default=NEWEST_KNOWN_BUILD, ge=1)
 
     def __init__(self, *, kv_type: str | None = None, **values: Any) -> None:

@@ -1,38 +1,15 @@
 """Plan, quantize, serve: the real llama.cpp does exactly what the plan says."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import quantplan as qp
-from tests.support.llama_cpp import Buffers, llama_server, needs_llama_cpp, rpc_server
+from tests.support.buffers import BUILD, assert_buffers
+from tests.support.llama_cpp import llama_server, needs_llama_cpp, rpc_server
 from tests.support.models import toy_moe
 
 pytestmark = needs_llama_cpp
-
-# Build of llama.cpp in the installed wheel; it keeps a KV cache for glm4moe's skipped last block.
-BUILD = 10434
-PRINTED_MIB = 0.0051  # llama.cpp prints two decimals
-
-
-def assert_buffers_as_planned(plan: qp.Plan, buffers: Buffers, endpoints: Sequence[str]) -> None:
-    """Weights and KV of every device equal what llama.cpp printed, to the last digit."""
-    for device in plan.devices:
-        if device.name == "CPU":
-            names = {n for n in buffers.model | buffers.kv if not n.startswith("RPC")}
-        else:
-            endpoint = endpoints[int(device.name.removeprefix("GPU"))]
-            names = {n for n in buffers.model | buffers.kv if endpoint in n}
-        # Each buffer is rounded when it is printed, so every one may add its half digit.
-        weights = [buffers.model[n] for n in names & buffers.model.keys()]
-        caches = [c[n] for c in (buffers.kv, buffers.recurrent) for n in names & c.keys()]
-        assert sum(weights) == pytest.approx(
-            device.weights_bytes / 2**20, abs=PRINTED_MIB * max(1, len(weights))
-        ), device.name
-        assert sum(caches) == pytest.approx(
-            device.kv_bytes / 2**20, abs=PRINTED_MIB * max(1, len(caches))
-        ), device.name
 
 
 def serve(plan: qp.Plan, source: Path, n_servers: int = 1) -> str:
@@ -44,7 +21,7 @@ def serve(plan: qp.Plan, source: Path, n_servers: int = 1) -> str:
         with llama_server(target, plan.flags, endpoints) as server:
             answer = server.complete("The capital of France is", 8)
             assert "offloaded" in server.log
-            assert_buffers_as_planned(plan, server.buffers, endpoints)
+            assert_buffers(plan.devices, server.buffers, endpoints)
     return answer
 
 

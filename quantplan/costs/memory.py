@@ -26,6 +26,9 @@ _LIVE_RESIDUALS = 4
 # Before this build the next-token-prediction block of glm4moe got a KV cache although its weights
 # are skipped. b10434 was seen to do so, b11434 not to.
 _NEXTN_CACHE_BEFORE_BUILD = {"glm4moe": 11434}
+# From this batch size on llama.cpp multiplies by weights held in RAM on the GPU, by copying them
+# there one after the other (GGML_OP_OFFLOAD_MIN_BATCH).
+_OP_OFFLOAD_MIN_BATCH = 32
 # From this build on llama-server was seen to reserve logits for one token per slot; builds of 2025
 # did so for every token of the ubatch (as llama-bench and llama-perplexity still need).
 _FEW_OUTPUTS_FROM_BUILD = 10434
@@ -65,7 +68,7 @@ def kv_cells(cache: LayerCache, workload: Workload) -> int:
     context = pad(workload.context, _CELL_PADDING)
     unified = workload.kv_unified
     cells = context if unified else pad(context // workload.slots, _CELL_PADDING)
-    if cache.window:
+    if cache.window and not workload.swa_full:
         windows = cache.window * (workload.slots if unified else 1)
         cells = min(cells, windows + workload.ubatch)
     return pad(cells, _CELL_PADDING)
@@ -121,6 +124,25 @@ def logits_bytes(n_vocab: int, workload: Workload) -> int:
     reserves_few = workload.llama_cpp_build >= _FEW_OUTPUTS_FROM_BUILD
     n_outputs = workload.slots if reserves_few else workload.ubatch
     return n_vocab * n_outputs * _F32_BYTES
+
+
+def scratch_bytes(
+    n_vocab: int, workload: Workload, *, has_output: bool, streamed_bytes: int
+) -> int:
+    """The part of a GPU's compute buffer that logits and streamed weights take in turn.
+
+    Args:
+        n_vocab: Rows of the output matrix.
+        workload: Slots and ubatch.
+        has_output: Whether the output matrix is on this GPU.
+        streamed_bytes: Bytes of the largest tensor that is streamed from RAM; see `streams`.
+    """
+    return max(logits_bytes(n_vocab, workload) if has_output else 0, streamed_bytes)
+
+
+def streams(workload: Workload) -> bool:
+    """Whether llama.cpp multiplies by weights held in RAM on a GPU, copying them there."""
+    return workload.ubatch >= _OP_OFFLOAD_MIN_BATCH
 
 
 def activation_bytes(architecture: Architecture, workload: Workload) -> int:

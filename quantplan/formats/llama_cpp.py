@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 
 from quantplan.errors import RecipeError
 from quantplan.formats.regex import names_patterns, rules_by_value
+from quantplan.placement import MAX_OVERRIDES
 from quantplan.workload import Workload
 
-MAX_OVERRIDES = 4095
 _MATCHABLE = re.compile(r"[a-z0-9_.-]+")
 
 
@@ -92,6 +92,7 @@ def workload_flags(workload: Workload) -> list[str]:
         "-ctk", workload.kv_type_k,
         "-ctv", workload.kv_type_v,
         "-fa", "on" if workload.flash_attention else "off",
+        *(["--swa-full"] if workload.swa_full else []),
         "-lm", "none",
         "--fit", "off",
     ]  # fmt: skip

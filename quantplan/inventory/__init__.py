@@ -1,5 +1,6 @@
 """The tensor inventory of a model: what there is to place and to quantize."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -132,6 +133,25 @@ class Inventory(Frozen):
     def has_tied_output(self) -> bool:
         """Whether the output matrix is the embedding matrix."""
         return "output.weight" not in self.by_name
+
+    def with_qtypes(self, qtypes: Mapping[str, str]) -> "Inventory":
+        """The inventory of the file in which some tensors have other types.
+
+        Args:
+            qtypes: New types by full tensor name; the other tensors keep theirs.
+        """
+        tensors = tuple(
+            Tensor(name=t.name, shape_ne=t.shape_ne, qtype=qtypes.get(t.name, t.qtype))
+            for t in self.tensors
+        )
+        return Inventory(
+            name=self.name,
+            source=self.source,
+            header_sha256=self.header_sha256,
+            metadata=self.metadata,
+            array_lengths=self.array_lengths,
+            tensors=tensors,
+        )
 
     def is_loaded(self, tensor: Tensor) -> bool:
         """Whether llama.cpp loads the tensor for plain decoding.

@@ -25,6 +25,9 @@ _WINDOW_PERIOD = {
 # a gated delta net in between.
 _DELTA_NET = {"qwen3next", "qwen35", "qwen35moe"}
 _DEFAULT_FULL_ATTENTION_INTERVAL = 4
+# Without a GPU llama.cpp reads a tied embedding as the output matrix where it is; for these
+# architectures it makes a second copy even so (seen in b10434).
+_ALWAYS_COPIES_TIED_OUTPUT = {"gemma4"}
 # LLAMA_MAX_LAYERS
 _MAX_LAYERS = 512
 
@@ -80,6 +83,11 @@ class Architecture(Frozen):
     def n_loaded_layers(self) -> int:
         """Layers without the next-token-prediction blocks."""
         return self.n_layers - self.n_nextn
+
+    @property
+    def always_copies_tied_output(self) -> bool:
+        """Whether a tied embedding is held twice even where one device holds both uses."""
+        return self.name in _ALWAYS_COPIES_TIED_OUTPUT
 
     @property
     def active_share(self) -> float:

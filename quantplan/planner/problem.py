@@ -13,15 +13,7 @@ from quantplan.inventory import Inventory, Tensor
 from quantplan.policy import Policy
 from quantplan.workload import Workload
 
-# Without a GPU llama.cpp reads a tied embedding as the output matrix where it is; for these
-# architectures it makes a second copy even so (seen in b10434).
-_ALWAYS_COPIES_TIED_OUTPUT = {"gemma4"}
-
 Place = Literal["layer", "free", "output", "host", "host_and_output"]
-
-# From this batch size on llama.cpp multiplies by weights held in RAM on the GPU, by copying them
-# there one after the other (GGML_OP_OFFLOAD_MIN_BATCH).
-_OP_OFFLOAD_MIN_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +121,8 @@ class Problem:
 
     def is_streamed(self, group: Group) -> bool:
         """Whether large batches copy the group to a GPU when it is held in RAM."""
-        is_large = self.workload.ubatch >= _OP_OFFLOAD_MIN_BATCH
-        return bool(self.machine.gpus) and is_large and group.layer is not None
+        can_stream = bool(self.machine.gpus) and memory.streams(self.workload)
+        return can_stream and group.layer is not None
 
     @cached_property
     def activation_bytes(self) -> int:
@@ -144,9 +136,12 @@ class Problem:
             device: A GPU.
             streamed_bytes: Bytes of the largest tensor that is streamed from RAM.
         """
-        is_output = device == self.output_device
-        logits = memory.logits_bytes(self.inventory.n_vocab, self.workload) if is_output else 0
-        return max(logits, streamed_bytes)
+        return memory.scratch_bytes(
+            self.inventory.n_vocab,
+            self.workload,
+            has_output=device == self.output_device,
+            streamed_bytes=streamed_bytes,
+        )
 
     def compute_bytes(self, device: Device, streamed_bytes: int) -> int:
         """Compute buffer of a device, given the largest tensor that is streamed from RAM."""
@@ -244,7 +239,7 @@ def build_problem(
 def _place(inventory: Inventory, machine: Machine, policy: Policy, tensor: Tensor) -> Place:
     if tensor.role_class == "embedding":
         is_tied = inventory.has_tied_output and tensor.role == "token_embd"
-        is_copied = bool(machine.gpus) or inventory.architecture.name in _ALWAYS_COPIES_TIED_OUTPUT
+        is_copied = bool(machine.gpus) or inventory.architecture.always_copies_tied_output
         return "host_and_output" if is_tied and is_copied else "host"
     if tensor.layer is None:
         return "output"
