@@ -16,6 +16,8 @@ ORDER = [
     "schema",
     "qtypes",
     "inventory.roles",
+    "inventory.keys",
+    "inventory.caches",
     "inventory.architecture",
     "inventory",
     "inventory.header",

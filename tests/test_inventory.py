@@ -491,7 +491,7 @@ def test_caches_are_as_wide_as_their_projections(name: str) -> None:
         assert kept.k_width == k_width
         # Gemma's full-attention layers take the keys for values.
         assert kept.v_width == rows.get("attn_v", rows.get("attn_k", 0))
-        assert kept.indexer_width == rows.get("indexer.attn_k", 0)
+        assert kept.indexer_k_width == rows.get("indexer.attn_k", 0)
         assert (kept.state_elements > 0) == (k_width == 0)
 
 
@@ -592,7 +592,7 @@ def test_missing_keys_are_named(key: str) -> None:
 @pytest.mark.parametrize("key", ["ssm.state_size", "wkv.head_size"])
 def test_unknown_recurrence_is_refused(key: str) -> None:
     """A model whose recurrent state is not modelled is refused, rather than planned too small."""
-    with pytest.raises(UnsupportedModelError, match="recurrent state of architecture 'toy'"):
+    with pytest.raises(UnsupportedModelError, match="the caches of architecture 'toy'"):
         read_architecture(PLAIN | {f"toy.{key}": 16})
 
 

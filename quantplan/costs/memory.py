@@ -23,9 +23,12 @@ _MASK_BYTES = 2
 _F32_BYTES = 4
 # Copies of the residual stream that live at the same time in a layer's graph.
 _LIVE_RESIDUALS = 4
-# Before this build the next-token-prediction block of glm4moe got a KV cache although its weights
-# are skipped. b10434 was seen to do so, b11434 not to.
-_NEXTN_CACHE_BEFORE_BUILD = {"glm4moe": 11434}
+# Before this build the next-token-prediction blocks of these architectures got a KV cache although
+# their weights are skipped. b10434 was seen to do so, b11434 (for glm4moe) not to.
+_NEXTN_CACHE_BEFORE_BUILD = 11434
+_NEXTN_CACHE = {
+    "bailingmoe2", "deepseek2", "exaone-moe", "exaone4", "glm4", "glm4moe", "mistral4",
+}  # fmt: skip
 # From this batch size on llama.cpp multiplies by weights held in RAM on the GPU, by copying them
 # there one after the other (GGML_OP_OFFLOAD_MIN_BATCH).
 _OP_OFFLOAD_MIN_BATCH = 32
@@ -88,24 +91,25 @@ def cache_bytes(architecture: Architecture, workload: Workload) -> tuple[int, ..
             K and V differ where llama.cpp wants one.
     """
     caches = architecture.caches
-    widest_v = max(cache.v_width for cache in caches)
     k_type, v_type = qtype(workload.kv_type_k), qtype(workload.kv_type_v)
     if k_type != v_type and any(cache.k_width and not cache.v_width for cache in caches):
         raise WorkloadError(
             f"the KV types {workload.kv_type_k} and {workload.kv_type_v} differ, which llama.cpp "
             "refuses for multi-head latent attention: use one type for both"
         )
-    keeps_nextn = workload.llama_cpp_build < _NEXTN_CACHE_BEFORE_BUILD.get(architecture.name, 0)
+    is_older = workload.llama_cpp_build < _NEXTN_CACHE_BEFORE_BUILD
+    keeps_nextn = is_older and architecture.name in _NEXTN_CACHE
     n_cached = architecture.n_layers if keeps_nextn else architecture.n_loaded_layers
     sizes = []
     for cache in caches[:n_cached]:
         v_width = cache.v_width
-        if v_width and not workload.flash_attention:
-            v_width = widest_v
+        if cache.attends and not workload.flash_attention:
+            v_width = architecture.widest_v_width
         row = (
             _row_bytes(k_type, cache.k_width)
             + _row_bytes(v_type, v_width)
-            + _row_bytes(k_type, cache.indexer_width)
+            + _row_bytes(k_type, cache.indexer_k_width)
+            + _row_bytes(v_type, cache.indexer_v_width)
         )
         state = cache.state_elements * _F32_BYTES * workload.slots
         sizes.append(row * kv_cells(cache, workload) * workload.n_streams + state)

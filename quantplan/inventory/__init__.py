@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import field_validator
 
-from quantplan.inventory.architecture import Architecture, LayerCache, read_architecture
+from quantplan.inventory.architecture import Architecture, read_architecture
+from quantplan.inventory.caches import LayerCache
 from quantplan.inventory.roles import RoleClass, is_quantizable, role_class, split_name
 from quantplan.qtypes import qtype
 from quantplan.schema import Frozen
