@@ -1,5 +1,7 @@
 """The command line: parses, calls the API, prints."""
 
+import contextlib
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_SHOWN_FAULTS = 10
 
 MachineOption = Annotated[
     str,
@@ -138,7 +142,7 @@ def predict(
 def show(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A recipe (.json), a GGUF file, or a catalog name."),
+        typer.Argument(metavar="SOURCE", help="A recipe, a GGUF file, or a catalog name."),
     ],
     json_output: JsonOption = False,
 ) -> None:
@@ -146,7 +150,7 @@ def show(
     import quantplan as qp  # noqa: PLC0415
     from quantplan.report import inventory_text, recipe_text  # noqa: PLC0415
 
-    if source.endswith(".json"):
+    if _is_recipe(source):
         found: qp.Recipe | qp.Inventory = qp.Recipe.load(source)
     else:
         found = qp.read_inventory(source)
@@ -156,6 +160,18 @@ def show(
         typer.echo(recipe_text(found))
     else:
         typer.echo(inventory_text(found))
+
+
+def _is_recipe(source: str) -> bool:
+    """Whether a source is meant as a recipe: by its suffix, or because it starts as JSON."""
+    if source.endswith(".json"):
+        return True
+    path = Path(source)
+    with contextlib.suppress(OSError):  # reading it as a model will say what is wrong
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(1) == b"{"
+    return False
 
 
 @app.command()
@@ -185,10 +201,12 @@ def quantize(
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    with bar:
-        task = bar.add_task("quantize", total=None)
+    task = bar.add_task("quantize", total=None)
+    with contextlib.ExitStack() as shown:
 
         def report(step: Step) -> None:
+            if not bar.live.is_started:
+                shown.enter_context(bar)
             bar.update(task, completed=step.done_bytes, total=step.total_bytes)
 
         result = qp.quantize(
@@ -197,15 +215,28 @@ def quantize(
     typer.echo(f"{result.path}: {result.n_bytes} bytes in {result.duration_s:.1f} s, checked")
 
 
+def _exit_on_signals() -> None:
+    """Lets a command that is told to end remove its temporary files first."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, nohup ignores it
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
+
+
 def main() -> None:
     """Runs the command line; quantplan's errors become one message and an exit code.
 
-    Exit codes: 2 for input that cannot be used, 1 where there is no plan or writing failed.
+    Exit codes: 2 for input that cannot be used, 1 where there is no plan or writing failed, 128 and
+    the signal's number where a signal ended it.
     """
+    _exit_on_signals()
     try:
         app()
     except InputError as error:
-        typer.echo(f"quantplan: {error}", err=True)
+        faults = list(error.faults[:_SHOWN_FAULTS])
+        if len(error.faults) > _SHOWN_FAULTS:
+            faults.append(f"… and {len(error.faults) - _SHOWN_FAULTS} more")
+        typer.echo("quantplan: " + "\n".join(faults), err=True)
         sys.exit(2)
     except QuantplanError as error:
         typer.echo(f"quantplan: {error}", err=True)

@@ -7,15 +7,18 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 
 from quantplan.errors import MachineError
 from quantplan.schema import Frozen
 from quantplan.units import gb_per_s, gib, parse_bytes, parse_bytes_per_s
 
 _TERM = re.compile(
-    r"\s*(?:(?P<count>\d{1,3})\s*[xX]\s+)?(?P<what>[^@]+?)\s*(?:@\s*(?P<rate>.+?)\s*)?"
+    r"\s*(?:(?P<count>\d{1,3})\s*[xX](?:\s+|(?=[^\s@]{2})))?"  # 24XB is a misspelt unit
+    r"(?P<what>[^@]+?)\s*(?:@\s*(?P<rate>.+?)\s*)?"
 )
+# llama.cpp takes no more (LLAMA_MAX_DEVICES).
+_MAX_GPUS = 16
 
 
 @cache
@@ -31,7 +34,24 @@ def gpu_presets() -> tuple[str, ...]:
     return (*_data()["gpus"], *_data()["classes"])
 
 
-class Device(Frozen):
+class _Described(Frozen):
+    """A value that raises `MachineError` with every fault."""
+
+    def __init__(self, **values: Any) -> None:
+        """Turns what pydantic finds into sentences."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise MachineError(_fault(fault) for fault in error.errors()) from error
+
+
+def _fault(fault: Any) -> str:
+    """One validation fault as a sentence."""
+    where = " ".join(map(str, fault["loc"]))
+    return f"machine {where}: {fault['msg']} (got {fault['input']!r})"
+
+
+class Device(_Described):
     """Something that holds tensors and reads them.
 
     Attributes:
@@ -43,6 +63,9 @@ class Device(Frozen):
         bandwidth_bytes_per_s: Nominal memory bandwidth.
         flops_per_s: Half-precision matrix rate, for prefill.
         link_bytes_per_s: Rate at which a GPU reads host memory; 0 for the CPU.
+
+    Raises:
+        MachineError: A number is out of range; all of them are named.
     """
 
     name: str
@@ -50,9 +73,9 @@ class Device(Frozen):
     model: str
     capacity_bytes: int = Field(ge=0)
     margin_bytes: int = Field(ge=0)
-    bandwidth_bytes_per_s: float = Field(gt=0)
-    flops_per_s: float = Field(gt=0)
-    link_bytes_per_s: float = Field(ge=0)
+    bandwidth_bytes_per_s: float = Field(gt=0, allow_inf_nan=False)
+    flops_per_s: float = Field(gt=0, allow_inf_nan=False)
+    link_bytes_per_s: float = Field(ge=0, allow_inf_nan=False)
 
     @property
     def usable_bytes(self) -> int:
@@ -82,6 +105,9 @@ class Device(Frozen):
                 bandwidth.
             link_bytes_per_s: Host-to-device rate; by default PCIe 4.0 x16.
             margin_bytes: Memory to leave free; by default 5 %, at most 1 GiB.
+
+        Raises:
+            MachineError: A number is out of range; all of them are named.
         """
         defaults = _data()["defaults"]
         return cls(
@@ -105,6 +131,9 @@ class Device(Frozen):
             capacity_bytes: Memory in total.
             bandwidth_bytes_per_s: Memory bandwidth.
             margin_bytes: Memory to leave free; by default 5 %, at most 4 GiB.
+
+        Raises:
+            MachineError: A number is out of range; all of them are named.
         """
         return cls(
             name="CPU",
@@ -120,20 +149,46 @@ class Device(Frozen):
 
 def _margin(capacity_bytes: int, kind: Literal["gpu", "ram"]) -> int:
     defaults = _data()["defaults"]
-    share = round(capacity_bytes * defaults["margin_share"])
-    return int(min(share, defaults[f"{kind}_margin_max_mib"] * 2**20))
+    share = max(0.0, capacity_bytes * float(defaults["margin_share"]))
+    return round(min(share, float(defaults[f"{kind}_margin_max_mib"]) * 2**20))
 
 
-class Machine(Frozen):
+class Machine(_Described):
     """One or more GPUs, or none, and the RAM.
 
     Attributes:
         gpus: GPUs in the order in which llama.cpp numbers them.
         ram: The CPU with its RAM.
+
+    Raises:
+        MachineError: The GPUs are not GPU0, GPU1, ... in this order, they are more than 16, or the
+            RAM is not the CPU's. All faults are gathered.
     """
 
     gpus: tuple[Device, ...]
     ram: Device
+
+    @model_validator(mode="after")
+    def _devices_are_where_they_belong(self) -> Self:
+        faults = [
+            f"GPU {index} of the machine is {gpu.name!r} of kind {gpu.kind!r}: make it with "
+            f"Device.gpu({index}, ...)"
+            for index, gpu in enumerate(self.gpus)
+            if (gpu.name, gpu.kind) != (f"GPU{index}", "gpu")
+        ]
+        if (self.ram.name, self.ram.kind) != ("CPU", "cpu"):
+            faults.append(
+                f"the machine's RAM is {self.ram.name!r} of kind {self.ram.kind!r}: make it with "
+                "Device.ram(...)"
+            )
+        if len(self.gpus) > _MAX_GPUS:
+            faults.append(
+                f"the machine has {len(self.gpus)} GPUs, but llama.cpp takes at most {_MAX_GPUS}: "
+                "leave some out"
+            )
+        if faults:
+            raise MachineError(faults)
+        return self
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -153,8 +208,8 @@ class Machine(Frozen):
             text: For example ``RTX 4090 + 64GiB@80GB/s`` or ``2x RTX 3090 + 128GiB@200GB/s``.
 
         Raises:
-            MachineError: The text is not understood. All faults are gathered; unknown GPUs come
-                with similar names.
+            MachineError: The text is not understood, or has more than 16 GPUs. All faults are
+                gathered; unknown GPUs come with similar names.
         """
         *gpu_terms, ram_term = text.split("+")
         faults: list[str] = []
@@ -185,6 +240,8 @@ def _parse_gpus(term: str, first_index: int) -> list[Device]:
     if match is None:
         raise MachineError(f"{term.strip()!r} is no GPU: write for example 2x RTX 3090")
     count = int(match["count"] or 1)
+    if count == 0:
+        raise MachineError(f"{term.strip()!r} is no GPU: leave it out, or write a count above 0")
     indices = range(first_index, first_index + count)
     if match["rate"]:
         capacity, rate = _capacity_and_rate(match)
@@ -248,9 +305,12 @@ def _preset(name: str) -> tuple[str, dict[str, Any]]:
 
 def _amount(text: str) -> int:
     try:
-        return parse_bytes(text)
+        amount = parse_bytes(text)
     except ValueError as error:
         raise MachineError(str(error)) from error
+    if text[-1].isdecimal():
+        raise MachineError(f"the capacity {text!r} has no unit: write {text}GiB")
+    return amount
 
 
 def _rate(text: str) -> float:

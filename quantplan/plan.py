@@ -1,15 +1,17 @@
 """The plan: what to quantize how, where to put it, what to expect, and how sure that is."""
 
+import math
 from collections import Counter
 from typing import Literal
 
 from quantplan.costs import data_hashes, speed
 from quantplan.costs.memory import pad
+from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import placement_flags, server_command, workload_flags
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
 from quantplan.planner.problem import Problem, build_problem
-from quantplan.planner.search import best_solution
+from quantplan.planner.search import best_solution, reachable_gap
 from quantplan.planner.solve import Solution, Status, solver_name, solver_options
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
@@ -136,7 +138,7 @@ def plan(
 
     With a speed target the plan has the least predicted loss that reaches it. Without one, time has
     the price that the policy states. Attention and KV cache are on the GPUs, layer by layer from
-    the last; only if they do not fit do the first layers move to RAM whole.
+    the last; the first layers move to RAM whole where they do not fit or where that is better.
 
     Args:
         inventory: The model.
@@ -145,13 +147,16 @@ def plan(
         min_decode_tps: Least decode speed in tokens per second, with the context full.
         policy: Rules about types and places, or the name of a preset.
         gap: Relative gap at which the solver may stop.
-        time_limit_s: Time for each run of the solver, in seconds.
+        time_limit_s: Time for the whole search, in seconds.
 
     Raises:
+        InputError: A number is out of range, or llama.cpp does not load the model's types.
+        WorkloadError: The model cannot have the KV types.
         NoPlanError: Nothing fits, or the speed is out of reach; the message says by how much.
         UnsupportedModelError: The memory of the architecture is not known.
         SolverError: The solver failed.
     """
+    _check(inventory, min_decode_tps, gap, time_limit_s)
     rules = policy_preset(policy) if isinstance(policy, str) else policy
     task = workload or Workload()
     problem = build_problem(inventory, machine, task, rules, min_decode_tps)
@@ -175,14 +180,42 @@ def plan(
             cost_data=data_hashes(),
             policy=rules.name,
             runtime="llama.cpp",
+            machine=machine,
+            workload=task,
+            min_decode_tps=min_decode_tps,
             solver=solver_name(),
-            solver_options={k: str(v) for k, v in solver_options(gap, time_limit_s).items()},
+            solver_options={
+                k: str(v)
+                for k, v in solver_options(reachable_gap(problem, gap), time_limit_s).items()
+            },
             status=solution.status,
             objective_nats=solution.objective_nats,
             bound_nats=solution.bound_nats,
             gap=solution.gap,
         ),
     )
+
+
+def _check(
+    inventory: Inventory, min_decode_tps: float | None, gap: float, time_limit_s: float
+) -> None:
+    faults = []
+    if min_decode_tps is not None and not (math.isfinite(min_decode_tps) and min_decode_tps > 0):
+        faults.append(f"the speed asked for is {min_decode_tps} tokens/s; it must be above 0")
+    if not 0 <= gap < 1:
+        faults.append(f"the gap is {gap}; it must be at least 0 and below 1")
+    if not (math.isfinite(time_limit_s) and time_limit_s > 0):
+        faults.append(f"the time limit is {time_limit_s} s; it must be above 0")
+    if not inventory.tensors:
+        faults.append(f"{inventory.name} has no tensors, so there is nothing to plan")
+    foreign = {t.qtype for t in inventory.tensors if "llama.cpp" not in qtype(t.qtype).runtimes}
+    if foreign:
+        faults.append(
+            f"{inventory.name} has tensors of the types {', '.join(sorted(foreign))}, which "
+            "llama.cpp does not load; they are ik_llama.cpp's"
+        )
+    if faults:
+        raise InputError(faults)
 
 
 def _assignments(problem: Problem, solution: Solution) -> tuple[RecipeTensor, ...]:
@@ -254,7 +287,7 @@ def _notes(problem: Problem, solution: Solution) -> tuple[str, ...]:
         )
     n_cpu = solution.layer_devices.count(problem.machine.ram.name) if problem.machine.gpus else 0
     if n_cpu:
-        notes.append(f"attention and KV cache of the first {n_cpu} layers do not fit on the GPUs")
+        notes.append(f"attention and KV cache of the first {n_cpu} layers are in RAM")
     if not any(qtype(t.qtype).is_float and t.is_quantizable for t in problem.inventory.tensors):
         notes.append("the model is quantized already: types are kept, only places were chosen")
     if solution.status == "time_limit":

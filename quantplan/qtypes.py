@@ -5,6 +5,7 @@ here: ``Q2_0`` (llama.cpp b11434, ggml 0.26) and the types of ik_llama.cpp (its 
 for ids and blocks; its source for the bytes that precede every row).
 """
 
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -146,10 +147,7 @@ class QType:
         Raises:
             ValueError: The row is not a whole number of blocks.
         """
-        n_rows = 1
-        for n in shape_ne[1:]:
-            n_rows *= n
-        return n_rows * self.row_bytes(shape_ne[0])
+        return math.prod(shape_ne[1:]) * self.row_bytes(shape_ne[0])
 
 
 def _table() -> dict[str, QType]:

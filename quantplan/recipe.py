@@ -7,12 +7,13 @@ from typing import Literal, Self
 
 from pydantic import ValidationError
 
-from quantplan.errors import RecipeError
+from quantplan.errors import InputError, RecipeError
 from quantplan.formats.llama_cpp import tensor_type_file
+from quantplan.hardware import Machine
 from quantplan.inventory import Tensor
+from quantplan.planner.solve import Status
 from quantplan.schema import Frozen
-
-Status = Literal["optimal", "within_gap", "time_limit"]
+from quantplan.workload import Workload
 
 
 class Assignment(Frozen):
@@ -40,6 +41,9 @@ class Provenance(Frozen):
         cost_data: SHA-256 of every data file that the cost models read, by file name.
         policy: Name of the policy.
         runtime: Runtime whose types and flags were used.
+        machine: The machine that was planned for.
+        workload: The workload that was planned for.
+        min_decode_tps: The speed that was asked for, in tokens per second.
         solver: Name and version of the solver.
         solver_options: Options that it was given.
         status: ``optimal``, ``within_gap`` (of the gap asked for), or ``time_limit``: the search
@@ -56,6 +60,9 @@ class Provenance(Frozen):
     cost_data: dict[str, str]
     policy: str
     runtime: str
+    machine: Machine | None = None
+    workload: Workload | None = None
+    min_decode_tps: float | None = None
     solver: str
     solver_options: dict[str, str]
     status: Status
@@ -110,6 +117,8 @@ class Recipe(Frozen):
             return cls.model_validate_json(Path(path).read_bytes())
         except OSError as error:
             raise RecipeError(f"{os.fspath(path)}: {error.strerror or error}") from error
+        except InputError as error:  # the machine or the workload inside
+            raise RecipeError(f"{os.fspath(path)}: {fault}" for fault in error.faults) from error
         except ValidationError as error:
             raise RecipeError(
                 f"{os.fspath(path)} is no recipe that this version reads: "

@@ -1,5 +1,6 @@
 """Text for people: what is in a model, what is in a recipe."""
 
+import math
 import shlex
 from collections import Counter
 
@@ -22,7 +23,7 @@ def inventory_text(inventory: Inventory) -> str:
         f"{len(inventory.tensors)} tensors",
     ]
     found = Counter((t.role, t.shape_ne, t.qtype) for t in inventory.tensors)
-    weights = {key: count * _product(key[1]) for key, count in found.items()}
+    weights = {key: count * math.prod(key[1]) for key, count in found.items()}
     for role, shape_ne, qtype in sorted(weights, key=lambda key: -weights[key]):
         count = found[role, shape_ne, qtype]
         shape = "x".join(map(str, shape_ne))
@@ -43,10 +44,3 @@ def recipe_text(recipe: Recipe) -> str:
             f"  flags: {shlex.join(recipe.flags)}",
         ]
     )
-
-
-def _product(shape_ne: tuple[int, ...]) -> int:
-    product = 1
-    for n in shape_ne:
-        product *= n
-    return product

@@ -13,6 +13,9 @@ KVType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0",
 NEWEST_KNOWN_BUILD = 11434
 """The newest llama.cpp build whose behaviour was checked."""
 
+MAX_CONTEXT = 2**31 - 1
+"""llama.cpp counts tokens in 32 bits."""
+
 _FLOAT_KV = ("f32", "f16", "bf16")
 
 
@@ -38,7 +41,7 @@ class Workload(Frozen):
             is quantized without flash attention, which llama.cpp refuses. All faults are gathered.
     """
 
-    context: int = Field(default=4096, ge=1)
+    context: int = Field(default=4096, ge=1, le=MAX_CONTEXT)
     slots: int = Field(default=1, ge=1)
     kv_unified: bool = True
     batch: int = Field(default=2048, ge=1)

@@ -1,16 +1,20 @@
 """The command line: thin over the API, exit codes, output that parses."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import quantplan as qp
 from tests.support.models import toy_moe
+from tests.support.quantizer import recipe_for, sparse
 
 AIR = ["plan", "GLM-4.5-Air", "--machine", "RTX 4090 + 64GiB@80GB/s", "--ctx", "32768"]
 FULL_AIR = [*AIR, "--kv", "q8_0", "--min-tps", "10"]
@@ -47,6 +51,16 @@ def test_saved_recipe_is_shown_again(tmp_path: Path) -> None:
     assert "GLM-4.5-Air" in shown.stdout
     as_json = quantplan("show", recipe, "--json")
     assert qp.Recipe.model_validate_json(as_json.stdout) == qp.Recipe.load(recipe)
+
+
+def test_a_recipe_is_known_by_its_content(tmp_path: Path) -> None:
+    """A recipe is shown whatever its name."""
+    source = toy_moe(tmp_path / "toy.gguf")
+    recipe = tmp_path / "toy.recipe"
+    recipe_for(source, {}).save(recipe)
+    shown = quantplan("show", recipe, "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert qp.Recipe.model_validate_json(shown.stdout) == qp.Recipe.load(recipe)
 
 
 def test_show_lists_a_model_without_reading_weights(tmp_path: Path) -> None:
@@ -92,6 +106,50 @@ def test_usage_errors_exit_with_2_and_say_what_to_do(arguments: list[str], says:
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_many_faults_are_counted(tmp_path: Path) -> None:
+    """Of more than ten faults the first ten are printed, and the number of the others."""
+    source = toy_moe(tmp_path / "toy.gguf")
+    recipe = recipe_for(source, {})
+    n_faults = len(recipe.tensors)
+    tensors = tuple(t.model_copy(update={"qtype": "Q9_9"}) for t in recipe.tensors)
+    recipe.model_copy(update={"tensors": tensors}).save(tmp_path / "toy.json")
+    done = quantplan("quantize", tmp_path / "toy.json", source, tmp_path / "out.gguf")
+    assert done.returncode == 2
+    assert done.stderr.count("there is no type 'Q9_9'") == 10
+    assert done.stderr.splitlines()[-1].endswith(f"and {n_faults - 10} more")
+
+
+@pytest.mark.parametrize("missing", ["toy.json", "toy.gguf"])
+def test_no_progress_is_shown_before_input_errors(tmp_path: Path, missing: str) -> None:
+    """Where a file is missing, the message is all that is printed."""
+    source = toy_moe(tmp_path / "toy.gguf")
+    recipe_for(source, {}).save(tmp_path / "toy.json")
+    (tmp_path / missing).unlink()
+    done = quantplan("quantize", tmp_path / "toy.json", source, tmp_path / "out.gguf")
+    assert done.returncode == 2
+    assert done.stderr.startswith("quantplan: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX has these signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_temporary_file(tmp_path: Path, number: signal.Signals) -> None:
+    """`quantize` that is told to end removes what it has written so far."""
+    source = sparse(tmp_path / "large.gguf", n_rows=1 << 17)
+    recipe_for(source, {"blk.0.ffn_up.weight": "Q4_K"}).save(tmp_path / "recipe.json")
+    folder = tmp_path / "target"
+    folder.mkdir()
+    names = map(str, (tmp_path / "recipe.json", source, folder / "q.gguf"))
+    command = [sys.executable, "-m", "quantplan.cli", "quantize", *names, "--threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as running:
+        while not list(folder.iterdir()):
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(number)
+        assert running.wait(timeout=60) == 128 + number
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -24,7 +25,7 @@ from quantplan.errors import SourceError, UnsupportedModelError
 from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.architecture import read_architecture
 from quantplan.inventory.catalog import catalog_names
-from quantplan.inventory.sources import read_inventory
+from quantplan.inventory.sources import read_headers, read_inventory
 
 every_model = pytest.mark.parametrize("name", catalog_names())
 TIED = {
@@ -181,9 +182,21 @@ def test_impossible_names_are_refused(source: str) -> None:
 
 
 def test_a_directory_is_refused(tmp_path: Path) -> None:
-    """A directory is refused by name."""
-    with pytest.raises(SourceError, match=re.escape(str(tmp_path))):
-        read_inventory(tmp_path)
+    """A directory is refused as such, by name."""
+    folder = tmp_path / "model.gguf"
+    folder.mkdir()
+    for read in (read_inventory, read_headers):
+        with pytest.raises(SourceError, match=rf"{re.escape(str(folder))}: is a directory"):
+            read(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """What is neither file nor directory is refused without waiting for its data."""
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for read in (read_inventory, read_headers):
+        with pytest.raises(SourceError, match="is no regular file"):
+            read(tmp_path / "pipe.gguf")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Other systems refuse such names themselves.")

@@ -395,13 +395,52 @@ def test_a_damaged_result_never_gets_the_name(toy: Path, occupied: Path) -> None
 
 
 def test_an_existing_target_is_replaced(toy: Path, tmp_path: Path) -> None:
-    """A finished file takes the place of the older one, readable by all."""
+    """A finished file takes the place and the mode of the older one."""
     target = tmp_path / "q.gguf"
     target.write_bytes(b"an older model")
+    target.chmod(0o604)
     quantize(recipe_for(toy, spread(toy, ["Q8_0"])), toy, target)
     assert read_header(target).tensors
-    assert target.stat().st_mode & 0o777 == 0o644
+    assert target.stat().st_mode & 0o777 == 0o604
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_a_new_file_has_the_mode_of_the_umask(toy: Path, tmp_path: Path, umask: int) -> None:
+    """Who may read a new file is what the user's umask says."""
+    before = os.umask(umask)
+    try:
+        quantize(recipe_for(toy, spread(toy, ["Q8_0"])), toy, tmp_path / "q.gguf")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "q.gguf").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_its_file_is_written(toy: Path, tmp_path: Path, exists: bool) -> None:
+    """A symbolic link as the target leads to the file that is written, and remains a link."""
+    real, link = tmp_path / "disk" / "q.gguf", tmp_path / "link.gguf"
+    real.parent.mkdir()
+    if exists:
+        real.write_bytes(b"an older model")
+    link.symlink_to(real)
+    result = quantize(recipe_for(toy, spread(toy, ["Q8_0"])), toy, link)
+    assert result.path == link
+    assert link.readlink() == real
+    assert read_header(real).tensors
+    assert list(real.parent.iterdir()) == [real]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_target_that_is_no_regular_file_is_refused(toy: Path, tmp_path: Path) -> None:
+    """A pipe, even behind a link, is neither written to nor replaced."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for target in (pipe, link):
+        with pytest.raises(RecipeError, match="is no regular file"):
+            quantize(recipe_for(toy, spread(toy, ["Q8_0"])), toy, target)
+    assert pipe.is_fifo()
 
 
 def test_no_threads_are_refused(toy: Path, occupied: Path) -> None:

@@ -94,34 +94,24 @@ def test_a_layer_needs_its_cache_and_what_cannot_leave() -> None:
     assert least_layer_bytes(problem(64)) == [cache + norms + attention] * N_LAYERS
 
 
-def cuts(layers: tuple[str, ...], n_gpus: int) -> list[int]:
-    """How many layers lie before each GPU but the first."""
-    return [
-        sum(name == "CPU" or int(name.removeprefix("GPU")) < gpu for name in layers)
-        for gpu in range(1, n_gpus)
-    ]
-
-
 @untimed
-@given(st.integers(1, 4), st.integers(0, 3), st.data())
-def test_neighbours_move_one_boundary_by_one_layer(
-    n_gpus: int, n_cpu: int, data: st.DataObject
-) -> None:
-    """Neighbours are all splits, and only those, in which one boundary is a layer further."""
-    names = [f"GPU{d}" for d in range(n_gpus)]
-    n_free = N_LAYERS - n_cpu
-    on_gpus = data.draw(st.lists(st.sampled_from(names), min_size=n_free, max_size=n_free))
-    layers = ("CPU",) * n_cpu + tuple(sorted(on_gpus))
-    before = cuts(layers, n_gpus)
-    moved = set()
-    for c in range(n_gpus - 1):
-        for step in (-1, 1):
-            after = [cut + step * (i == c) for i, cut in enumerate(before)]
-            bounds = [n_cpu, *after, N_LAYERS]
+@given(st.integers(1, 4), st.data())
+def test_neighbours_move_one_boundary(n_gpus: int, data: st.DataObject) -> None:
+    """Neighbours are all splits, and only those, in which one boundary is a layer further, or the
+    one to RAM four layers.
+    """
+    names = ["CPU", *(f"GPU{d}" for d in range(n_gpus))]
+    drawn = st.lists(st.sampled_from(range(n_gpus + 1)), min_size=N_LAYERS, max_size=N_LAYERS)
+    layers = sorted(data.draw(drawn))
+    before = [sum(device <= boundary for device in layers) for boundary in range(n_gpus)]
+    expected = set()
+    for boundary in range(n_gpus):
+        for step in (-4, -1, 1, 4) if boundary == 0 else (-1, 1):
+            after = [cut + step * (b == boundary) for b, cut in enumerate(before)]
+            bounds = [0, *after, N_LAYERS]
             if all(a <= b for a, b in pairwise(bounds)):
                 runs = zip(names, pairwise(bounds), strict=True)
-                gpus = tuple(name for name, (a, b) in runs for _ in range(b - a))
-                moved.add(("CPU",) * n_cpu + gpus)
-    found = list(neighbours(problem(*[64] * n_gpus), layers))
+                expected.add(tuple(name for name, (a, b) in runs for _ in range(b - a)))
+    found = list(neighbours(problem(*[64] * n_gpus), tuple(names[device] for device in layers)))
     assert len(found) == len(set(found))
-    assert set(found) == moved
+    assert set(found) == expected

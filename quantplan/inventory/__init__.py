@@ -1,5 +1,6 @@
 """The tensor inventory of a model: what there is to place and to quantize."""
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -31,10 +32,7 @@ class Tensor(Frozen):
     @cached_property
     def n_weights(self) -> int:
         """Number of weights."""
-        product = 1
-        for n in self.shape_ne:
-            product *= n
-        return product
+        return math.prod(self.shape_ne)
 
     @cached_property
     def _name_parts(self) -> tuple[int | None, str]:

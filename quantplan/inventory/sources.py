@@ -45,6 +45,7 @@ def read_headers(path: Path) -> tuple[tuple[Path, Header], ...]:
     Raises:
         SourceError: A file is missing or damaged, or the shards contradict each other.
     """
+    _refuse_irregular(path)
     files = tuple((shard, read_header(shard)) for shard in shard_paths(path))
     first = files[0][1]
     count = _count(files[0], "split.count") or len(files)
@@ -67,6 +68,13 @@ def read_headers(path: Path) -> tuple[tuple[Path, Header], ...]:
     if faults:
         raise SourceError(faults)
     return files
+
+
+def _refuse_irregular(path: Path) -> None:
+    if path.is_dir():
+        raise SourceError(f"{_text(path)}: is a directory; name a GGUF file")
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{_text(path)}: is no regular file, but a device or a pipe")
 
 
 def _count(file: tuple[Path, Header], key: str) -> int | None:
@@ -115,8 +123,8 @@ def read_inventory(source: str | Path) -> Inventory:
             ``GLM-4.5-Air`` (in any case).
 
     Raises:
-        SourceError: The file is missing, no GGUF, truncated or damaged, a shard is missing, or the
-            catalog has no such name; similar names are suggested.
+        SourceError: The file is missing, no regular file, no GGUF, truncated or damaged, a shard
+            is missing, or the catalog has no such name; similar names are suggested.
     """
     path = Path(source)
     try:
@@ -129,6 +137,7 @@ def read_inventory(source: str | Path) -> Inventory:
     entry = read_catalog(text)
     if entry is not None:
         return entry
+    _refuse_irregular(path)
     if text.lower().endswith(".gguf") or len(path.parts) > 1:
         raise SourceError(f"{text}: no such file")
     raise SourceError(_unknown_name(text))

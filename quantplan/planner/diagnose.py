@@ -1,5 +1,7 @@
 """Says what is in the way where there is no plan."""
 
+import math
+
 from quantplan.errors import NoPlanError
 from quantplan.planner.problem import Problem
 from quantplan.units import gib
@@ -7,9 +9,11 @@ from quantplan.units import gib
 
 def too_slow(wanted_tps: float, possible_tps: float) -> NoPlanError:
     """The speed asked for is above the fastest one that was found."""
+    # Rounded down, and a little below, so that the speed named can be asked for.
+    floored = math.floor(possible_tps * 0.9999 * 100) / 100
     return NoPlanError(
         f"no plan decodes {wanted_tps:g} tokens/s with the context full: the fastest one that the "
-        f"policy allows reaches {possible_tps:.2f} tokens/s. Lower the speed or the context, use a "
+        f"policy allows reaches {floored:.2f} tokens/s. Lower the speed or the context, use a "
         "smaller KV type, or add memory bandwidth"
     )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import pulp
 
+from quantplan.costs import speed
 from quantplan.hardware import Device
 from quantplan.planner.problem import Group, Option, Problem
 
@@ -48,15 +49,25 @@ class Model:
         problem: What it was built from.
         cohorts: Interchangeable groups.
         lp: The PuLP problem.
+        pools: Devices whose memory is counted together; each device alone but in a relaxation.
         x: Counts by choice.
         scratch: What each GPU's compute buffer needs beside the activations, in MiB.
+        caches: Caches in each pool, in MiB, by the name of its first device; empty but in a
+            relaxation.
     """
 
     problem: Problem
     cohorts: tuple[Cohort, ...]
     lp: pulp.LpProblem
+    pools: tuple[tuple[Device, ...], ...]
     x: dict[Choice, pulp.LpVariable] = field(default_factory=dict)
     scratch: dict[str, pulp.LpVariable] = field(default_factory=dict)
+    caches: dict[str, pulp.LpVariable] = field(default_factory=dict)
+
+    @property
+    def base_decode_s(self) -> float:
+        """Seconds per token that do not depend on the variables."""
+        return speed.fixed_s() if self.caches else self.problem.base_decode_s
 
     def option(self, choice: Choice) -> Option:
         """The option that a choice variable stands for."""
@@ -67,11 +78,21 @@ class Model:
         return self.problem.groups[self.cohorts[choice[0]].members[0]]
 
     def decode_ms(self) -> pulp.LpAffineExpression:
-        """Milliseconds per token that depend on the choices."""
-        return pulp.lpSum(
-            _MILLI * self.problem.decode_s(self.group(c), self.option(c), c[2]) * count
+        """Milliseconds per token that depend on the variables."""
+        problem = self.problem
+        weights = [
+            _MILLI * problem.decode_s(self.group(c), self.option(c), c[2]) * count
             for c, count in self.x.items()
-        )
+        ]
+        caches = [
+            _MILLI * problem.cache_read_s(_MIB, problem.devices[name]) * size
+            for name, size in self.caches.items()
+        ]
+        return pulp.lpSum([*weights, *caches])
+
+    def objective(self) -> pulp.LpAffineExpression:
+        """Loss and the price of time, in thousandths of a nat, less what is constant."""
+        return self.loss_millinats() + self.problem.decode_price_nats_per_s * self.decode_ms()
 
     def loss_millinats(self) -> pulp.LpAffineExpression:
         """Predicted loss per token in thousandths of a nat."""
@@ -79,43 +100,70 @@ class Model:
 
 
 def form_cohorts(
-    problem: Problem, options: Sequence[tuple[Option, ...]] | None = None
+    problem: Problem,
+    options: Sequence[tuple[Option, ...]] | None = None,
+    *,
+    relaxed: bool = False,
 ) -> tuple[Cohort, ...]:
     """Sorts the groups into cohorts.
 
     Args:
         problem: The groups.
         options: Options that each group may take; by default all of its own.
+        relaxed: Let every group of a layer be on any device.
     """
     offered = options or [group.options for group in problem.groups]
+    anywhere = (*(pool[0] for pool in gpu_pools(problem)), problem.machine.ram)
     members: dict[object, list[int]] = defaultdict(list)
+    places_of: list[tuple[Device, ...]] = []
     for g, group in enumerate(problem.groups):
+        in_layer = group.place in ("layer", "free")
+        places_of.append(anywhere if relaxed and in_layer else problem.places(group))
         roles = tuple(tensor.role for tensor in group.tensors)
-        places = tuple(device.name for device in problem.places(group))
-        members[group.place, places, roles, offered[g]].append(g)
+        names = tuple(device.name for device in places_of[g])
+        members[group.place, names, roles, offered[g]].append(g)
     return tuple(
         Cohort(
             members=tuple(sorted(indices, key=lambda g: problem.groups[g].layer or 0)),
             options=offered[indices[0]],
-            places=problem.places(problem.groups[indices[0]]),
+            places=places_of[indices[0]],
         )
         for indices in members.values()
     )
 
 
-def build_model(problem: Problem, cohorts: tuple[Cohort, ...], *, pool_gpus: bool = False) -> Model:
-    """Builds variables and constraints; the objective is set by the caller.
+def gpu_pools(problem: Problem) -> tuple[tuple[Device, ...], ...]:
+    """GPUs of equal bandwidth, taken together."""
+    by_rate: dict[float, list[Device]] = defaultdict(list)
+    for gpu in problem.machine.gpus:
+        by_rate[gpu.bandwidth_bytes_per_s].append(gpu)
+    return tuple(tuple(pool) for pool in by_rate.values())
 
-    Args:
-        problem: Groups and budgets.
-        cohorts: From `form_cohorts`.
-        pool_gpus: Treat the memory of all GPUs as one. With all layers on the fastest GPU this
-            relaxes every way to split the layers, so its optimum bounds theirs.
-    """
-    model = Model(problem, cohorts, pulp.LpProblem("quantplan", pulp.LpMinimize))
+
+def build_model(problem: Problem, cohorts: tuple[Cohort, ...]) -> Model:
+    """The program for the problem's split of the layers; the objective is set by the caller."""
+    lp = pulp.LpProblem("quantplan", pulp.LpMinimize)
+    model = Model(problem, cohorts, lp, tuple((device,) for device in problem.machine.devices))
     add_choices(model)
     add_scratch(model)
-    add_memory(model, pool_gpus=pool_gpus)
+    add_memory(model)
+    add_decode(model)
+    return model
+
+
+def build_relaxation(problem: Problem) -> Model:
+    """A program whose optimum bounds those of all splits of the layers.
+
+    Every group of a layer and every part of a cache may be on any device, and GPUs of equal
+    bandwidth share their memory.
+    """
+    lp = pulp.LpProblem("quantplan", pulp.LpMinimize)
+    pools = (*gpu_pools(problem), (problem.machine.ram,))
+    model = Model(problem, form_cohorts(problem, relaxed=True), lp, pools)
+    add_choices(model)
+    add_scratch(model)
+    add_caches(model)
+    add_memory(model)
     add_decode(model)
     return model
 
@@ -151,19 +199,29 @@ def add_scratch(model: Model) -> None:
             model.lp += variable >= model.option(choice).largest_bytes / _MIB * streams
 
 
-def add_memory(model: Model, *, pool_gpus: bool) -> None:
-    """Each device holds its weights, caches and buffers.
+def add_caches(model: Model) -> None:
+    """The caches of the layers are somewhere: sum_p cache[p] = all caches, cache[p] >= 0."""
+    for p, pool in enumerate(model.pools):
+        model.caches[pool[0].name] = model.lp.add_variable(f"cache_{p}", lowBound=0)
+    total = sum(model.problem.cache_bytes[: model.problem.n_layers])
+    model.lp += pulp.lpSum(model.caches.values()) == total / _MIB
+
+
+def add_memory(model: Model) -> None:
+    """Each device (or pool of devices, in a relaxation) holds its weights, caches and buffers.
 
     sum bytes[c,o] x[c,o,d] + cache(d) + compute(d) + scratch[d] <= usable(d)
     """
     problem = model.problem
-    gpus = list(problem.machine.gpus)
-    pools = [gpus] if pool_gpus else [[gpu] for gpu in gpus]
-    for pool in [*pools, [problem.machine.ram]]:
+    for pool in model.pools:
         used: list[pulp.LpAffineExpression] = []
         budget = 0
         for device in pool:
-            budget += device.usable_bytes - _TOLERANCE_BYTES - problem.device_cache_bytes(device)
+            budget += device.usable_bytes - _TOLERANCE_BYTES
+            if model.caches:
+                budget -= problem.trailing_cache_bytes if device == problem.output_device else 0
+            else:
+                budget -= problem.device_cache_bytes(device)
             if device.kind == "gpu":
                 budget -= problem.activation_bytes
                 used.append(model.scratch[device.name])
@@ -174,6 +232,8 @@ def add_memory(model: Model, *, pool_gpus: bool) -> None:
                 n_bytes = problem.bytes_on(device, group, option, choice[2])
                 if n_bytes:
                     used.append(n_bytes / _MIB * count)
+        if model.caches:
+            used.append(model.caches[pool[0].name])
         model.lp += pulp.lpSum(used) <= budget / _MIB
 
 
@@ -182,7 +242,13 @@ def add_decode(model: Model) -> None:
 
     sum seconds[c,o,d] x[c,o,d] + caches + fixed <= 1 / min_decode_tps
     """
-    problem = model.problem
-    if problem.min_decode_tps is not None:
-        allowed = (1 - 1e-6) / problem.min_decode_tps - problem.base_decode_s
+    target = model.problem.min_decode_tps
+    if target is not None:
+        allowed = (1 - 1e-6) / target - model.base_decode_s
         model.lp += model.decode_ms() <= _MILLI * allowed
+
+
+def add_cutoff(model: Model, objective_nats: float) -> None:
+    """The objective is below one that is already known: objective <= objective_nats."""
+    base = model.problem.decode_price_nats_per_s * model.base_decode_s
+    model.lp += model.objective() <= _MILLI * (objective_nats - base)

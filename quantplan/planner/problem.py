@@ -107,17 +107,16 @@ class Problem:
         """Layers that are loaded and so have a device."""
         return self.inventory.architecture.n_loaded_layers
 
-    def device_cache_bytes(self, device: Device) -> int:
-        """KV cache and state of a device's layers.
+    @cached_property
+    def trailing_cache_bytes(self) -> int:
+        """Cache of blocks that are not loaded (older llama.cpp builds); beside the output."""
+        return sum(self.cache_bytes[self.n_layers :])
 
-        The cache of blocks that are not loaded (older llama.cpp builds) is beside the output.
-        """
-        names = (*self.layer_devices, *(self.output_device.name,) * len(self.cache_bytes))
-        return sum(
-            n_bytes
-            for n_bytes, name in zip(self.cache_bytes, names, strict=False)
-            if name == device.name
-        )
+    def device_cache_bytes(self, device: Device) -> int:
+        """KV cache and state of a device's layers."""
+        pairs = zip(self.cache_bytes, self.layer_devices, strict=False)
+        trailing = self.trailing_cache_bytes if device == self.output_device else 0
+        return trailing + sum(n_bytes for n_bytes, name in pairs if name == device.name)
 
     def is_streamed(self, group: Group) -> bool:
         """Whether large batches copy the group to a GPU when it is held in RAM."""
@@ -151,14 +150,24 @@ class Problem:
             self.inventory.architecture, self.inventory.n_vocab, self.workload
         )
 
+    @property
+    def decode_price_nats_per_s(self) -> float:
+        """Nats that a second per token is worth; 0 where a speed is asked for."""
+        is_free = self.min_decode_tps is None
+        return self.policy.decode_price_nats_per_s if is_free else 0.0
+
+    def cache_read_s(self, n_bytes: float, device: Device) -> float:
+        """Seconds per token to read a part of the caches, with the context full.
+
+        A cache that all slots share is read whole for each of them.
+        """
+        return n_bytes / self.workload.n_streams / speed.read_rate(device, experts=False)
+
     @cached_property
     def base_decode_s(self) -> float:
         """Seconds per token that no type changes: caches, with the context full, and the rest."""
-        seconds = speed.fixed_s()
-        for n_bytes, name in zip(self.cache_bytes, self.layer_devices, strict=False):
-            rate = speed.read_rate(self.devices[name], experts=False)
-            seconds += n_bytes / self.workload.slots / rate
-        return seconds
+        pairs = zip(self.cache_bytes, self.layer_devices, strict=False)
+        return speed.fixed_s() + sum(self.cache_read_s(n, self.devices[d]) for n, d in pairs)
 
     def places(self, group: Group) -> tuple[Device, ...]:
         """Devices that a group may be on."""

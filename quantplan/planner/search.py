@@ -1,141 +1,167 @@
-"""Searches over splits of the layers, from as many of them on the GPUs as fit."""
+"""Searches over splits of the layers, against a bound that covers all of them."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from quantplan.errors import SolverError
 from quantplan.planner.diagnose import too_large, too_slow
 from quantplan.planner.problem import Problem
 from quantplan.planner.solve import (
     Solution,
+    bound_over_splits,
     fastest_decode_s,
-    pooled_bound,
     solve_split,
     with_bound,
 )
-from quantplan.planner.split import first_splits, least_layer_bytes, neighbours
+from quantplan.planner.split import first_splits, neighbours
 
-# Relative gap at which the search over splits of the layers may stop.
+# Relative gap at which the search over splits of several GPUs may stop.
 _SPLIT_GAP = 1e-3
 # Relative improvement that is worth another step of that search.
 _PROGRESS = 1e-6
+# Share of the time that may go into the bound.
+_BOUND_SHARE = 0.3
 
 _Found = TypeVar("_Found")
 
 
+@dataclass(frozen=True)
+class Limits:
+    """When to stop.
+
+    Attributes:
+        gap: Relative gap that is good enough.
+        deadline: When the time is up, on the monotonic clock.
+    """
+
+    gap: float
+    deadline: float
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left; a little even afterwards, for a run that has begun."""
+        return max(0.1, self.deadline - time.monotonic())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() >= self.deadline
+
+
+def reachable_gap(problem: Problem, gap: float) -> float:
+    """The gap that a search goes for: with several GPUs at least 0.1 %.
+
+    Which split is best matters more than the last digits of one.
+    """
+    return max(gap, _SPLIT_GAP) if len(problem.machine.gpus) > 1 else gap
+
+
 def best_solution(problem: Problem, *, gap: float, time_limit_s: float) -> tuple[Problem, Solution]:
-    """Solves with every layer on the GPUs, or with as few of the first layers in RAM as fit.
+    """Searches the split of the layers, types and places of least objective.
 
     Args:
         problem: Groups and budgets.
-        gap: Relative gap at which the solver may stop.
-        time_limit_s: Time for each run of the solver, in seconds.
+        gap: Relative gap at which the search may stop.
+        time_limit_s: Time for the whole search, in seconds.
 
     Returns:
         The problem with the layers where they are, and its solution.
 
     Raises:
         NoPlanError: Nothing fits, or the speed asked for is out of reach.
+        SolverError: Nothing was found in time.
     """
-    for n_cpu_layers in _layer_counts(problem):
-        splits = first_splits(problem, n_cpu_layers)
-        solution = solve(problem, splits=splits, gap=gap, time_limit_s=time_limit_s)
-        if solution is None and problem.min_decode_tps is not None:
-            fastest = fastest_split(problem, splits)
-            if fastest is not None:
-                if fastest[1] * problem.min_decode_tps > 1:
-                    raise too_slow(problem.min_decode_tps, 1 / fastest[1])
-                solution = solve(problem, splits=[fastest[0]], gap=gap, time_limit_s=time_limit_s)
-        if solution is not None:
-            return problem.with_layers(solution.layer_devices), solution
-    raise too_large(problem)
-
-
-def _layer_counts(problem: Problem) -> range:
-    """Numbers of layers in RAM to try, from the least that arithmetic allows."""
-    if not problem.machine.gpus:
-        return range(problem.n_layers, problem.n_layers + 1)
-    room = sum(gpu.usable_bytes - problem.compute_bytes(gpu, 0) for gpu in problem.machine.gpus)
-    layers = least_layer_bytes(problem)
-    n_cpu = 0
-    while n_cpu < len(layers) and sum(layers[n_cpu:]) > room:
-        n_cpu += 1
-    return range(n_cpu, problem.n_layers + 1)
+    limits = Limits(reachable_gap(problem, gap), time.monotonic() + time_limit_s)
+    solution = solve(problem, limits)
+    if solution is not None:
+        return problem.with_layers(solution.layer_devices), solution
+    fastest = fastest_split(problem, limits)
+    if limits.is_over:
+        raise SolverError(f"no plan was found within {time_limit_s:g} s; give it more time")
+    if fastest is None:
+        raise too_large(problem)
+    if problem.min_decode_tps is None:
+        raise SolverError("the search missed a plan that exists; please report this")
+    raise too_slow(problem.min_decode_tps, 1 / fastest[1])
 
 
 def solve(
-    problem: Problem,
-    *,
-    splits: Sequence[tuple[str, ...]] = (),
-    gap: float = 1e-4,
-    time_limit_s: float = 60.0,
+    problem: Problem, limits: Limits, splits: Sequence[tuple[str, ...]] = ()
 ) -> Solution | None:
     """Finds the types and places of least loss, then the fastest placement of those types.
 
     Without a speed target time has a price (the policy's nats per second), so that no bytes are
-    spent on quality that nobody can tell. With several GPUs the best of the given splits of the
-    layers is improved one boundary at a time, until it is within the gap of the bound that pooled
-    GPUs give or no neighbour is better.
+    spent on quality that nobody can tell. How many of the first layers are in RAM and how the
+    others are shared out is searched: from several starts, one boundary at a time, until the answer
+    is within the gap of a bound that covers every split, or no neighbour is better.
 
     Args:
         problem: Groups and budgets.
-        splits: Splits of the layers to start from, with equally many layers in RAM; by default the
-            problem's own.
-        gap: Relative gap at which the search may stop; with several GPUs at least 0.1 %.
-        time_limit_s: Time for each run of the solver, in seconds.
+        limits: When to stop.
+        splits: Splits to start from; by default those of `first_splits`.
 
     Returns:
-        The solution, or None where the solver proved that there is none for these splits.
+        The solution, or None where none was found.
 
     Raises:
-        SolverError: The solver found nothing in time, or its answer breaks a constraint.
+        SolverError: The solver failed, or its answer breaks a constraint.
     """
-    starts = splits or (problem.layer_devices,)
-    if len(problem.machine.gpus) < 2:
-        return solve_split(problem.with_layers(starts[0]), gap, time_limit_s)
-    # Which split is best matters more than the last digits of one.
-    gap = max(gap, _SPLIT_GAP)
-    pooled = pooled_bound(problem.with_layers(starts[0]), gap / 10, time_limit_s)
-    if pooled is None:
+    if not problem.machine.gpus:
+        split = problem.with_layers(first_splits(problem)[0])
+        return solve_split(split, limits.gap, limits.left_s)
+    bound = bound_over_splits(problem, limits.gap / 10, _BOUND_SHARE * limits.left_s)
+    if bound is None:
         return None
-    good_enough = pooled / (1 - gap)
-    best = _climb(
-        problem,
-        starts,
-        lambda split: solve_split(split, gap / 2, time_limit_s, good_enough),
-        lambda found: found.objective_nats,
-        good_enough,
-    )
-    return with_bound(best[1], pooled, gap) if best else None
+
+    def evaluate(split: Problem, best: Solution | None) -> Solution | None:
+        cutoff = best.objective_nats * (1 - _PROGRESS) if best else None
+        return solve_split(split, limits.gap / 2, limits.left_s, cutoff)
+
+    def climb(starts: Sequence[tuple[str, ...]]) -> tuple[Problem, Solution] | None:
+        return _climb(
+            problem,
+            limits,
+            starts,
+            evaluate=evaluate,
+            cost=lambda found: found.objective_nats,
+            good_enough=bound / (1 - limits.gap),
+        )
+
+    best = climb(splits or first_splits(problem))
+    if best is None and problem.min_decode_tps is not None:
+        # The starts are too slow; one that is fast enough may not be far.
+        fastest = fastest_split(problem, limits)
+        if fastest is not None and fastest[1] * problem.min_decode_tps <= 1:
+            best = climb([fastest[0]])
+    return with_bound(best[1], bound, limits.gap) if best else None
 
 
-def fastest_split(
-    problem: Problem, splits: Sequence[tuple[str, ...]], *, time_limit_s: float = 60.0
-) -> tuple[tuple[str, ...], float] | None:
+def fastest_split(problem: Problem, limits: Limits) -> tuple[tuple[str, ...], float] | None:
     """The split of the layers, and its seconds per token, that decodes fastest within memory.
-
-    Args:
-        problem: Groups and budgets; a speed target plays no part.
-        splits: Splits to start from; their neighbours are tried while that helps.
-        time_limit_s: Time for each run of the solver, in seconds.
 
     Returns:
         None where no split fits.
     """
+    target = problem.min_decode_tps
     best = _climb(
         replace(problem, min_decode_tps=None),
-        splits,
-        lambda split: fastest_decode_s(split, _SPLIT_GAP, time_limit_s),
-        lambda seconds: seconds,
-        0.0,
+        limits,
+        first_splits(problem),
+        evaluate=lambda split, _: fastest_decode_s(split, _SPLIT_GAP, limits.left_s),
+        cost=lambda seconds: seconds,
+        good_enough=(1 - _SPLIT_GAP) / target if target else float("inf"),
     )
     return (best[0].layer_devices, best[1]) if best else None
 
 
 def _climb(
     problem: Problem,
+    limits: Limits,
     starts: Sequence[tuple[str, ...]],
-    evaluate: Callable[[Problem], _Found | None],
+    *,
+    evaluate: Callable[[Problem, _Found | None], _Found | None],
     cost: Callable[[_Found], float],
     good_enough: float,
 ) -> tuple[Problem, _Found] | None:
@@ -143,8 +169,10 @@ def _climb(
 
     Args:
         problem: The groups.
+        limits: When to stop.
         starts: Splits to start from.
-        evaluate: What a split is worth; None where it is impossible.
+        evaluate: What a split is worth, given the best so far; None where it is impossible or no
+            better.
         cost: The number to bring down.
         good_enough: Cost at which to stop.
     """
@@ -154,11 +182,11 @@ def _climb(
     while True:
         improved = False
         for layers in candidates:
-            if layers in tried:
+            if layers in tried or (best and limits.is_over):
                 continue
             tried.add(layers)
             split = problem.with_layers(layers)
-            found = evaluate(split)
+            found = evaluate(split, best[1] if best else None)
             if found is None or (best and cost(found) >= cost(best[1]) * (1 - _PROGRESS)):
                 continue
             best, improved = (split, found), True

@@ -14,7 +14,14 @@ import pulp
 
 from quantplan.errors import SolverError
 from quantplan.hardware import Device
-from quantplan.planner.milp import Model, build_model, form_cohorts
+from quantplan.planner.milp import (
+    Cohort,
+    Model,
+    add_cutoff,
+    build_model,
+    build_relaxation,
+    form_cohorts,
+)
 from quantplan.planner.problem import Option, Problem
 
 Status = Literal["optimal", "within_gap", "time_limit"]
@@ -54,8 +61,7 @@ class Solution:
         status: ``optimal``, ``within_gap`` (of the gap asked for), or ``time_limit``: the search
             ended, by time or for want of a better split of the layers, with a larger gap.
         objective_nats: Loss plus the price of time, recomputed from the choices.
-        bound_nats: Proven lower bound of the objective over every split of the layers with as many
-            of them in RAM.
+        bound_nats: Proven lower bound of the objective, over every split of the layers.
         choices: Option and device name of each group.
         layer_devices: Device name of each loaded layer.
         device_bytes: What is on each device, by name.
@@ -82,7 +88,8 @@ class Solution:
 @contextlib.contextmanager
 def _quiet_stdout() -> Iterator[None]:
     """Keeps the banner that HiGHS prints to file descriptor 1 out of ``--json`` output."""
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     saved = os.dup(1)
     try:
         with open(os.devnull, "wb") as null:  # noqa: PTH123 (a descriptor is needed)
@@ -103,35 +110,31 @@ def solver_options(gap: float, time_limit_s: float) -> dict[str, Any]:
     return {"gapRel": gap, "timeLimit": time_limit_s, "threads": 1, "random_seed": 0}
 
 
-def _run(model: Model, gap: float, time_limit_s: float, good_enough: float | None = None) -> float:
+def _run(model: Model, gap: float, time_limit_s: float) -> float:
     """Runs HiGHS.
 
     Args:
         model: What to solve.
         gap: Relative gap at which to stop.
         time_limit_s: Time at which to stop.
-        good_enough: Objective, in the model's unit, at which to stop.
 
     Returns:
         The proven bound, in the objective's unit.
 
     Raises:
-        SolverError: There is no solution to read for a reason other than infeasibility.
+        SolverError: HiGHS failed.
     """
-    options = solver_options(gap, time_limit_s)
-    if good_enough is not None:
-        options["objective_target"] = good_enough
     with _quiet_stdout():
-        model.lp.solve(pulp.HiGHS(msg=False, **options))
+        model.lp.solve(pulp.HiGHS(msg=False, **solver_options(gap, time_limit_s)))
         highs = model.lp.solverModel
         status, info = highs.getModelStatus(), highs.getInfo()
     if model.lp.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        if status == highspy.HighsModelStatus.kInfeasible:
+        ended = highspy.HighsModelStatus
+        if status in (ended.kInfeasible, ended.kUnboundedOrInfeasible):
             raise _InfeasibleError
-        raise SolverError(
-            f"HiGHS stopped after {time_limit_s} s without a solution ({status.name}); "
-            "give it more time"
-        )
+        if status == ended.kTimeLimit:
+            raise _OutOfTimeError(float(info.mip_dual_bound))
+        raise SolverError(f"HiGHS failed: {status.name}; please report this")
     return float(info.mip_dual_bound)
 
 
@@ -139,36 +142,51 @@ class _InfeasibleError(Exception):
     """The solver proved that no choice meets the constraints."""
 
 
-def _price(problem: Problem) -> float:
-    """Nats that a second per token is worth."""
-    is_free = problem.min_decode_tps is None
-    return problem.policy.decode_price_nats_per_s if is_free else 0.0
+class _OutOfTimeError(Exception):
+    """The solver found nothing in time.
 
+    Attributes:
+        bound: What it proved by then, in the model's unit.
+    """
 
-def _set_objective(model: Model) -> None:
-    model.lp += model.loss_millinats() + _price(model.problem) * model.decode_ms()
+    def __init__(self, bound: float) -> None:
+        """Keeps the bound; it is 0 where nothing was proved."""
+        self.bound = max(0.0, bound)
+        super().__init__()
 
 
 def solve_split(
-    problem: Problem, gap: float, time_limit_s: float, good_enough_nats: float | None = None
+    problem: Problem, gap: float, time_limit_s: float, cutoff_nats: float | None = None
 ) -> Solution | None:
-    """Solves a problem for its split of the layers; the bound is for this split."""
-    model = build_model(problem, form_cohorts(problem))
-    _set_objective(model)
-    base = _price(problem) * problem.base_decode_s
-    good_enough = None if good_enough_nats is None else (good_enough_nats - base) * 1000
+    """Solves a problem for its split of the layers; the bound is for this split.
+
+    Args:
+        problem: Groups, budgets and split.
+        gap: Relative gap at which the solver may stop.
+        time_limit_s: Time for each of the two runs, in seconds.
+        cutoff_nats: Objective that the solution must not be above.
+
+    Returns:
+        None where there is no (such) solution, or none was found in time.
+    """
+    cohorts = form_cohorts(problem)
+    model = build_model(problem, cohorts)
+    if cutoff_nats is not None:
+        add_cutoff(model, cutoff_nats)
+    model.lp += model.objective()
     try:
-        bound = _run(model, gap, time_limit_s, good_enough)
-    except _InfeasibleError:
+        bound = _run(model, gap, time_limit_s)
+    except (_InfeasibleError, _OutOfTimeError):
         return None
     chosen = [(option,) for option, _ in _choices(model)]
     fastest = build_model(problem, form_cohorts(problem, chosen))
     fastest.lp += fastest.decode_ms()
     try:
         _run(fastest, gap, time_limit_s)
-    except _InfeasibleError as error:
+    except (_InfeasibleError, _OutOfTimeError) as error:
         raise SolverError("the chosen types lost their placement; please report this") from error
-    solution = _checked(problem, _choices(fastest))
+    solution = _checked(problem, _in_layer_order(problem, cohorts, _choices(fastest)))
+    base = problem.decode_price_nats_per_s * problem.base_decode_s
     return with_bound(solution, bound / 1000 + base, gap)
 
 
@@ -178,30 +196,26 @@ def fastest_decode_s(problem: Problem, gap: float, time_limit_s: float) -> float
     model.lp += model.decode_ms()
     try:
         _run(model, gap, time_limit_s)
-    except _InfeasibleError:
+    except (_InfeasibleError, _OutOfTimeError):
         return None
     return float(pulp.value(model.lp.objective)) / 1000 + problem.base_decode_s
 
 
-def pooled_bound(problem: Problem, gap: float, time_limit_s: float) -> float | None:
+def bound_over_splits(problem: Problem, gap: float, time_limit_s: float) -> float | None:
     """A lower bound of the objective over every split of the layers, in nats.
 
     Returns:
-        None where not even pooled GPUs hold the model.
+        None where not even the relaxation has a solution, so that no split has one.
     """
-    fastest = max(problem.machine.gpus, key=lambda gpu: gpu.bandwidth_bytes_per_s)
-    n_cpu_layers = problem.layer_devices.count(problem.machine.ram.name)
-    layers = (*problem.layer_devices[:n_cpu_layers],) + (fastest.name,) * (
-        problem.n_layers - n_cpu_layers
-    )
-    pooled = problem.with_layers(layers)
-    model = build_model(pooled, form_cohorts(pooled), pool_gpus=True)
-    _set_objective(model)
+    model = build_relaxation(problem)
+    model.lp += model.objective()
     try:
         bound = _run(model, gap, time_limit_s)
     except _InfeasibleError:
         return None
-    return bound / 1000 + _price(problem) * pooled.base_decode_s
+    except _OutOfTimeError as error:
+        bound = error.bound
+    return bound / 1000 + problem.decode_price_nats_per_s * model.base_decode_s
 
 
 def with_bound(solution: Solution, bound_nats: float, gap: float) -> Solution:
@@ -213,21 +227,33 @@ def with_bound(solution: Solution, bound_nats: float, gap: float) -> Solution:
 
 
 def _choices(model: Model) -> list[tuple[Option, str]]:
-    """Option and device of each group.
-
-    Within a cohort the earlier layers get the GPU before RAM and more bytes before fewer: runs of
-    equal layers make short rules, and with the last rather than the first experts in RAM
-    ik_llama.cpp was measured to prefill about 10 % faster.
-    """
-    ram = model.problem.machine.ram.name
+    """Option and device of each group."""
     counted: dict[int, list[tuple[Option, str]]] = defaultdict(list)
     for choice, count in model.x.items():
         counted[choice[0]] += [(model.option(choice), choice[2])] * round(count.value() or 0)
     choices: dict[int, tuple[Option, str]] = {}
     for c, cohort in enumerate(model.cohorts):
-        best_first = sorted(counted[c], key=lambda taken: (taken[1] == ram, -taken[0].n_bytes))
-        choices.update(zip(cohort.members, best_first, strict=True))
+        choices.update(zip(cohort.members, counted[c], strict=True))
     return [choices[g] for g in range(len(model.problem.groups))]
+
+
+def _in_layer_order(
+    problem: Problem, cohorts: tuple[Cohort, ...], choices: list[tuple[Option, str]]
+) -> list[tuple[Option, str]]:
+    """Sorts the choices within each cohort: GPU before RAM, more bytes before fewer.
+
+    The groups of a cohort cost the same whichever of them takes which choice. Runs of equal layers
+    make short rules, and with the last rather than the first experts in RAM ik_llama.cpp was
+    measured to prefill about 10 % faster.
+    """
+    ram = problem.machine.ram.name
+    ordered = list(choices)
+    for cohort in cohorts:
+        taken = [choices[g] for g in cohort.members]
+        best_first = sorted(taken, key=lambda choice: (choice[1] == ram, -choice[0].n_bytes))
+        for g, choice in zip(cohort.members, best_first, strict=True):
+            ordered[g] = choice
+    return ordered
 
 
 def _checked(problem: Problem, choices: list[tuple[Option, str]]) -> Solution:
@@ -250,7 +276,7 @@ def _checked(problem: Problem, choices: list[tuple[Option, str]]) -> Solution:
     loss = sum(option.loss_nats for option, _ in choices)
     return Solution(
         status="time_limit",
-        objective_nats=loss + _price(problem) * decode_s,
+        objective_nats=loss + problem.decode_price_nats_per_s * decode_s,
         bound_nats=0.0,
         choices=tuple(choices),
         layer_devices=problem.layer_devices,

@@ -61,40 +61,65 @@ def split_layers(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
     return _as_devices(problem, n_cpu_layers, counts)
 
 
-def first_splits(problem: Problem, n_cpu_layers: int) -> list[tuple[str, ...]]:
+def _sequential(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
+    """As many layers as fit on the first GPUs, which fits if any split does."""
+    gpus, room = problem.machine.gpus, _room(problem)
+    counts, d, free = [0] * len(gpus), 0, room[0]
+    for n_bytes in least_layer_bytes(problem)[n_cpu_layers:]:
+        while n_bytes > free and d < len(gpus) - 1:
+            d, free = d + 1, room[d + 1]
+        counts[d], free = counts[d] + 1, free - n_bytes
+    return _as_devices(problem, n_cpu_layers, counts)
+
+
+def _fastest_first(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
+    """As many layers as fit on the GPUs with the most bandwidth."""
+    gpus, room = problem.machine.gpus, _room(problem)
+    least = least_layer_bytes(problem)[n_cpu_layers:]
+    left, typical = len(least), max(least, default=1)
+    counts = [0] * len(gpus)
+    for d in sorted(range(len(gpus)), key=lambda d: -gpus[d].bandwidth_bytes_per_s):
+        counts[d] = min(left, int(room[d] // typical))
+        left -= counts[d]
+    counts[-1] += left
+    return _as_devices(problem, n_cpu_layers, counts)
+
+
+def first_splits(problem: Problem) -> list[tuple[str, ...]]:
     """Splits to start a search from, without repetition.
 
-    In proportion to memory; as many layers as fit on the first GPUs, which fits if any split does;
-    and as many as fit on the GPUs with the most bandwidth.
+    From the fewest layers in RAM that arithmetic allows: shared out in proportion to memory, to the
+    first GPUs, and to the fastest ones; then with more and more layers in RAM.
     """
-    splits = [split_layers(problem, n_cpu_layers)]
-    gpus, room = problem.machine.gpus, _room(problem)
-    if len(gpus) > 1:
-        least = least_layer_bytes(problem)[n_cpu_layers:]
-        counts, d, free = [0] * len(gpus), 0, room[0]
-        for n_bytes in least:
-            while n_bytes > free and d < len(gpus) - 1:
-                d, free = d + 1, room[d + 1]
-            counts[d], free = counts[d] + 1, free - n_bytes
-        splits.append(_as_devices(problem, n_cpu_layers, counts))
-        left, typical = len(least), max(least, default=1)
-        counts = [0] * len(gpus)
-        for d in sorted(range(len(gpus)), key=lambda d: -gpus[d].bandwidth_bytes_per_s):
-            counts[d] = min(left, int(room[d] // typical))
-            left -= counts[d]
-        counts[-1] += left
-        splits.append(_as_devices(problem, n_cpu_layers, counts))
+    if not problem.machine.gpus:
+        return [split_layers(problem, problem.n_layers)]
+    room, least = sum(_room(problem)), least_layer_bytes(problem)
+    fewest = 0
+    while fewest < problem.n_layers and sum(least[fewest:]) > room:
+        fewest += 1
+    splits = [split_layers(problem, fewest)]
+    if len(problem.machine.gpus) > 1:
+        splits += [_sequential(problem, fewest), _fastest_first(problem, fewest)]
+    step = 1
+    while fewest + step <= problem.n_layers:
+        splits.append(split_layers(problem, fewest + step))
+        step *= 2
+    splits.append(split_layers(problem, problem.n_layers))
     return list(dict.fromkeys(splits))
 
 
 def neighbours(problem: Problem, layer_devices: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Splits in which one boundary between two GPUs is moved by one layer."""
-    counts = [layer_devices.count(gpu.name) for gpu in problem.machine.gpus]
-    n_cpu_layers = len(layer_devices) - sum(counts)
+    """Splits in which one boundary is moved: by one layer, the one to RAM also by four.
+
+    Hybrid models repeat their layers in fours.
+    """
+    names = (problem.machine.ram.name, *(gpu.name for gpu in problem.machine.gpus))
+    counts = [layer_devices.count(name) for name in names]
     for d in range(len(counts) - 1):
-        for giver, taker in ((d, d + 1), (d + 1, d)):
-            if counts[giver]:
-                moved = list(counts)
-                moved[giver] -= 1
-                moved[taker] += 1
-                yield _as_devices(problem, n_cpu_layers, moved)
+        for step in (1, 4) if d == 0 else (1,):
+            for giver, taker in ((d, d + 1), (d + 1, d)):
+                if counts[giver] >= step:
+                    moved = list(counts)
+                    moved[giver] -= step
+                    moved[taker] += step
+                    yield _as_devices(problem, moved[0], moved[1:])

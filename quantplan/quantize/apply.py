@@ -68,7 +68,8 @@ def quantize(
     Args:
         recipe: Type of every tensor; a tensor whose type does not change is copied as it is.
         source: A GGUF file with F32, F16 or BF16 weights, or any shard of a split one.
-        target: File to write, one file in any case.
+        target: File to write, one file in any case. Where it is a symbolic link, the file that it
+            points to is written.
         threads: Threads that convert; by default one per processor that may be used.
         progress: Called after each part of a tensor that was written, in the calling thread.
             An exception that it raises ends the work and is passed on.
@@ -85,12 +86,13 @@ def quantize(
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; it must be at least 1")
     source, target = Path(source), Path(target)
-    layout = checked_layout(recipe, read_headers(source), target)
+    real_target = Path(os.path.realpath(target))
+    layout = checked_layout(recipe, read_headers(source), real_target)
     library = ggml()
     for move in layout.moves:
         if not move.is_copy:
             library.prepare(move.target.qtype)
-    with PartialFile(target) as file:
+    with PartialFile(real_target) as file:
         _write(layout, file, threads or _n_processors(), progress)
         file.sync()
         _verify(layout, file.path)

@@ -20,7 +20,7 @@ def checked_layout(recipe: Recipe, files: Files, target: Path) -> Layout:
     Args:
         recipe: What to do.
         files: Files of the source, in order.
-        target: File to write.
+        target: File to write; no symbolic link.
 
     Raises:
         SourceError: The source is big-endian.
@@ -109,6 +109,8 @@ def _target_faults(files: Files, target: Path) -> list[str]:
         faults.append(f"{folder} is not writable; write {target.name} elsewhere")
     if target.is_dir():
         faults.append(f"{target} is a directory; name a file")
+    elif target.exists() and not target.is_file():
+        faults.append(f"{target} is no regular file, but a device or a pipe; name a file")
     elif target.exists() and any(target.samefile(path) for path, _ in files):
         faults.append(f"{target} is a file of the source; name another file")
     return faults

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gguf
 
+from quantplan.costs.memory import pad
 from quantplan.inventory.header import MAGIC, Header, TensorEntry
 from quantplan.qtypes import QType
 
@@ -66,11 +67,6 @@ class Layout:
     moves: tuple[TensorMove, ...]
     alignment: int
     n_bytes: int
-
-
-def pad(n_bytes: int, alignment: int) -> int:
-    """Rounds up to a multiple of the alignment."""
-    return -(-n_bytes // alignment) * alignment
 
 
 def lay_out(files: Files, qtypes: Mapping[str, QType]) -> Layout:

@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +26,9 @@ class PartialFile:
             QuantizeError: It cannot be created.
         """
         self._target = target
+        self.path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
         with self._explained():
-            handle, name = tempfile.mkstemp(
-                dir=target.parent, prefix=f".{target.name}.", suffix=".partial"
-            )
-        self.path = Path(name)
-        self._file = os.fdopen(handle, "wb")
+            self._file = self.path.open("xb")
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -67,14 +65,15 @@ class PartialFile:
             os.fsync(self._file.fileno())
 
     def commit(self) -> None:
-        """Gives the file its name; a file that had it is replaced.
+        """Gives the file its name; a file that had it is replaced and leaves it its mode.
 
         Raises:
             QuantizeError: The file cannot be renamed.
         """
         with self._explained():
             self._file.close()
-            self.path.chmod(0o644)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(self._target, self.path)
             self.path.replace(self._target)
 
     @contextlib.contextmanager
