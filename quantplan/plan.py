@@ -146,7 +146,7 @@ def plan(
         workload: Context, slots, batch and KV types; by default 4096 tokens in F16.
         min_decode_tps: Least decode speed in tokens per second, with the context full.
         policy: Rules about types and places, or the name of a preset.
-        gap: Relative gap at which the solver may stop.
+        gap: Relative gap at which the search may stop; with GPUs at least 0.1 %.
         time_limit_s: Time for the whole search, in seconds.
 
     Raises:
