@@ -88,21 +88,21 @@ def place(inventory: Inventory, machine: Machine, launch: Launch) -> Placement:
     devices = _layer_devices(inventory, machine, launch)
     layers, output = devices[:-1], devices[-1]
     rules = _compiled(machine, launch)
-    matched: list[list[str]] = [[] for _ in rules]
+    won: list[list[str]] = [[] for _ in rules]
     hits = [0] * len(rules)
-    tensors = {}
+    tensors: dict[str, tuple[str, ...]] = {}
     for tensor in inventory.tensors:
         if not (inventory.is_loaded(tensor) or launch.loads_nextn):
             continue
-        homes = _homes(inventory, tensor, layers, output)
-        for index, (pattern, device) in enumerate(rules):
-            if pattern.search(tensor.name):
-                hits[index] += 1
-                if not any(tensor.name in names for names in matched[:index]):
-                    matched[index].append(tensor.name)
-                    homes = (device,)
-        tensors[tensor.name] = homes
-    return Placement(layers, output, tensors, _warnings(inventory, launch, matched, hits))
+        matching = [index for index, (regex, _) in enumerate(rules) if regex.search(tensor.name)]
+        for index in matching:
+            hits[index] += 1
+        if matching:
+            won[matching[0]].append(tensor.name)
+            tensors[tensor.name] = (rules[matching[0]][1],)
+        else:
+            tensors[tensor.name] = _homes(inventory, tensor, layers, output)
+    return Placement(layers, output, tensors, _warnings(inventory, launch, won, hits))
 
 
 def _layer_devices(inventory: Inventory, machine: Machine, launch: Launch) -> tuple[str, ...]:
@@ -180,12 +180,20 @@ def _device(machine: Machine, buffer_type: str) -> str:
 
 
 def _warnings(
-    inventory: Inventory, launch: Launch, matched: list[list[str]], hits: list[int]
+    inventory: Inventory, launch: Launch, won_by_rule: list[list[str]], hits: list[int]
 ) -> tuple[str, ...]:
+    """Says which rules match nothing, come too late, or match what they hardly mean.
+
+    Args:
+        inventory: The model.
+        launch: The rules.
+        won_by_rule: Names of the tensors that each rule decides.
+        hits: How many tensors each rule matches.
+    """
     warnings = []
     names = [tensor.name for tensor in inventory.tensors]
     outside = {tensor.role for tensor in inventory.tensors if tensor.layer is None}
-    for override, won, n_hits in zip(launch.overrides, matched, hits, strict=True):
+    for override, won, n_hits in zip(launch.overrides, won_by_rule, hits, strict=True):
         rule = f"-ot {override.pattern}={override.buffer_type}"
         if not n_hits:
             literal = re.sub(r"[\\^$()|\[\]*+?]", "", override.pattern)

@@ -173,26 +173,7 @@ def plan(
         assignments=assignments,
         flags=_flags(problem, solution),
         notes=_notes(problem, solution),
-        provenance=Provenance(
-            quantplan_version=__version__,
-            source=inventory.source,
-            header_sha256=inventory.header_sha256,
-            cost_data=data_hashes(),
-            policy=rules.name,
-            runtime="llama.cpp",
-            machine=machine,
-            workload=task,
-            min_decode_tps=min_decode_tps,
-            solver=solver_name(),
-            solver_options={
-                k: str(v)
-                for k, v in solver_options(reachable_gap(problem, gap), time_limit_s).items()
-            },
-            status=solution.status,
-            objective_nats=solution.objective_nats,
-            bound_nats=solution.bound_nats,
-            gap=solution.gap,
-        ),
+        provenance=_provenance(problem, solution, reachable_gap(problem, gap), time_limit_s),
     )
 
 
@@ -216,6 +197,29 @@ def _check(
         )
     if faults:
         raise InputError(faults)
+
+
+def _provenance(
+    problem: Problem, solution: Solution, gap: float, time_limit_s: float
+) -> Provenance:
+    options = solver_options(gap, time_limit_s)
+    return Provenance(
+        quantplan_version=__version__,
+        source=problem.inventory.source,
+        header_sha256=problem.inventory.header_sha256,
+        cost_data=data_hashes(),
+        policy=problem.policy.name,
+        runtime="llama.cpp",
+        machine=problem.machine,
+        workload=problem.workload,
+        min_decode_tps=problem.min_decode_tps,
+        solver=solver_name(),
+        solver_options={name: str(value) for name, value in options.items()},
+        status=solution.status,
+        objective_nats=solution.objective_nats,
+        bound_nats=solution.bound_nats,
+        gap=solution.gap,
+    )
 
 
 def _assignments(problem: Problem, solution: Solution) -> tuple[RecipeTensor, ...]:

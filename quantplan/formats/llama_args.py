@@ -116,6 +116,8 @@ def parse_flags(
         notes.append("--fit is on: llama.cpp may lower -c and -ngl; this is without such changes")
     if found.split_mode in ("row", "tensor"):
         notes.append(f"-sm {found.split_mode} is counted as -sm layer")
+    if "draft-mtp" in found.spec_type:
+        notes.append("--spec-type draft-mtp: the draft context's KV cache is not counted")
     if found.swa_full:
         notes.append("--swa-full: sliding windows are counted at full length")
     if others:

@@ -143,12 +143,8 @@ def gpu_pools(problem: Problem) -> tuple[tuple[Device, ...], ...]:
 def build_model(problem: Problem, cohorts: tuple[Cohort, ...]) -> Model:
     """The program for the problem's split of the layers; the objective is set by the caller."""
     lp = pulp.LpProblem("quantplan", pulp.LpMinimize)
-    model = Model(problem, cohorts, lp, tuple((device,) for device in problem.machine.devices))
-    add_choices(model)
-    add_scratch(model)
-    add_memory(model)
-    add_decode(model)
-    return model
+    alone = tuple((device,) for device in problem.machine.devices)
+    return _constrained(Model(problem, cohorts, lp, alone), relaxed=False)
 
 
 def build_relaxation(problem: Problem) -> Model:
@@ -159,10 +155,16 @@ def build_relaxation(problem: Problem) -> Model:
     """
     lp = pulp.LpProblem("quantplan", pulp.LpMinimize)
     pools = (*gpu_pools(problem), (problem.machine.ram,))
-    model = Model(problem, form_cohorts(problem, relaxed=True), lp, pools)
+    cohorts = form_cohorts(problem, relaxed=True)
+    return _constrained(Model(problem, cohorts, lp, pools), relaxed=True)
+
+
+def _constrained(model: Model, *, relaxed: bool) -> Model:
+    """Adds the variables and every family of constraints."""
     add_choices(model)
     add_scratch(model)
-    add_caches(model)
+    if relaxed:
+        add_caches(model)
     add_memory(model)
     add_decode(model)
     return model
@@ -172,11 +174,13 @@ def add_choices(model: Model) -> None:
     """Every group takes one option on one device: sum_{o,d} x[c,o,d] = size(c)."""
     for c, cohort in enumerate(model.cohorts):
         size = len(cohort.members)
-        for o in range(len(cohort.options)):
-            for d, device in enumerate(cohort.places):
-                name = f"x_{c}_{o}_{d}"
-                model.x[c, o, device.name] = model.lp.add_variable(name, 0, size, pulp.LpInteger)
-        model.lp += pulp.lpSum(count for choice, count in model.x.items() if choice[0] == c) == size
+        counts = {
+            (c, o, device.name): model.lp.add_variable(f"x_{c}_{o}_{d}", 0, size, pulp.LpInteger)
+            for o in range(len(cohort.options))
+            for d, device in enumerate(cohort.places)
+        }
+        model.x.update(counts)
+        model.lp += pulp.lpSum(counts.values()) == size
 
 
 def add_scratch(model: Model) -> None:

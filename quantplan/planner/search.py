@@ -79,17 +79,21 @@ def best_solution(problem: Problem, *, gap: float, time_limit_s: float) -> tuple
     # With several GPUs, which split is best matters more than the last digits of one.
     solver_gap = good_enough / 2 if len(problem.machine.gpus) > 1 else gap
     limits = Limits(good_enough, time.monotonic() + time_limit_s, solver_gap)
+    target = problem.min_decode_tps
     solution = solve(problem, limits)
+    fastest = None if solution else fastest_split(problem, limits)
+    if fastest and target is not None and fastest[1] * target <= 1:
+        # The first splits are too slow, but one that is fast enough is not far from them.
+        solution = solve(problem, limits, [fastest[0]])
     if solution is not None:
         return problem.with_layers(solution.layer_devices), solution
-    fastest = fastest_split(problem, limits)
     if limits.is_over:
         raise SolverError(f"no plan was found within {time_limit_s:g} s; give it more time")
     if fastest is None:
         raise too_large(problem)
-    if problem.min_decode_tps is None:
+    if target is None:
         raise SolverError("the search missed a plan that exists; please report this")
-    raise too_slow(problem.min_decode_tps, 1 / fastest[1])
+    raise too_slow(target, 1 / fastest[1])
 
 
 def solve(
@@ -124,22 +128,14 @@ def solve(
         cutoff = best.objective_nats * (1 - _PROGRESS) if best else None
         return solve_split(split, limits.solver_gap, limits.left_s, cutoff)
 
-    def climb(starts: Sequence[tuple[str, ...]]) -> tuple[Problem, Solution] | None:
-        return _climb(
-            problem,
-            limits,
-            starts,
-            evaluate=evaluate,
-            cost=lambda found: found.objective_nats,
-            good_enough=bound / (1 - limits.gap),
-        )
-
-    best = climb(splits or first_splits(problem))
-    if best is None and problem.min_decode_tps is not None:
-        # The starts are too slow; one that is fast enough may not be far.
-        fastest = fastest_split(problem, limits)
-        if fastest is not None and fastest[1] * problem.min_decode_tps <= 1:
-            best = climb([fastest[0]])
+    best = _climb(
+        problem,
+        limits,
+        splits or first_splits(problem),
+        evaluate=evaluate,
+        cost=lambda found: found.objective_nats,
+        good_enough=bound / (1 - limits.gap),
+    )
     return with_bound(best[1], bound, limits.gap) if best else None
 
 
