@@ -9,7 +9,8 @@ QuantplanError
 │   └── RecipeError         a recipe that does not fit the model, or cannot be read
 ├── NoPlanError             the input is sound, but nothing satisfies the constraints (exit code 1)
 ├── SolverError             the solver failed or contradicted itself (exit code 1)
-└── QuantizeError           writing the quantized file failed (exit code 1)
+├── QuantizeError           writing the quantized file failed (exit code 1)
+└── LlamaCppError           llama.cpp is missing, does not run, or failed (exit code 1)
 
 A message says what failed, the value with its unit, the limit, and what to change.
 """
@@ -81,3 +82,7 @@ class SolverError(QuantplanError):
 
 class QuantizeError(QuantplanError):
     """The quantized file could not be written; the target was left as it was."""
+
+
+class LlamaCppError(QuantplanError):
+    """llama.cpp was not found, does not run on this machine, or gave no answer."""

@@ -1,0 +1,1 @@
+"""Asks a local llama.cpp what it allocates."""

