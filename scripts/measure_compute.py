@@ -1,0 +1,81 @@
+"""Asks llama.cpp for the compute buffers of many models under many flags.
+
+    python scripts/measure_compute.py OUT.jsonl [--runs-per-model 30]
+
+Each run lays a model of the catalog out on RPC devices that stand for GPUs, without loading it, and
+appends one line to OUT.jsonl: model, flags and bytes per device. `scripts/fit_compute.py` fits the
+compute-buffer model to them. About 0.5 s per run.
+"""
+
+import argparse
+import json
+import random
+from contextlib import ExitStack
+from pathlib import Path
+
+import quantplan as qp
+from quantplan.errors import LlamaCppError
+from quantplan.runtime.find import find_llama_cpp
+from quantplan.runtime.memory import measure_memory
+from tests.support.llama_cpp import rpc_server
+
+_UBATCHES = (64, 128, 256, 512, 512, 512, 1024, 2048, 4096)
+_CONTEXTS = (2048, 4096, 8192, 16384, 32768, 49152, 65536, 131072)
+
+
+def sample_flags(random_: random.Random, inventory: qp.Inventory) -> list[str]:
+    """Flags that a person could give, at random."""
+    ubatch = random_.choice(_UBATCHES)
+    flags = ["-c", str(random_.choice(_CONTEXTS)), "-ub", str(ubatch), "-b", str(max(2048, ubatch))]
+    slots = random_.choice((1, 1, 1, 4))
+    flags += ["-np", str(slots)]
+    if slots > 1 and random_.random() < 0.5:
+        flags += ["-kvu"]
+    flash = random_.random() < 0.8
+    flags += ["-fa", "on" if flash else "off"]
+    kv_type = random_.choice(("f16", "f16", "q8_0")) if flash else "f16"
+    flags += ["-ctk", kv_type, "-ctv", kv_type]
+    n_layers = inventory.architecture.n_layers
+    flags += ["-ngl", str(random_.choice((99, 99, 99, n_layers // 2)))]
+    if inventory.architecture.n_expert:
+        flags += random_.choice(([], ["--cpu-moe"], ["--cpu-moe"], ["--n-cpu-moe", str(n_layers // 2)]))
+    return flags
+
+
+def main() -> None:
+    """Measures and appends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--runs-per-model", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", nargs="*", default=None)
+    options = parser.parse_args()
+    random_ = random.Random(options.seed)
+    llama_cpp = find_llama_cpp()
+    with ExitStack() as stack, options.out.open("a") as out:
+        servers = [stack.enter_context(rpc_server()) for _ in range(2)]
+        for name in options.models or qp.catalog_names():
+            inventory = qp.read_inventory(name)
+            for _ in range(options.runs_per_model):
+                n_gpus = random_.choice((1, 1, 2))
+                flags = sample_flags(random_, inventory)
+                rpc = ["--rpc", ",".join(str(s) for s in servers[:n_gpus])]
+                try:
+                    measured = measure_memory(llama_cpp, inventory, [*rpc, *flags])
+                except LlamaCppError as error:
+                    print(name, flags, str(error)[-200:])
+                    continue
+                row = {
+                    "model": name,
+                    "architecture": inventory.architecture.name,
+                    "build": llama_cpp.build,
+                    "n_gpus": n_gpus,
+                    "flags": flags,
+                    "compute_bytes": [device.compute_bytes for device in measured.devices],
+                }
+                out.write(json.dumps(row) + "\n")
+                out.flush()
+
+
+if __name__ == "__main__":
+    main()
