@@ -10,6 +10,9 @@ from quantplan.schema import Frozen
 KVType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 """KV cache types that llama.cpp accepts for ``-ctk`` and ``-ctv`` (b11434)."""
 
+AnyKVType = Literal[KVType, "q6_0"]
+"""Those, and one that only ik_llama.cpp has."""
+
 NEWEST_KNOWN_BUILD = 11434
 """The newest llama.cpp build whose behaviour was checked."""
 
@@ -46,8 +49,8 @@ class Workload(Frozen):
     kv_unified: bool = True
     batch: int = Field(default=2048, ge=1)
     ubatch: int = Field(default=512, ge=1, validate_default=True)
-    kv_type_k: KVType = "f16"
-    kv_type_v: KVType = "f16"
+    kv_type_k: AnyKVType = "f16"
+    kv_type_v: AnyKVType = "f16"
     flash_attention: bool = True
     swa_full: bool = False
     llama_cpp_build: int = Field(default=NEWEST_KNOWN_BUILD, ge=1)

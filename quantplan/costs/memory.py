@@ -3,10 +3,12 @@
 Rules of llama.cpp b10434 to b11434, checked against the buffer sizes that it prints.
 """
 
+from typing import get_args
+
 from quantplan.errors import WorkloadError
 from quantplan.inventory import Architecture, LayerCache, Tensor
 from quantplan.qtypes import QType, qtype
-from quantplan.workload import Workload
+from quantplan.workload import KVType, Workload
 
 # Buffers hold each tensor at a multiple of this (ggml's TENSOR_ALIGNMENT on the CPU, and so on an
 # RPC device whose server computes on a CPU).
@@ -29,6 +31,8 @@ _NEXTN_CACHE_BEFORE_BUILD = 11434
 _NEXTN_CACHE = {
     "bailingmoe2", "deepseek2", "exaone-moe", "exaone4", "glm4", "glm4moe", "mistral4",
 }  # fmt: skip
+# Of these, b10434 ignored the blocks' weights even for multi-token prediction.
+_NEXTN_WEIGHTS_IGNORED = {"bailingmoe2", "exaone-moe", "exaone4", "glm4", "glm4moe"}
 # From this batch size on llama.cpp multiplies by weights held in RAM on the GPU, by copying them
 # there one after the other (GGML_OP_OFFLOAD_MIN_BATCH).
 _OP_OFFLOAD_MIN_BATCH = 32
@@ -91,32 +95,97 @@ def cache_bytes(architecture: Architecture, workload: Workload) -> tuple[int, ..
             K and V differ where llama.cpp wants one.
     """
     caches = architecture.caches
+    _check_types(architecture, workload)
+    n_cached = architecture.n_loaded_layers
+    if _caches_nextn_like_others(architecture, workload):
+        n_cached = architecture.n_layers
     k_type, v_type = qtype(workload.kv_type_k), qtype(workload.kv_type_v)
-    if k_type != v_type and any(cache.k_width and not cache.v_width for cache in caches):
-        raise WorkloadError(
-            f"the KV types {workload.kv_type_k} and {workload.kv_type_v} differ, which llama.cpp "
-            "refuses for multi-head latent attention: use one type for both"
-        )
-    is_older = workload.llama_cpp_build < _NEXTN_CACHE_BEFORE_BUILD
-    keeps_nextn = is_older and architecture.name in _NEXTN_CACHE
-    n_cached = architecture.n_layers if keeps_nextn else architecture.n_loaded_layers
     sizes = []
     for cache in caches[:n_cached]:
-        v_width = cache.v_width
-        if cache.attends and not workload.flash_attention:
-            v_width = architecture.widest_v_width
-        row = (
-            _row_bytes(k_type, cache.k_width)
-            + _row_bytes(v_type, v_width)
-            + _row_bytes(k_type, cache.indexer_k_width)
-            + _row_bytes(v_type, cache.indexer_v_width)
-        )
-        state = cache.state_elements * _F32_BYTES * workload.slots
+        indexer = row_bytes(k_type, cache.indexer_k_width)
+        indexer += row_bytes(v_type, cache.indexer_v_width)
+        row = _attention_row_bytes(architecture, cache, workload) + indexer
+        state = state_bytes(cache, workload)
         sizes.append(row * kv_cells(cache, workload) * workload.n_streams + state)
     return (*sizes, *(0,) * (architecture.n_layers - n_cached))
 
 
-def _row_bytes(kind: QType, width: int) -> int:
+def prediction_cache_bytes(architecture: Architecture, workload: Workload) -> tuple[int, ...]:
+    """Bytes that each layer adds for the draft context of multi-token prediction.
+
+    The context has the KV cache of the next-token-prediction blocks alone, without an indexer's;
+    older builds made it for every layer of some architectures (as b10434 did for glm4moe; mended
+    in https://github.com/ggml-org/llama.cpp/pull/28630).
+
+    Args:
+        architecture: The model.
+        workload: The main context's, with the KV types of the draft context.
+
+    Raises:
+        WorkloadError: See `cache_bytes`.
+    """
+    _check_types(architecture, workload)
+    if _caches_nextn_like_others(architecture, workload):
+        return cache_bytes(architecture, workload)
+    sizes = [
+        _attention_row_bytes(architecture, cache, workload)
+        * kv_cells(cache, workload)
+        * workload.n_streams
+        for cache in architecture.caches[architecture.n_loaded_layers :]
+    ]
+    return (*(0,) * architecture.n_loaded_layers, *sizes)
+
+
+def loads_prediction_weights(architecture: Architecture, workload: Workload) -> bool:
+    """Whether multi-token prediction makes llama.cpp load the next-token-prediction blocks."""
+    is_older = workload.llama_cpp_build < _NEXTN_CACHE_BEFORE_BUILD
+    return not (is_older and architecture.name in _NEXTN_WEIGHTS_IGNORED)
+
+
+def _caches_nextn_like_others(architecture: Architecture, workload: Workload) -> bool:
+    is_older = workload.llama_cpp_build < _NEXTN_CACHE_BEFORE_BUILD
+    return is_older and architecture.name in _NEXTN_CACHE
+
+
+def _check_types(architecture: Architecture, workload: Workload) -> None:
+    faults = [
+        f"llama.cpp has no KV type {kind}, which is ik_llama.cpp's: use one of "
+        + ", ".join(get_args(KVType))
+        for kind in dict.fromkeys((workload.kv_type_k, workload.kv_type_v))
+        if kind not in get_args(KVType)
+    ]
+    is_latent = any(cache.k_width and not cache.v_width for cache in architecture.caches)
+    if is_latent and workload.kv_type_k != workload.kv_type_v:
+        faults.append(
+            f"the KV types {workload.kv_type_k} and {workload.kv_type_v} differ, which llama.cpp "
+            "refuses for multi-head latent attention: use one type for both"
+        )
+    if faults:
+        raise WorkloadError(faults)
+
+
+def _attention_row_bytes(
+    architecture: Architecture, cache: LayerCache, workload: Workload
+) -> int:
+    """Bytes of the K and V rows of one cell."""
+    v_width = cache.v_width
+    if cache.attends and not workload.flash_attention:
+        v_width = architecture.widest_v_width
+    k_row = row_bytes(qtype(workload.kv_type_k), cache.k_width)
+    return k_row + row_bytes(qtype(workload.kv_type_v), v_width)
+
+
+def state_bytes(cache: LayerCache, workload: Workload) -> int:
+    """Bytes of a layer's recurrent state, all slots."""
+    return cache.state_elements * _F32_BYTES * workload.slots
+
+
+def row_bytes(kind: QType, width: int) -> int:
+    """Bytes of one row of a cache.
+
+    Raises:
+        WorkloadError: The row is no whole number of blocks of the type.
+    """
     try:
         return kind.row_bytes(width) if width else 0
     except ValueError as error:

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantplan.errors import UnsupportedModelError
-from quantplan.inventory.caches import LayerCache, convolved_width, layer_caches
+from quantplan.inventory.caches import (
+    LatentAttention,
+    LayerCache,
+    convolved_width,
+    latent_attention,
+    layer_caches,
+)
 from quantplan.inventory.keys import Keys
 from quantplan.schema import Frozen
 
@@ -35,6 +41,7 @@ class Architecture(Frozen):
         convolved_width: Channels that a recurrent layer convolves; 0 without such layers.
         caches: One entry per layer, next-token-prediction blocks included.
         widest_v_width: Elements of the widest V row, which all V rows take without flash attention.
+        latent: Multi-head latent attention; None where keys and values are stored as they are.
     """
 
     name: str
@@ -49,6 +56,7 @@ class Architecture(Frozen):
     convolved_width: int
     caches: tuple[LayerCache, ...]
     widest_v_width: int
+    latent: LatentAttention | None = None
 
     @property
     def n_loaded_layers(self) -> int:
@@ -104,4 +112,5 @@ def read_architecture(metadata: Mapping[str, Any]) -> Architecture:
         convolved_width=convolved_width(keys),
         caches=caches,
         widest_v_width=widest_v,
+        latent=latent_attention(keys, n_head),
     )

@@ -56,6 +56,8 @@ _SHORT_CONVOLUTION = {"lfm2", "lfm2moe"}
 _DELTA_ATTENTION = {"kimi-linear"}
 _SPARSE_ATTENTION = {"deepseek32", "glm-dsa"}
 _SPARSE_ATTENTION_WITH_VALUES = {"minimax-m3"}
+# Low-rank keys and values that are expanded before they are cached.
+_EXPANDED = {"minicpm3", "plm"}
 # Compressed caches with states of their own; a router layer with a cache of another width.
 _NOT_MODELLED = {"deepseek4", "graniteswitch"}
 
@@ -80,6 +82,39 @@ class LayerCache(Frozen):
     indexer_k_width: int = 0
     indexer_v_width: int = 0
     state_elements: int = 0
+
+
+class LatentAttention(Frozen):
+    """Multi-head latent attention: keys and values are stored in a common low rank.
+
+    Attributes:
+        rank: Elements of the compressed row that keys and values share.
+        rope: Elements of the key that carry the position, one row for all heads.
+        k_width: Elements of the K row of all heads, expanded.
+        v_width: Elements of the V row of all heads, expanded.
+    """
+
+    rank: int
+    rope: int
+    k_width: int
+    v_width: int
+
+
+def latent_attention(keys: Keys, n_heads: int) -> LatentAttention | None:
+    """What an architecture with latent attention stores; None without."""
+    rank = keys.number("attention.kv_lora_rank")
+    if not rank or keys.arch in _EXPANDED:
+        return None
+    k_length, v_length = (
+        keys.number(f"attention.{part}_length_mla") or keys.number(f"attention.{part}_length")
+        for part in ("key", "value")
+    )
+    return LatentAttention(
+        rank=rank,
+        rope=keys.number("rope.dimension_count"),
+        k_width=n_heads * k_length,
+        v_width=n_heads * v_length,
+    )
 
 
 def convolved_width(keys: Keys) -> int:
@@ -107,7 +142,7 @@ def _delta_attention_state(keys: Keys, n_heads: int) -> int:
 
 
 def _layer_kinds(  # noqa: PLR0911 (one return per family reads as the table that it is)
-    keys: Keys, n_layers: int, heads: tuple[int, ...], kv_heads: tuple[int, ...]
+    keys: Keys, n_layers: int, n_nextn: int, heads: tuple[int, ...], kv_heads: tuple[int, ...]
 ) -> list[tuple[bool, int]]:
     """Whether each layer has a KV cache, and the F32 elements of its recurrent state."""
     arch = keys.arch
@@ -129,6 +164,8 @@ def _layer_kinds(  # noqa: PLR0911 (one return per family reads as the table tha
         if keys.get("attention.recurrent_layers"):
             listed = keys.per_layer("attention.recurrent_layers", n_layers, 0)
             recurrent = [bool(flag) for flag in listed]
+        # A next-token-prediction block attends, whatever its turn.
+        recurrent[n_layers - n_nextn :] = [False] * n_nextn
         state = _mamba_state(keys)
         return [(not is_recurrent, state * is_recurrent) for is_recurrent in recurrent]
     if arch in _MAMBA_WHERE_NO_KV_HEADS:
@@ -214,7 +251,7 @@ def layer_caches(keys: Keys, n_layers: int, n_nextn: int) -> tuple[tuple[LayerCa
     is_latent = keys.get("attention.key_length_mla") is not None
     # A looped model runs its layers several times, each time with a cache.
     loops = keys.number("num_loops", 1) if keys.arch == "nanbeige" else 1
-    kinds = _layer_kinds(keys, n_layers, heads, kv_heads)
+    kinds = _layer_kinds(keys, n_layers, n_nextn, heads, kv_heads)
     caches, widest_v = [], 0
     for layer, window in enumerate(_windows(keys, n_layers)):
         suffix = "_swa" if window else ""
