@@ -101,10 +101,11 @@ def failure(name: str, fate: str, log: str) -> LlamaCppError:
 
 def _kept(log: str) -> str:
     """Saves a log for the user to read; returns its path."""
-    handle, path = tempfile.mkstemp(prefix="quantplan-", suffix=".log")
-    with open(handle, "w", encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", prefix="quantplan-", suffix=".log", delete=False
+    ) as file:
         file.write(log)
-    return path
+    return file.name
 
 
 def ending(code: int) -> str:
