@@ -124,17 +124,25 @@ def predict(
         list[str], typer.Argument(metavar="-- FLAGS", help="Flags of llama-server, after --.")
     ],
     llama_build: LlamaBuildOption = NEWEST_KNOWN_BUILD,
+    calibrate: Annotated[
+        bool,
+        typer.Option(help="Take the compute buffers from the llama.cpp of this machine."),
+    ] = False,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where that llama.cpp is, if it is not found."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Say how much memory a model takes with given llama.cpp flags, and whether that fits."""
     import quantplan as qp  # noqa: PLC0415
+    from quantplan.runtime import find_llama_cpp, predict_calibrated  # noqa: PLC0415
 
-    found = qp.predict(
-        qp.read_inventory(model),
-        flags,
-        qp.Machine.parse(machine),
-        llama_cpp_build=llama_build,
-    )
+    inventory, described = qp.read_inventory(model), qp.Machine.parse(machine)
+    if calibrate:
+        found = predict_calibrated(inventory, flags, described, find_llama_cpp(llama_cpp))
+    else:
+        found = qp.predict(inventory, flags, described, llama_cpp_build=llama_build)
     typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
 
 

@@ -1,6 +1,6 @@
 """Memory of a given configuration: will this GGUF with these flags fit?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from quantplan.costs import memory
 from quantplan.formats.llama_args import parse_flags
@@ -23,8 +23,9 @@ class DeviceUse(Frozen):
         weights_bytes: Model buffer as llama.cpp prints it; exact.
         padding_bytes: What a CUDA buffer takes on top of that.
         kv_bytes: KV cache and recurrent state; exact.
-        compute_bytes: Compute buffer; an estimate.
+        compute_bytes: Compute buffer; an estimate unless it was measured.
         free_bytes: Capacity less all of the above but the margin.
+        compute_is_measured: Whether llama.cpp itself said how large the compute buffer is.
     """
 
     name: str
@@ -36,6 +37,7 @@ class DeviceUse(Frozen):
     kv_bytes: int
     compute_bytes: int
     free_bytes: int
+    compute_is_measured: bool = False
 
 
 class MemoryPrediction(Frozen):
@@ -63,13 +65,34 @@ class MemoryPrediction(Frozen):
         rows += [f"  note: {text}" for text in self.notes]
         return "\n".join(rows)
 
+    def with_measured_compute(self, compute_bytes: Mapping[str, int]) -> "MemoryPrediction":
+        """The prediction with measured compute buffers in place of estimates.
+
+        Args:
+            compute_bytes: By name of the device; devices left out keep their estimate.
+        """
+        devices = tuple(
+            use.model_copy(
+                update={
+                    "compute_bytes": compute_bytes[use.name],
+                    "free_bytes": use.free_bytes + use.compute_bytes - compute_bytes[use.name],
+                    "compute_is_measured": True,
+                }
+            )
+            if use.name in compute_bytes
+            else use
+            for use in self.devices
+        )
+        fits = all(use.free_bytes >= use.margin_bytes for use in devices)
+        return self.model_copy(update={"devices": devices, "fits": fits})
+
 
 def device_line(use: DeviceUse) -> str:
     """One device as a line of text."""
     return (
         f"  {use.name:5} weights {gib(use.weights_bytes):>10}, KV {gib(use.kv_bytes):>9}, "
-        f"compute {gib(use.compute_bytes):>9}, free {gib(use.free_bytes):>9} of "
-        f"{gib(use.capacity_bytes)}"
+        f"compute {gib(use.compute_bytes):>9}{' (measured)' if use.compute_is_measured else ''}, "
+        f"free {gib(use.free_bytes):>9} of {gib(use.capacity_bytes)}"
     )
 
 

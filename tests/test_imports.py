@@ -52,6 +52,13 @@ ORDER = [
     "quantize.partial",
     "quantize.apply",
     "quantize",
+    "runtime.sparse",
+    "runtime.process",
+    "runtime.log",
+    "runtime.find",
+    "runtime.memory",
+    "runtime.calibrate",
+    "runtime",
     "report",
     "cli",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quantplan.errors import LlamaCppError
 from quantplan.qtypes import Runtime
-from quantplan.runtime.process import failure, isolated_environment
+from quantplan.runtime.process import ending, failure, isolated_environment
 from quantplan.schema import Frozen
 
 _PROGRAM = "llama-server"
@@ -72,14 +72,14 @@ def find_llama_cpp(folder: str | Path | None = None) -> LlamaCpp:
         server = _in_folder(Path(place).expanduser())
         if server is None:
             raise LlamaCppError(f"{place}: no {_PROGRAM} in this folder, bin or build/bin")
-        return examine(server)
+        return examine(server.absolute())
     server = next(_candidates(), None)
     if server is None:
         raise LlamaCppError(
             f"No llama.cpp found: no {_PROGRAM} on PATH, in {', '.join(_FOLDERS)}, or in the "
             f"packages {', '.join(_PACKAGES)}. Name its folder, or set {_VARIABLE}"
         )
-    return examine(server)
+    return examine(server.absolute())
 
 
 def _candidates() -> Iterator[Path]:
@@ -159,5 +159,5 @@ def _ask(server: Path, option: str) -> str:
             raise LlamaCppError(f"{server} does not run: {error}") from error
     text = done.stdout.decode(errors="replace")
     if done.returncode:
-        raise failure(f"{server} {option}", text, done.returncode)
+        raise failure(f"{server} {option}", ending(done.returncode), text)
     return text

@@ -8,14 +8,20 @@ from dataclasses import dataclass
 MIB = 2**20
 
 # Builds before 2025 and ik_llama.cpp name no kind for weights.
-_BUFFER = re.compile(r": +(\S+) (?:(model|KV|RS|compute) )?buffer size = +([\d.]+) MiB")
+_BUFFER = re.compile(r": +(\S+) +(?:(model|KV|RS|output|compute) )?buffer size = +([\d.]+) MiB")
+_KINDS = ("model", "KV", "RS", "output", "compute")
+# A context may reserve these again, in place of the old.
+_REPLACED = ("output", "compute")
 _DEVICE = re.compile(r"using device (\S+) \(([^)]*)\)")
 # | - NAME (description) | total = free + (self = model + context + compute) + unaccounted |
 _ROW = re.compile(
     r"memory_breakdown_print: \| +- (?P<name>\w+)(?: \((?P<description>.*)\))? *\|"
     r"(?: +\d+ = +\d+ \+ \()? *\d+ = +(?P<model>\d+) \+ +(?P<context>\d+) \+ +(?P<compute>\d+)"
 )
-_HOST = "Host"
+_END_OF_FIT = ("fit params to free", "while trying to fit")
+HOST = "Host"
+"""What llama.cpp's table calls RAM."""
+
 # A buffer of a device: CUDA0, MTL0_Mapped, RPC0[127.0.0.1:50052]; others (CPU_Mapped, CUDA_Host)
 # are in RAM.
 _DEVICE_BUFFER = re.compile(r"([A-Za-z]+\d+)(?:\[(.+)\]|_\w+)?")
@@ -29,27 +35,29 @@ class Buffers:
         model: Weights.
         kv: Attention caches, summed over the caches of one buffer.
         recurrent: States of recurrent layers.
+        output: Logits and embeddings that the caller reads.
         compute: Scratch memory of the graphs.
     """
 
     model: Mapping[str, float]
     kv: Mapping[str, float]
     recurrent: Mapping[str, float]
+    output: Mapping[str, float]
     compute: Mapping[str, float]
 
     @classmethod
     def parse(cls, log: str) -> "Buffers":
         """Reads the buffer sizes out of a log, as ``-lv 4`` writes it."""
-        sizes = {kind: defaultdict[str, float](float) for kind in ("model", "KV", "RS", "compute")}
+        sizes = {kind: defaultdict[str, float](float) for kind in _KINDS}
         for context in log.split("constructing llama_context"):
-            reserved = {}  # a context may reserve its scratch memory again, in place of the old
+            reserved = {}
             for name, kind, mib in _BUFFER.findall(context):
-                if kind == "compute":
-                    reserved[name] = float(mib)
+                if kind in _REPLACED:
+                    reserved[kind, name] = float(mib)
                 else:
                     sizes[kind or "model"][name] += float(mib)
-            for name, scratch_mib in reserved.items():
-                sizes["compute"][name] += scratch_mib
+            for (kind, name), mib in reserved.items():
+                sizes[kind][name] += mib
         return cls(
             *({name: round(mib, 2) for name, mib in sums.items()} for sums in sizes.values())
         )
@@ -79,29 +87,51 @@ def read_table(log: str) -> tuple[Row, ...]:
         if line.endswith("\n") and (match := _ROW.search(line)):
             sizes = (int(match[kind]) for kind in ("model", "context", "compute"))
             rows.append(Row(match["name"], *sizes))
-            if match["name"] == _HOST:
+            if match["name"] == HOST:
                 return tuple(rows)
     return ()
 
 
-def read_devices(log: str) -> tuple[tuple[str, str], ...]:
-    """Names and descriptions of the devices in use, in order; RAM is none of them."""
-    return tuple(dict.fromkeys(_DEVICE.findall(log)))
+def has_laid_out(log: str) -> bool:
+    """Whether llama.cpp has laid the model out, or has given up; what follows allocates."""
+    return bool(read_table(log)) or any(sign in log for sign in _END_OF_FIT)
 
 
-def place_of(buffer: str, devices: tuple[tuple[str, str], ...]) -> str:
-    """The device whose memory a buffer takes, ``Host`` for RAM.
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """The devices that a log names, RAM apart.
 
-    An RPC device is known by its endpoint: the number in its buffers' names is another one.
-
-    Args:
-        buffer: Name of the buffer as printed.
-        devices: What `read_devices` returned.
+    Attributes:
+        names: In order.
+        by_endpoint: Names of the RPC devices by address.
     """
-    match = _DEVICE_BUFFER.fullmatch(buffer)
-    if not match:
-        return buffer if any(buffer == name for name, _ in devices) else _HOST
-    name, endpoint = match.groups()
-    if endpoint:
-        return next((n for n, described in devices if described == endpoint), buffer)
-    return str(name)
+
+    names: tuple[str, ...]
+    by_endpoint: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, log: str) -> "Devices":
+        """Reads which devices are in use; logs that do not say so are asked for their buffers."""
+        described = dict.fromkeys(_DEVICE.findall(log))
+        names = tuple(dict.fromkeys(name for name, _ in described))
+        if not names:
+            matches = (_DEVICE_BUFFER.fullmatch(name) for name, _, _ in _BUFFER.findall(log))
+            names = tuple(sorted({m[1] for m in matches if m}, key=_by_number))
+        return cls(names, {endpoint: name for name, endpoint in described})
+
+    def holding(self, buffer: str) -> str:
+        """The device whose memory a buffer takes, ``Host`` for RAM.
+
+        An RPC device is known by its address: the number in its buffers' names is another one.
+
+        Args:
+            buffer: Name of the buffer as printed.
+        """
+        if match := _DEVICE_BUFFER.fullmatch(buffer):
+            return self.by_endpoint.get(match[2], match[1])
+        return buffer if buffer in self.names else HOST
+
+
+def _by_number(name: str) -> tuple[str, int]:
+    kind = name.rstrip("0123456789")
+    return kind, int(name[len(kind) :])

@@ -2,15 +2,16 @@
 
 import shlex
 import tempfile
-import urllib.request
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantplan.errors import LlamaCppError
 from quantplan.inventory import Inventory
+from quantplan.inventory.sources import shard_paths
 from quantplan.runtime.find import LlamaCpp
-from quantplan.runtime.log import MIB, Buffers, Row, place_of, read_devices, read_table
-from quantplan.runtime.process import HOST, free_port, running
+from quantplan.runtime.log import HOST, MIB, Buffers, Devices, has_laid_out, read_table
+from quantplan.runtime.process import ADDRESS, failure, free_port, is_healthy, running
 from quantplan.runtime.sparse import write_sparse
 from quantplan.schema import Frozen
 
@@ -35,7 +36,7 @@ class MeasuredDevice(Frozen):
         name: As llama.cpp prints it, such as ``CUDA0``; ``Host`` for RAM.
         weights_bytes: Model buffers.
         cache_bytes: KV cache and recurrent state.
-        compute_bytes: Compute buffers.
+        compute_bytes: Compute buffers, and the output buffer.
     """
 
     name: str
@@ -48,6 +49,8 @@ class MemoryMeasurement(Frozen):
     """Memory of a model under given flags, in llama.cpp's own words.
 
     Attributes:
+        model: Name of the model.
+        header_sha256: Of the inventory that was measured.
         llama_cpp: The llama.cpp that was asked.
         flags: Its flags.
         devices: In order, RAM last.
@@ -55,6 +58,8 @@ class MemoryMeasurement(Frozen):
             down; everything else is rounded to 0.01 MiB.
     """
 
+    model: str
+    header_sha256: str
     llama_cpp: LlamaCpp
     flags: tuple[str, ...]
     devices: tuple[MeasuredDevice, ...]
@@ -64,12 +69,12 @@ class MemoryMeasurement(Frozen):
 def measure_memory(
     llama_cpp: LlamaCpp, inventory: Inventory, flags: str | Sequence[str]
 ) -> MemoryMeasurement:
-    """Has llama.cpp lay a model out in memory, without loading it.
+    """Asks llama.cpp what memory a model takes.
 
-    ``--fit`` makes llama-server lay out the model, its caches and its graphs before it allocates
-    anything; it is ended as soon as it has printed the result. What it is given is a file with the
-    model's metadata and dimensions but without weights, so a model of any size takes a second and
-    a few MB, on the disk and in memory.
+    Where it knows ``--fit``, this is a dry run: llama-server then lays out the model, its caches
+    and its graphs before it allocates anything, and is ended as soon as it has printed the result.
+    It is given a file with the model's metadata and dimensions but without weights, so a model of
+    any size takes a second and a few MB, on the disk and in memory. Otherwise the model is loaded.
 
     Args:
         llama_cpp: Which llama.cpp.
@@ -78,29 +83,26 @@ def measure_memory(
             a port or a log are left out, and so is ``--fit``.
 
     Raises:
-        LlamaCppError: It knows no ``--fit`` (before December 2025, and ik_llama.cpp), or it failed;
-            the message ends with its last lines.
+        LlamaCppError: It failed, and the message ends with its last lines; or it knows no
+            ``--fit`` (before December 2025, and ik_llama.cpp) and the inventory is of no file.
     """
-    if not llama_cpp.has_fit:
-        raise LlamaCppError(
-            f"{llama_cpp.server} cannot lay out a model without loading it: that takes llama.cpp "
-            "from December 2025 or later. Load the model with measure_loaded instead"
-        )
     arguments = _kept(flags)
-    for _ in range(_ATTEMPTS):
-        with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
-            path = write_sparse(inventory, Path(folder, "model.gguf"))
-            command = [*_command(llama_cpp, path, arguments), "--fit", "on", "-lv", "5"]
-            with running(command) as process:
-                process.wait_until(lambda: bool(read_table(process.log)), _TIME_LIMIT_S)
-                log = process.log
-        if devices := _laid_out(log):
-            return MemoryMeasurement(
-                llama_cpp=llama_cpp, flags=arguments, devices=devices, is_dry_run=True
-            )
-    raise LlamaCppError(
-        f"{llama_cpp.server}: {_ATTEMPTS} logs in a row contradict themselves about the compute "
-        "buffers; its log may have changed in a way that quantplan does not know"
+    if llama_cpp.has_fit:
+        is_dry_run, devices = True, _dry_run(llama_cpp, inventory, arguments)
+    elif (path := Path(inventory.source)).is_file():
+        is_dry_run, devices = False, _loaded(llama_cpp, shard_paths(path)[0], arguments)
+    else:
+        raise LlamaCppError(
+            f"{llama_cpp.server} ({llama_cpp}) cannot lay out a model without loading it: give the "
+            f"GGUF file instead of {inventory.source!r}, or use llama.cpp from December 2025 on"
+        )
+    return MemoryMeasurement(
+        model=inventory.name,
+        header_sha256=inventory.header_sha256,
+        llama_cpp=llama_cpp,
+        flags=arguments,
+        devices=devices,
+        is_dry_run=is_dry_run,
     )
 
 
@@ -117,9 +119,24 @@ def _kept(flags: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def _command(llama_cpp: LlamaCpp, path: Path, arguments: Sequence[str]) -> list[str]:
-    own = ["-m", str(path.resolve()), "--host", HOST, "--port", str(free_port()), "--no-warmup"]
+def _command(llama_cpp: LlamaCpp, path: Path, arguments: Sequence[str], port: int) -> list[str]:
+    own = ["-m", str(path.resolve()), "--host", ADDRESS, "--port", str(port), "--no-warmup"]
     return [str(llama_cpp.server), *arguments, *own]
+
+
+def _dry_run(
+    llama_cpp: LlamaCpp, inventory: Inventory, arguments: Sequence[str]
+) -> tuple[MeasuredDevice, ...]:
+    for _ in range(_ATTEMPTS):
+        with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
+            path = write_sparse(inventory, Path(folder, "model.gguf"))
+            command = _command(llama_cpp, path, arguments, free_port())
+            with running([*command, "--fit", "on", "-lv", "5"]) as process:
+                process.wait_until(lambda: has_laid_out(process.log), _TIME_LIMIT_S)
+                log = process.log
+        if devices := _laid_out(log):
+            return devices
+    raise failure(str(llama_cpp.server), "could not lay the model out", log)
 
 
 def _laid_out(log: str) -> tuple[MeasuredDevice, ...]:
@@ -128,23 +145,54 @@ def _laid_out(log: str) -> tuple[MeasuredDevice, ...]:
     Returns:
         Nothing where the two disagree: lines of the log are sometimes lost.
     """
-    rows = read_table(log)
-    devices = read_devices(log)
-    compute_mib = dict.fromkeys((row.name for row in rows), 0.0)
-    for buffer, mib in Buffers.parse(log.partition("memory_breakdown_print")[0]).compute.items():
-        place = place_of(buffer, devices)
-        compute_mib[place] = compute_mib.get(place, 0.0) + mib
-    if set(compute_mib) != {row.name for row in rows}:
+    rows = {row.name: row for row in read_table(log)}
+    before = log.partition("memory_breakdown_print")[0]
+    buffers, devices = Buffers.parse(before), Devices.parse(before)
+    compute_mib = _by_device(devices, buffers.compute)
+    if not compute_mib.keys() <= rows.keys() or any(
+        abs(int(compute_mib[name]) - row.compute_mib) > 1 for name, row in rows.items()
+    ):
         return ()
-    if any(abs(compute_mib[row.name] - row.compute_mib - 0.5) > 0.52 for row in rows):
-        return ()
-    return tuple(_device(row, compute_mib[row.name]) for row in rows)
-
-
-def _device(row: Row, compute_mib: float) -> MeasuredDevice:
-    return MeasuredDevice(
-        name=row.name,
-        weights_bytes=row.model_mib * MIB,
-        cache_bytes=row.context_mib * MIB,
-        compute_bytes=round(compute_mib * MIB),
+    output_mib = _by_device(devices, buffers.output)
+    return tuple(
+        MeasuredDevice(
+            name=name,
+            weights_bytes=row.model_mib * MIB,
+            cache_bytes=row.context_mib * MIB,
+            compute_bytes=round((compute_mib[name] + output_mib[name]) * MIB),
+        )
+        for name, row in rows.items()
     )
+
+
+def _loaded(
+    llama_cpp: LlamaCpp, path: Path, arguments: Sequence[str]
+) -> tuple[MeasuredDevice, ...]:
+    port = free_port()
+    command = _command(llama_cpp, path, arguments, port)
+    if llama_cpp.runtime == "llama.cpp":
+        command += ["-lv", "4", *(["--fit", "off"] if llama_cpp.has_fit else [])]
+    with running(command) as process:
+        process.wait_until(lambda: is_healthy(port), _TIME_LIMIT_S)
+        log = process.log
+    buffers, devices = Buffers.parse(log), Devices.parse(log)
+    weights = _by_device(devices, buffers.model)
+    caches = _by_device(devices, buffers.kv, buffers.recurrent)
+    compute = _by_device(devices, buffers.compute, buffers.output)
+    return tuple(
+        MeasuredDevice(
+            name=name,
+            weights_bytes=round(weights[name] * MIB),
+            cache_bytes=round(caches[name] * MIB),
+            compute_bytes=round(compute[name] * MIB),
+        )
+        for name in (*devices.names, HOST)
+    )
+
+
+def _by_device(devices: Devices, *buffers: Mapping[str, float]) -> defaultdict[str, float]:
+    sums: defaultdict[str, float] = defaultdict(float)
+    for sizes in buffers:
+        for name, mib in sizes.items():
+            sums[devices.holding(name)] += mib
+    return sums

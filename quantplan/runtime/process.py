@@ -1,11 +1,13 @@
 """Runs a program of llama.cpp until it has said what is asked, and always ends it."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +15,13 @@ from pathlib import Path
 
 from quantplan.errors import LlamaCppError
 
-HOST = "127.0.0.1"
+ADDRESS = "127.0.0.1"
 _STOP_LIMIT_S = 10.0
 _POLL_S = 0.05
-_SHOWN_LINES = 25
+_HEALTH_LIMIT_S = 5.0
+_SHOWN_LINES = 12
+_TELLING = re.compile(r"error|fail|invalid|unable|abort|assert", re.IGNORECASE)
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # loopback needs no proxy
 # What a program's last lines mean; the first that is found is told.
 _CAUSES = {
     "unknown model architecture": "this llama.cpp is too old for the model",
@@ -26,10 +31,11 @@ _CAUSES = {
     "unable to allocate": "a device is full",
     "failed to allocate": "a device is full",
 }
-_SIGNALS = {
+_SIGNALS: dict[int, str] = {
     signal.SIGILL: "the program is compiled for instructions that this processor does not have",
-    signal.SIGKILL: "the system ended it, most likely for want of memory",
 }
+if hasattr(signal, "SIGKILL"):  # Windows has none
+    _SIGNALS[signal.SIGKILL] = "the system ended it, most likely for want of memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,28 +73,52 @@ class Process:
             if ready():  # also after its end: the last lines may have what is asked
                 return
             if code is not None:
-                raise failure(self.name, self.log, code)
+                raise failure(self.name, ending(code), self.log)
             if time.monotonic() > deadline:
-                raise LlamaCppError(
-                    f"{self.name} is not ready after {limit_s:.0f} s. {_tail(self.log)}"
-                )
+                raise failure(self.name, f"is not ready after {limit_s:.0f} s", self.log)
             time.sleep(_POLL_S)
 
 
-def failure(name: str, log: str, code: int) -> LlamaCppError:
-    """Says how a program ended, why that may be, and what it printed last.
+def failure(name: str, fate: str, log: str) -> LlamaCppError:
+    """Says what happened to a program, why that may be, and what it printed last.
 
     Args:
         name: Of the program.
+        fate: What happened to it.
         log: Everything that it printed.
+    """
+    cause = next((f": {text}" for sign, text in _CAUSES.items() if sign in log), "")
+    lines = [line for line in log.splitlines() if line.strip()]
+    telling = [line for line in lines if _TELLING.search(line)][-_SHOWN_LINES:]
+    shown = telling or lines[-_SHOWN_LINES:]
+    said = "It printed nothing."
+    if shown:
+        said = "\n".join(["What it said of that:" if telling else "Its last lines:", *shown])
+    if len(lines) > len(shown):
+        said += f"\nAll that it printed: {_kept(log)}"
+    return LlamaCppError(f"{name} {fate}{cause}. {said}")
+
+
+def _kept(log: str) -> str:
+    """Saves a log for the user to read; returns its path."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", prefix="quantplan-", suffix=".log", delete=False
+    ) as file:
+        file.write(log)
+    return file.name
+
+
+def ending(code: int) -> str:
+    """Says how a program ended.
+
+    Args:
         code: Its exit code; negative for a signal.
     """
-    fate, cause = f"ended with code {code}", None
-    if code < 0:
-        number = signal.Signals(-code)
-        fate, cause = f"was ended by {number.name}", _SIGNALS.get(number)
-    cause = cause or next((text for sign, text in _CAUSES.items() if sign in log), None)
-    return LlamaCppError(f"{name} {fate}{f': {cause}' if cause else ''}. {_tail(log)}")
+    if code >= 0:
+        return f"ended with code {code}"
+    number = signal.Signals(-code)
+    reason = _SIGNALS.get(number)
+    return f"was ended by {number.name}{f' ({reason})' if reason else ''}"
 
 
 @contextmanager
@@ -97,7 +127,7 @@ def running(
 ) -> Iterator[Process]:
     """Runs a program in a folder of its own until the block ends.
 
-    Its output is gone afterwards; an error raised in between quotes the end of it.
+    Its output is gone afterwards; `failure` keeps it.
 
     Args:
         command: Program and arguments; no shell reads them.
@@ -141,10 +171,14 @@ def isolated_environment(folder: Path) -> dict[str, str]:
 def free_port() -> int:
     """A port of the loopback interface on which nothing listens now."""
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
+        probe.bind((ADDRESS, 0))
         return int(probe.getsockname()[1])
 
 
-def _tail(log: str) -> str:
-    lines = [line for line in log.splitlines() if line.strip()][-_SHOWN_LINES:]
-    return "\n".join(["Its last lines:", *lines]) if lines else "It printed nothing."
+def is_healthy(port: int) -> bool:
+    """Whether a llama-server on this machine has loaded its model."""
+    try:
+        with _open(f"http://{ADDRESS}:{port}/health", timeout=_HEALTH_LIMIT_S):
+            return True
+    except OSError:  # refused while it starts, 503 while it loads
+        return False
