@@ -35,6 +35,8 @@ class Architecture(Frozen):
         n_embd: Width of the residual stream.
         n_expert: Experts per layer; 0 in dense models.
         n_expert_used: Experts that one token activates.
+        expert_width: Rows of an expert's up matrix; 0 in dense models.
+        ffn_width: Rows of the widest dense feed-forward layer's up matrix.
         context_length: Longest context that the model was trained for, in tokens.
         n_head: Attention heads (of the first layer).
         q_width: Elements of one token's query row, all heads.
@@ -50,6 +52,8 @@ class Architecture(Frozen):
     n_embd: int
     n_expert: int
     n_expert_used: int
+    expert_width: int
+    ffn_width: int
     context_length: int
     n_head: int
     q_width: int
@@ -99,13 +103,17 @@ def read_architecture(metadata: Mapping[str, Any]) -> Architecture:
     n_head = keys.per_layer("attention.head_count", n_layers, 1)[0]
     head_width = keys.number("attention.key_length_mla") or keys.number("attention.key_length")
     caches, widest_v = layer_caches(keys, n_layers, n_nextn)
+    n_expert = keys.number("expert_count")
+    ffn_width = max(keys.per_layer("feed_forward_length", n_layers, 0))
     return Architecture(
         name=keys.arch,
         n_layers=n_layers,
         n_nextn=n_nextn,
         n_embd=n_embd,
-        n_expert=keys.number("expert_count"),
+        n_expert=n_expert,
         n_expert_used=keys.number("expert_used_count"),
+        expert_width=keys.number("expert_feed_forward_length", ffn_width) if n_expert else 0,
+        ffn_width=ffn_width,
         context_length=keys.number("context_length"),
         n_head=n_head,
         q_width=n_head * (head_width or n_embd // max(n_head, 1)),
