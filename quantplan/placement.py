@@ -3,11 +3,13 @@
 Rules of llama.cpp b10434 to b11434: ``-ngl`` counts every layer and the output layer, from the
 back; ``-ts`` shares the counted layers out by cumulative proportions; ``-ot`` patterns are searched
 unanchored in the full tensor name, the first match wins; KV caches follow the layers, never
-``-ot``.
+``-ot``. In ik_llama.cpp ``-ngl`` counts the output layer last instead of first.
 """
 
+import datetime
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +21,8 @@ from quantplan.schema import Frozen
 from quantplan.workload import Workload
 
 MAX_OVERRIDES = 4095
+# Tensors that a message names.
+_NAMED = 3
 _CPU_BUFFERS = {"CPU", "CUDA_Host", "Vulkan_Host", "CPU_REPACK"}
 _DEVICE_BUFFER = re.compile(r"(?:CUDA|Vulkan|ROCm|SYCL|CANN|MUSA|OpenCL)(\d+)|(Metal)")
 
@@ -35,6 +39,26 @@ class Override(Frozen):
     buffer_type: str
 
 
+class IkOptions(Frozen):
+    """What only ik_llama.cpp has.
+
+    Attributes:
+        as_of: Day of the sources that it was built from; it has no releases by number.
+        mla: ``-mla``: how latent attention is stored and computed.
+        swa_compress: ``--swa-compress``: sliding windows at their own length.
+        attention_max_mib: ``-amb``: largest piece of attention to expand at one time; 0 for all.
+        fused_experts: ``-fmoe``: up and gate experts in one step.
+        repacks_rows: ``-rtr``: weights in RAM are held in rows that only the CPU can read.
+    """
+
+    as_of: datetime.date = datetime.date.max
+    mla: int = 3
+    swa_compress: bool = False
+    attention_max_mib: int = 0
+    fused_experts: bool = True
+    repacks_rows: bool = False
+
+
 class Launch(Frozen):
     """What llama.cpp is told about placement, and the workload.
 
@@ -44,9 +68,18 @@ class Launch(Frozen):
         tensor_split: ``-ts`` proportions; empty for the memory of each GPU.
         split_mode: ``-sm``: ``layer``, or ``none`` for the main GPU alone.
         main_gpu: ``-mg``.
+        cache_on_gpu: Whether KV caches follow the layers; else all are in RAM (``-nkvo``).
         op_offload: Whether large batches multiply by weights in RAM on a GPU.
-        loads_nextn: Whether next-token-prediction blocks are loaded (``--spec-type draft-mtp``).
+        maps_file: Whether weights in RAM stay in the mapped file.
+        repacks: Whether the CPU may hold matrices in another layout (``--repack``).
+        predicts_tokens: Multi-token prediction (``--spec-type draft-mtp``).
+        draft: How a draft model, or multi-token prediction's draft context, is started.
+        draft_model: ``-md``: path of the draft model; empty without.
+        projector: ``-mm``: path of the multimodal projector; empty without.
+        projector_on_gpu: Whether the projector is on the first GPU.
+        ik: Options of ik_llama.cpp; None where llama.cpp runs.
         workload: Context, slots, batch and KV types.
+        warnings: Flags that do not do what they seem to say.
         notes: What was given but plays no part in the prediction.
     """
 
@@ -55,9 +88,18 @@ class Launch(Frozen):
     tensor_split: tuple[float, ...] = ()
     split_mode: str = "layer"
     main_gpu: int = 0
+    cache_on_gpu: bool = True
     op_offload: bool = True
-    loads_nextn: bool = False
+    maps_file: bool = False
+    repacks: bool = True
+    predicts_tokens: bool = False
+    draft: "Launch | None" = None
+    draft_model: str = ""
+    projector: str = ""
+    projector_on_gpu: bool = True
+    ik: IkOptions | None = None
     workload: Workload
+    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -68,18 +110,28 @@ class Placement:
     Attributes:
         layers: Device name of each layer, next-token-prediction blocks included.
         output: Device name of the output layer.
+        caches: Device name of each layer's KV cache and recurrent state.
         tensors: Device names of each loaded tensor; a tied embedding may be on two.
         warnings: Overrides that do not do what they seem to say.
     """
 
     layers: tuple[str, ...]
     output: str
+    caches: tuple[str, ...]
     tensors: dict[str, tuple[str, ...]]
     warnings: tuple[str, ...] = field(default=())
 
 
-def place(inventory: Inventory, machine: Machine, launch: Launch) -> Placement:
+def place(
+    inventory: Inventory, machine: Machine, launch: Launch, *, loads_nextn: bool = False
+) -> Placement:
     """Places every layer and tensor as llama.cpp does.
+
+    Args:
+        inventory: The model.
+        machine: The devices.
+        launch: The flags.
+        loads_nextn: Whether next-token-prediction blocks are loaded too.
 
     Raises:
         InputError: More than 4095 overrides, a pattern that is no regular expression, an unknown
@@ -92,7 +144,7 @@ def place(inventory: Inventory, machine: Machine, launch: Launch) -> Placement:
     hits = [0] * len(rules)
     tensors: dict[str, tuple[str, ...]] = {}
     for tensor in inventory.tensors:
-        if not (inventory.is_loaded(tensor) or launch.loads_nextn):
+        if not (inventory.is_loaded(tensor) or loads_nextn):
             continue
         matching = [index for index, (regex, _) in enumerate(rules) if regex.search(tensor.name)]
         for index in matching:
@@ -102,7 +154,70 @@ def place(inventory: Inventory, machine: Machine, launch: Launch) -> Placement:
             tensors[tensor.name] = (rules[matching[0]][1],)
         else:
             tensors[tensor.name] = _homes(inventory, tensor, layers, output)
-    return Placement(layers, output, tensors, _warnings(inventory, launch, won, hits))
+    caches = layers if launch.cache_on_gpu else (machine.ram.name,) * len(layers)
+    warnings = _warnings(inventory, launch, won, hits)
+    on_gpus = sum(homes != (machine.ram.name,) for homes in tensors.values())
+    if launch.overrides and on_gpus and set(devices) == {machine.ram.name}:
+        warnings += (
+            f"no layer is on a GPU (-ngl {launch.n_gpu_layers}), so KV caches are in RAM although "
+            f"-ot puts {on_gpus} tensors on a GPU; raise -ngl, and keep tensors in RAM with -ot",
+        )
+    return Placement(layers, output, caches, tensors, warnings)
+
+
+def place_tensors(inventory: Inventory, machine: Machine, homes: Mapping[str, str]) -> Placement:
+    """The placement in which every tensor is where it is told.
+
+    A layer, with its KV cache, is where its attention is (or its recurrent part, or its first
+    tensor); the output layer where the output matrix is (or the output norm, of a tied model).
+
+    Args:
+        inventory: The model.
+        machine: The devices.
+        homes: Device name by tensor name; tensors that are not loaded may be left out.
+
+    Raises:
+        InputError: A tensor or a device is unknown, or a loaded tensor has no device. All faults
+            are gathered.
+    """
+    _check_homes(inventory, machine, homes)
+    given = [tensor for tensor in inventory.tensors if tensor.name in homes]
+    layers = [""] * inventory.architecture.n_layers
+    for mixers in (True, False):
+        for tensor in given:
+            is_mixer = tensor.role_class in ("attention", "recurrent")
+            if tensor.layer is not None and not layers[tensor.layer] and is_mixer >= mixers:
+                layers[tensor.layer] = homes[tensor.name]
+    outside = {tensor.role: homes[tensor.name] for tensor in given if tensor.layer is None}
+    output = outside.get("output") or outside.get("output_norm") or layers[-1] or machine.ram.name
+    layers = [device or output for device in layers]
+    tensors = {
+        tensor.name: _homes(inventory, tensor, tuple(layers), output)
+        if tensor.role_class == "embedding" and homes[tensor.name] == machine.ram.name
+        else (homes[tensor.name],)
+        for tensor in given
+    }
+    return Placement(tuple(layers), output, tuple(layers), tensors)
+
+
+def _check_homes(inventory: Inventory, machine: Machine, homes: Mapping[str, str]) -> None:
+    faults = []
+    names = inventory.by_name
+    for unknown in [name for name in homes if name not in names][:_NAMED]:
+        near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.4)
+        hint = f"; similar names are {', '.join(near)}" if near else ""
+        faults.append(f"{inventory.name} has no tensor {unknown!r}{hint}")
+    devices = [device.name for device in machine.devices]
+    faults += [
+        f"{device!r} is no device of the machine, which has {', '.join(devices)}"
+        for device in dict.fromkeys(homes.values())
+        if device not in devices
+    ]
+    missing = [t.name for t in inventory.tensors if inventory.is_loaded(t) and t.name not in homes]
+    if missing:
+        faults.append(f"{len(missing)} tensors have no device: {', '.join(missing[:_NAMED])}, ...")
+    if faults:
+        raise InputError(faults)
 
 
 def _layer_devices(inventory: Inventory, machine: Machine, launch: Launch) -> tuple[str, ...]:
@@ -110,11 +225,19 @@ def _layer_devices(inventory: Inventory, machine: Machine, launch: Launch) -> tu
     n_all = inventory.architecture.n_layers + 1
     wanted = n_all if launch.n_gpu_layers is None else launch.n_gpu_layers
     n_gpu = min(max(wanted, 0), n_all) if machine.gpus else 0
-    ram = machine.ram.name
+    front, back = n_all - n_gpu, 0
+    if launch.ik is not None and front:
+        front, back = front - 1, 1
+    ram = (machine.ram.name,)
+    return ram * front + _gpus_of_layers(machine, launch, n_gpu) + ram * back
+
+
+def _gpus_of_layers(machine: Machine, launch: Launch, n_gpu: int) -> tuple[str, ...]:
+    """GPU of each layer that is on one; the output layer counts as one."""
     if launch.split_mode == "none" and n_gpu:
-        if launch.main_gpu >= len(machine.gpus):
+        if not 0 <= launch.main_gpu < len(machine.gpus):
             raise InputError(f"-mg {launch.main_gpu}: there are {len(machine.gpus)} GPUs, from 0")
-        return (ram,) * (n_all - n_gpu) + (machine.gpus[launch.main_gpu].name,) * n_gpu
+        return (machine.gpus[launch.main_gpu].name,) * n_gpu
     if len(launch.tensor_split) > max(1, len(machine.gpus)):
         raise InputError(
             f"-ts has {len(launch.tensor_split)} proportions for {len(machine.gpus)} GPUs"
@@ -125,7 +248,7 @@ def _layer_devices(inventory: Inventory, machine: Machine, launch: Launch) -> tu
     if len(ends) and not ends[-1] > 0:
         raise InputError(f"-ts {launch.tensor_split} has no proportion above 0")
     ends = ends / ends[-1] if len(ends) else ends
-    names = [ram] * (n_all - n_gpu)
+    names = []
     for index in range(n_gpu):
         position = np.float32(index) / np.float32(n_gpu)
         gpu = min(int(np.searchsorted(ends, position, side="right")), len(ends) - 1)

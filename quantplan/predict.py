@@ -1,15 +1,20 @@
 """Memory of a given configuration: will this GGUF with these flags fit?"""
 
+import datetime
 from collections.abc import Mapping, Sequence
 
+from quantplan.configuration import Configuration, Resolved, resolve
 from quantplan.costs import memory
-from quantplan.formats.llama_args import parse_flags
+from quantplan.costs.host import is_repacked, mapped_bytes
+from quantplan.costs.ik_caches import COMPACTS_WINDOWS, derived_weight_bytes
 from quantplan.hardware import Device, Machine
 from quantplan.inventory import Inventory
-from quantplan.placement import Launch, Placement, place
+from quantplan.parts import Part, all_parts
+from quantplan.placement import Launch, Placement
+from quantplan.qtypes import Runtime, qtype
 from quantplan.schema import Frozen
 from quantplan.units import gib
-from quantplan.workload import NEWEST_KNOWN_BUILD
+from quantplan.workload import NEWEST_KNOWN_BUILD, Workload
 
 
 class DeviceUse(Frozen):
@@ -26,6 +31,10 @@ class DeviceUse(Frozen):
         compute_bytes: Compute buffer; an estimate unless it was measured.
         free_bytes: Capacity less all of the above but the margin.
         compute_is_measured: Whether llama.cpp itself said how large the compute buffer is.
+        repacked_bytes: Weights among them that the CPU copies out of the mapped file into another
+            layout; 0 where no file is mapped.
+        mapped_bytes: Length of the mapped file from the first to the last tensor in RAM, as
+            llama.cpp prints it; exact, None where no file is mapped or its order is not known.
     """
 
     name: str
@@ -38,6 +47,8 @@ class DeviceUse(Frozen):
     compute_bytes: int
     free_bytes: int
     compute_is_measured: bool = False
+    repacked_bytes: int = 0
+    mapped_bytes: int | None = None
 
 
 class MemoryPrediction(Frozen):
@@ -98,54 +109,70 @@ def device_line(use: DeviceUse) -> str:
 
 def predict(
     inventory: Inventory,
-    flags: str | Sequence[str],
+    configuration: Configuration,
     machine: Machine,
+    workload: Workload | None = None,
     *,
+    engine: Runtime = "llama.cpp",
+    engine_date: datetime.date | None = None,
     llama_cpp_build: int = NEWEST_KNOWN_BUILD,
+    draft: Inventory | None = None,
+    projector: Inventory | None = None,
 ) -> MemoryPrediction:
     """Predicts the memory of a model that llama-server is started with.
 
     Weights and caches are exact; compute buffers are an estimate. Nothing is optimised.
 
     Args:
-        inventory: The model, in the types that it has.
-        flags: Flags of llama-server, as a command line or as arguments.
+        inventory: The model; a plan, recipe or assignment may change its types.
+        configuration: How it is run: flags of llama-server as a command line or as arguments; a
+            plan or recipe; or type and device of every tensor, as a mapping from its name or as
+            assignments. In the last case a layer's KV cache is where its attention is.
         machine: The devices; GPU n stands for ``CUDAn``, ``Vulkann`` and so on.
-        llama_cpp_build: Build number of the llama.cpp, where builds differ.
+        workload: Context, slots, batch and KV types where single devices are given; flags, plans
+            and recipes state theirs.
+        engine: Whose flags they are.
+        engine_date: Day of ik_llama.cpp's sources, which has no releases by number and whose
+            defaults changed; None for the newest.
+        llama_cpp_build: Build number of the llama.cpp, where builds differ. Plans and recipes
+            state theirs.
+        draft: The draft model; by default read from ``-md`` where that file is here.
+        projector: The multimodal projector; by default read from ``-mm``.
 
     Raises:
-        InputError: Flags that llama.cpp refuses or that contradict the machine.
+        InputError: Flags that the engine refuses or that contradict the machine; tensors, types or
+            devices that do not exist; a workload beside flags.
         UnsupportedModelError: The memory of the architecture is not known.
     """
-    launch = parse_flags(
-        flags,
-        context_length=inventory.architecture.context_length,
+    resolved = resolve(
+        inventory,
+        configuration,
+        machine,
+        workload,
+        engine=engine,
+        engine_date=engine_date,
         llama_cpp_build=llama_cpp_build,
     )
-    placement = place(inventory, machine, launch)
-    uses = tuple(_use(inventory, launch, placement, machine, d) for d in machine.devices)
+    parts, notes = all_parts(resolved, machine, draft, projector)
+    uses = tuple(_use(resolved, parts, machine, device) for device in machine.devices)
+    launch = resolved.launch
     return MemoryPrediction(
         model=inventory.name,
         devices=uses,
         fits=all(use.free_bytes >= use.margin_bytes for use in uses),
-        warnings=placement.warnings,
-        notes=launch.notes,
+        warnings=(*launch.warnings, *resolved.placement.warnings, *_foreign_types(resolved)),
+        notes=(*launch.notes, *notes, *_host_notes(uses[-1]), *_ik_notes(resolved)),
     )
 
 
-def _use(
-    inventory: Inventory, launch: Launch, placement: Placement, machine: Machine, device: Device
-) -> DeviceUse:
-    weights = padding = 0
-    for name, homes in placement.tensors.items():
-        tensor = inventory.by_name[name]
-        copies = homes.count(device.name)
-        weights += copies * memory.weight_bytes(tensor, tensor.qtype)
-        if device.kind == "gpu":
-            padding += copies * memory.cuda_padding_bytes(tensor, tensor.qtype)
-    caches = memory.cache_bytes(inventory.architecture, launch.workload)
-    cache = sum(n for n, home in zip(caches, placement.layers, strict=True) if home == device.name)
+def _use(resolved: Resolved, parts: Sequence[Part], machine: Machine, device: Device) -> DeviceUse:
+    weights, padding = (sum(n) for n in zip(*(p.weights_on(device) for p in parts), strict=True))
+    cache = sum(part.caches_on(device) for part in parts)
+    inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
     compute = _compute_bytes(inventory, launch, placement, machine, device)
+    is_mapped = device.kind == "cpu" and launch.maps_file
+    repacked = _repacked(resolved, machine) if is_mapped else set()
+    in_file = {n for n, homes in placement.tensors.items() if device.name in homes} - repacked
     return DeviceUse(
         name=device.name,
         model=device.model,
@@ -156,7 +183,59 @@ def _use(
         kv_bytes=cache,
         compute_bytes=compute,
         free_bytes=device.capacity_bytes - weights - padding - cache - compute,
+        repacked_bytes=sum(inventory.by_name[name].n_bytes for name in repacked),
+        mapped_bytes=mapped_bytes(inventory, in_file) if is_mapped else None,
     )
+
+
+def _repacked(resolved: Resolved, machine: Machine) -> set[str]:
+    """Names of the tensors that the CPU copies out of the mapped file."""
+    if machine.gpus or not resolved.launch.repacks:
+        return set()
+    names = resolved.placement.tensors
+    return {t.name for t in resolved.inventory.tensors if t.name in names and is_repacked(t)}
+
+
+def _host_notes(ram: DeviceUse) -> list[str]:
+    notes = []
+    if ram.repacked_bytes:
+        notes.append(
+            f"{gib(ram.repacked_bytes)} of the weights are repacked (by x86 CPUs with AVX2) out of "
+            "the mapped file, whose pages the system can drop then; -lm none reads them once"
+        )
+    if ram.mapped_bytes and ram.mapped_bytes > ram.weights_bytes - ram.repacked_bytes:
+        notes.append(
+            f"llama.cpp prints {gib(ram.mapped_bytes)} for the mapped file: from the first to the "
+            "last tensor in RAM, with those of the GPUs in between"
+        )
+    return notes
+
+
+def _ik_notes(resolved: Resolved) -> list[str]:
+    launch, architecture = resolved.launch, resolved.inventory.architecture
+    notes: list[str] = []
+    if launch.ik is None:
+        return notes
+    notes.append("compute buffers are those of llama.cpp; ik_llama.cpp's differ (-amb, -fmoe)")
+    n_bytes = derived_weight_bytes(architecture) if launch.ik.mla else 0
+    if n_bytes:
+        notes.append(
+            f"-mla {launch.ik.mla}: ik_llama.cpp derives weights while it loads, up to "
+            f"{gib(n_bytes)} on the devices of the attention, which are not counted"
+        )
+    has_windows = any(cache.window for cache in architecture.caches)
+    if launch.ik.swa_compress and has_windows and architecture.name not in COMPACTS_WINDOWS:
+        notes.append(f"--swa-compress is not known to work for {architecture.name}; not counted")
+    return notes
+
+
+def _foreign_types(resolved: Resolved) -> list[str]:
+    engine: Runtime = "llama.cpp" if resolved.launch.ik is None else "ik_llama.cpp"
+    types = {tensor.qtype for tensor in resolved.inventory.tensors}
+    foreign = sorted(name for name in types if engine not in qtype(name).runtimes)
+    if not foreign:
+        return []
+    return [f"{engine} does not load tensors of the types {', '.join(foreign)}"]
 
 
 def _compute_bytes(

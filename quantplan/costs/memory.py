@@ -28,6 +28,7 @@ _LIVE_RESIDUALS = 4
 # Before this build the next-token-prediction blocks of these architectures got a KV cache although
 # their weights are skipped. b10434 was seen to do so, b11434 (for glm4moe) not to.
 _NEXTN_CACHE_BEFORE_BUILD = 11434
+CHECKED_BUILD = 10434
 _NEXTN_CACHE = {
     "bailingmoe2", "deepseek2", "exaone-moe", "exaone4", "glm4", "glm4moe", "mistral4",
 }  # fmt: skip
@@ -164,9 +165,7 @@ def _check_types(architecture: Architecture, workload: Workload) -> None:
         raise WorkloadError(faults)
 
 
-def _attention_row_bytes(
-    architecture: Architecture, cache: LayerCache, workload: Workload
-) -> int:
+def _attention_row_bytes(architecture: Architecture, cache: LayerCache, workload: Workload) -> int:
     """Bytes of the K and V rows of one cell."""
     v_width = cache.v_width
     if cache.attends and not workload.flash_attention:

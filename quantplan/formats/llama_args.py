@@ -1,16 +1,21 @@
-"""Reads llama.cpp's command-line flags, as far as memory depends on them.
+"""Reads llama.cpp's and ik_llama.cpp's command-line flags, as far as memory depends on them.
 
 Both generations of flags are understood (``--no-mmap`` and ``-lm none``, ``-fa`` with and without a
 value). What has no influence on memory is skipped; what has one that is not modelled is noted.
 """
 
 import argparse
+import datetime
+import re
 import shlex
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from quantplan.errors import InputError
-from quantplan.placement import Launch, Override
+from quantplan.formats.args_notes import flag_notes, flag_warnings
+from quantplan.inventory import Inventory
+from quantplan.placement import IkOptions, Launch, Override
+from quantplan.qtypes import Runtime
 from quantplan.workload import NEWEST_KNOWN_BUILD, Workload
 
 # What --cpu-moe stands for (common/arg.cpp).
@@ -18,19 +23,58 @@ _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 _DENSE = r"\.ffn_(up|down|gate)\."
 # llama-server's default: four slots that share one KV buffer.
 _AUTO_SLOTS = 4
-_NOT_COUNTED = {
-    "mmproj": "--mmproj: the vision projector is not counted",
-    "draft": "-md: the draft model is not counted",
-}
+_DEFAULT_CONTEXT = 4096
+# Load modes that read the file into buffers instead of mapping it.
+_READS = {"none", "dio"}
+_SWITCH = {"on": True, "1": True, "auto": True, "off": False, "0": False}
+_NUMBER = re.compile(r"-\d+(\.\d*)?")
+_IK_ONLY = {
+    "-mla", "--mla-use", "-amb", "--attention-max-batch", "-fmoe", "--fused-moe", "-no-fmoe",
+    "--no-fused-moe", "-rtr", "--run-time-repack", "-no-fa", "--no-flash-attn", "--swa-compress",
+    "-ser", "--smart-expert-reduction", "-khad", "-ger", "-gr", "-mqkv",
+}  # fmt: skip
+# Defaults of ik_llama.cpp, by the day of the pull request that changed them (863, 943, 2209).
+_IK_FUSED_EXPERTS_SINCE = datetime.date(2025, 10, 25)
+_IK_FLASH_ATTENTION_SINCE = datetime.date(2025, 10, 25)
+_IK_LATENT_SINCE = datetime.date(2025, 11, 12)
+_IK_ALL_LAYERS_SINCE = datetime.date(2026, 7, 30)
+_IK_MLA = 3
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that leaves flags that it does not know alone.
+
+    argparse itself reads ``-cb`` as ``-c b`` and ``-mla`` as ``-m la``, which llama.cpp does not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(prog="llama-server", add_help=False, allow_abbrev=False)
+        self.names: set[str] = set()
+
+    def flag(self, *names: str, **options: Any) -> None:
+        self.names.update(names)
+        self.add_argument(*names, **options)
+
+    def split(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Parts the arguments into those of known flags and the others, each with its values."""
+        known: list[str] = []
+        others: list[str] = []
+        side = others
+        for argument in arguments:
+            if argument.startswith("-") and argument != "-" and not _NUMBER.fullmatch(argument):
+                side = known if argument.partition("=")[0] in self.names else others
+            side.append(argument)
+        return known, others
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"llama.cpp flags: {message}")
 
 
 class _AddOverrides(argparse.Action):
-    """Collects every kind of override in the order of the command line."""
+    """Collects every kind of override in the order of the command line.
+
+    Layers from the end cannot be named before the model is known: they are kept as their number.
+    """
 
     def __call__(
         self,
@@ -39,117 +83,241 @@ class _AddOverrides(argparse.Action):
         values: Any,
         option_string: str | None = None,  # noqa: ARG002 (argparse calls with it)
     ) -> None:
-        found: list[Override] = namespace.overrides
-        if self.dest == "override_tensor":
+        of_draft = self.dest.startswith("draft_")
+        found: list[Override | int] = namespace.draft_overrides if of_draft else namespace.overrides
+        kind = self.dest.removeprefix("draft_")
+        if kind == "override_tensor":
             for rule in values.split(","):
                 pattern, equals, buffer_type = rule.partition("=")
                 if not equals:
                     parser.error(f"-ot {rule!r} is not pattern=buffer; a pattern holds no , or =")
                 found.append(Override(pattern=pattern, buffer_type=buffer_type))
-        elif self.dest == "cpu_moe":
+        elif kind == "cpu_moe":
             found.append(Override(pattern=_EXPERTS, buffer_type="CPU"))
+        elif kind == "last_cpu_moe":
+            found.append(values)
         else:
-            inside = _EXPERTS if self.dest == "n_cpu_moe" else _DENSE
-            found += [
-                Override(pattern=rf"blk\.{layer}{inside}", buffer_type="CPU")
-                for layer in range(int(values))
-            ]
+            inside = _EXPERTS if kind == "n_cpu_moe" else _DENSE
+            found += [_layer_override(layer, inside) for layer in range(int(values))]
+        namespace.given.add(kind)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="llama-server", add_help=False, allow_abbrev=False)
-    add = parser.add_argument
-    add("-m", "--model")
-    add("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", default="all")
-    add("-ot", "--override-tensor", action=_AddOverrides, dest="override_tensor")
-    add("-cmoe", "--cpu-moe", action=_AddOverrides, dest="cpu_moe", nargs=0)
-    add("-ncmoe", "--n-cpu-moe", action=_AddOverrides, dest="n_cpu_moe", type=int)
-    add("-ncffn", "--n-cpu-ffn", action=_AddOverrides, dest="n_cpu_ffn", type=int)
-    add("-ts", "--tensor-split", default="")
-    add("-sm", "--split-mode", default="layer", choices=["none", "layer", "row", "tensor"])
-    add("-mg", "--main-gpu", type=int, default=0)
-    add("-c", "--ctx-size", type=int, default=0)
-    add("-np", "--parallel", type=int, default=-1)
-    add("-kvu", "--kv-unified", action="store_true", dest="kv_unified", default=None)
-    add("-no-kvu", "--no-kv-unified", action="store_false", dest="kv_unified")
-    add("-b", "--batch-size", type=int, default=2048)
-    add("-ub", "--ubatch-size", type=int, default=512)
-    add("-ctk", "--cache-type-k", default="f16")
-    add("-ctv", "--cache-type-v", default="f16")
-    add("-fa", "--flash-attn", nargs="?", const="on", default="auto")
-    add("--swa-full", action="store_true")
-    add("-lm", "--load-mode")
-    add("--no-mmap", action="store_true")
-    add("-fit", "--fit", default="on")
-    add("--no-op-offload", action="store_true")
-    add("--spec-type", default="")
-    add("-mm", "--mmproj")
-    add("-md", "--model-draft", dest="draft")
-    parser.set_defaults(overrides=[])
+def _layer_override(layer: int, inside: str) -> Override:
+    return Override(pattern=rf"blk\.{layer}{inside}", buffer_type="CPU")
+
+
+def _parser(engine: Runtime) -> _Parser:
+    parser = _Parser()
+    flag = parser.flag
+    is_ik = engine == "ik_llama.cpp"
+    flag("-m", "--model")
+    flag("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers")
+    flag("-ot", "--override-tensor", action=_AddOverrides, dest="override_tensor")
+    flag("-cmoe", "--cpu-moe", action=_AddOverrides, dest="cpu_moe", nargs=0)
+    n_cpu_moe = "last_cpu_moe" if is_ik else "n_cpu_moe"
+    flag("-ncmoe", "--n-cpu-moe", action=_AddOverrides, dest=n_cpu_moe, type=int)
+    flag("-ncffn", "--n-cpu-ffn", action=_AddOverrides, dest="n_cpu_ffn", type=int)
+    flag("-ts", "--tensor-split", default="")
+    own_modes = ["attn", "graph"] if is_ik else ["tensor"]
+    modes = ["none", "layer", "row", *own_modes]
+    flag("-sm", "--split-mode", default="layer", choices=modes)
+    flag("-mg", "--main-gpu", type=int, default=0)
+    flag("-c", "--ctx-size", type=int, default=0)
+    flag("-np", "--parallel", type=int, default=1 if is_ik else -1)
+    flag("-kvu", "--kv-unified", action="store_true", dest="kv_unified", default=None)
+    flag("-no-kvu", "--no-kv-unified", action="store_false", dest="kv_unified")
+    flag("-nkvo", "--no-kv-offload", action="store_true", dest="no_kv_offload")
+    flag("-b", "--batch-size", type=int, default=2048)
+    flag("-ub", "--ubatch-size", type=int, default=512)
+    flag("-ctk", "--cache-type-k", default="f16")
+    flag("-ctv", "--cache-type-v", default="f16")
+    flag("-fa", "--flash-attn", nargs="?", const="on", default=None)
+    flag("--swa-full", action="store_true")
+    flag("-lm", "--load-mode", default="auto")
+    flag("--no-mmap", action="store_true")
+    flag("-nr", "--no-repack", action="store_true", dest="no_repack")
+    flag("-fit", "--fit", default="off" if is_ik else "on")
+    flag("--no-op-offload", action="store_true")
+    flag("--spec-type", default="")
+    flag("-mm", "--mmproj", dest="projector", default="")
+    flag("--no-mmproj-offload", action="store_true")
+    _add_draft_flags(parser)
+    if is_ik:
+        flag("-mla", "--mla-use", type=int, default=None, choices=range(4))
+        flag("-amb", "--attention-max-batch", type=int, default=0)
+        flag("-fmoe", "--fused-moe", nargs="?", const="1")
+        flag("-no-fmoe", "--no-fused-moe", action="store_true")
+        flag("-no-fa", "--no-flash-attn", action="store_const", const="off", dest="flash_attn")
+        flag("-rtr", "--run-time-repack", action="store_true", dest="run_time_repack")
+        flag("--swa-compress", action="store_true")
+    else:
+        parser.set_defaults(run_time_repack=False, swa_compress=False)
+    parser.set_defaults(overrides=[], draft_overrides=[], given=set())
     return parser
+
+
+def _add_draft_flags(parser: _Parser) -> None:
+    flag = parser.flag
+    flag("-md", "--model-draft", "--spec-draft-model", dest="draft_model", default="")
+    flag(
+        "-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft", "--spec-draft-ngl",
+        dest="draft_n_gpu_layers",
+    )  # fmt: skip
+    flag("-cd", "--ctx-size-draft", dest="draft_ctx_size", type=int, default=0)
+    flag("-ctkd", "--cache-type-k-draft", "--spec-draft-type-k", dest="draft_type_k", default="f16")
+    flag("-ctvd", "--cache-type-v-draft", "--spec-draft-type-v", dest="draft_type_v", default="f16")
+    flag("-devd", "--device-draft", "--spec-draft-device", dest="draft_device")
+    flag(
+        "-otd", "--override-tensor-draft", "--spec-draft-override-tensor",
+        action=_AddOverrides, dest="draft_override_tensor",
+    )  # fmt: skip
+    flag(
+        "-cmoed", "--cpu-moe-draft", "--spec-draft-cpu-moe",
+        action=_AddOverrides, dest="draft_cpu_moe", nargs=0,
+    )  # fmt: skip
+    flag(
+        "-ncmoed", "--n-cpu-moe-draft", "--spec-draft-n-cpu-moe", "--spec-draft-ncmoe",
+        action=_AddOverrides, dest="draft_n_cpu_moe", type=int,
+    )  # fmt: skip
 
 
 def parse_flags(
     flags: str | Sequence[str],
+    inventory: Inventory,
     *,
-    context_length: int,
+    engine: Runtime = "llama.cpp",
+    engine_date: datetime.date | None = None,
     llama_cpp_build: int = NEWEST_KNOWN_BUILD,
 ) -> Launch:
     """Reads flags of llama-server.
 
     Args:
         flags: A command line or its arguments; a leading program name is skipped.
-        context_length: The model's trained context, used where ``-c`` is absent or 0.
+        inventory: The model, whose trained context is used where ``-c`` is absent or 0.
+        engine: Whose llama-server it is.
+        engine_date: Day of ik_llama.cpp's sources, where its defaults changed; None for the newest.
         llama_cpp_build: Build number of the llama.cpp, where builds differ.
 
     Raises:
-        InputError: A flag has an impossible value; quantized V without flash attention included.
+        InputError: A flag has an impossible value, or is not the engine's; quantized V without
+            flash attention included.
     """
+    if engine not in get_args(Runtime):
+        raise InputError(f"unknown engine {engine!r}: use {' or '.join(get_args(Runtime))}")
     arguments = shlex.split(flags) if isinstance(flags, str) else list(flags)
     if arguments and not arguments[0].startswith("-"):
         arguments = arguments[1:]
-    parser = _parser()
-    found, others = parser.parse_known_args(arguments)
-    auto = found.parallel < 1
-    notes = [text for name, text in _NOT_COUNTED.items() if getattr(found, name)]
-    if found.fit != "off" and found.n_gpu_layers in ("all", "auto"):
-        notes.append("--fit is on: llama.cpp may lower -c and -ngl; this is without such changes")
-    if found.split_mode in ("row", "tensor"):
-        notes.append(f"-sm {found.split_mode} is counted as -sm layer")
-    if "draft-mtp" in found.spec_type:
-        notes.append("--spec-type draft-mtp: the draft context's KV cache is not counted")
-    if found.swa_full:
-        notes.append("--swa-full: sliding windows are counted at full length")
-    if others:
-        notes.append(f"without influence on this prediction: {shlex.join(others)}")
-    if found.flash_attn not in ("on", "off", "auto"):
-        parser.error(f"-fa {found.flash_attn!r} is not on, off or auto")
-    layers = found.n_gpu_layers
-    if layers not in ("all", "auto") and not layers.lstrip("-").isdigit():
-        parser.error(f"-ngl {layers!r} is not a number, all or auto")
-    n_gpu_layers = None if layers in ("all", "auto") or int(layers) < 0 else int(layers)
-    return Launch(
-        n_gpu_layers=n_gpu_layers,
-        overrides=tuple(found.overrides),
+    parser = _parser(engine)
+    known, others = parser.split(arguments)
+    foreign = [argument for argument in others if argument in _IK_ONLY]
+    if foreign and engine == "llama.cpp":
+        parser.error(f"{foreign[0]} is ik_llama.cpp's, llama.cpp refuses it; name that engine")
+    found, left = parser.parse_known_args(known)
+    ik = None
+    if engine == "ik_llama.cpp":
+        as_of = engine_date or datetime.date.max
+        default_mla = _IK_MLA if as_of >= _IK_LATENT_SINCE else 0
+        mla = default_mla if found.mla_use is None else found.mla_use
+        fuses = as_of >= _IK_FUSED_EXPERTS_SINCE or found.fused_moe not in (None, "0")
+        ik = IkOptions(
+            as_of=as_of,
+            mla=mla,
+            swa_compress=found.swa_compress,
+            attention_max_mib=found.attention_max_batch,
+            fused_experts=fuses and not found.no_fused_moe,
+            repacks_rows=found.run_time_repack,
+        )
+    trained = inventory.architecture.context_length
+    workload = _workload(parser, found, ik, trained, llama_cpp_build)
+    launch = Launch(
+        n_gpu_layers=_n_gpu_layers(parser, found.n_gpu_layers, ik),
+        overrides=_overrides(found.overrides, inventory),
         tensor_split=_proportions(parser, found.tensor_split),
         split_mode="none" if found.split_mode == "none" else "layer",
         main_gpu=found.main_gpu,
+        cache_on_gpu=not found.no_kv_offload,
         op_offload=not found.no_op_offload,
-        loads_nextn="draft-mtp" in found.spec_type,
-        workload=Workload(
-            context=found.ctx_size or context_length or 4096,
-            slots=_AUTO_SLOTS if auto else found.parallel,
-            kv_unified=auto if found.kv_unified is None else found.kv_unified,
-            batch=found.batch_size,
-            ubatch=min(found.ubatch_size, found.batch_size),
-            kv_type_k=found.cache_type_k,
-            kv_type_v=found.cache_type_v,
-            flash_attention=found.flash_attn != "off",
-            swa_full=found.swa_full,
-            llama_cpp_build=llama_cpp_build,
-        ),
-        notes=tuple(notes),
+        maps_file=not (found.no_mmap or found.run_time_repack or found.load_mode.lower() in _READS),
+        repacks=not found.no_repack and ik is None,
+        predicts_tokens="draft-mtp" in found.spec_type,
+        draft_model=found.draft_model,
+        projector=found.projector,
+        projector_on_gpu=not found.no_mmproj_offload,
+        ik=ik,
+        workload=workload,
+        warnings=flag_warnings(found, llama_cpp_build, is_ik=ik is not None),
+        notes=flag_notes(found, [*others, *left], trained, is_ik=ik is not None),
     )
+    draft = launch.model_copy(
+        update={
+            "n_gpu_layers": _n_gpu_layers(parser, found.draft_n_gpu_layers, ik),
+            "overrides": _overrides(found.draft_overrides, inventory),
+            "workload": _draft_workload(found, workload),
+        }
+    )
+    return launch.model_copy(update={"draft": draft})
+
+
+def _workload(
+    parser: _Parser,
+    found: argparse.Namespace,
+    ik: IkOptions | None,
+    trained: int,
+    llama_cpp_build: int,
+) -> Workload:
+    flash_attention = ik is None or ik.as_of >= _IK_FLASH_ATTENTION_SINCE
+    if found.flash_attn is not None:
+        if found.flash_attn not in _SWITCH:
+            parser.error(f"-fa {found.flash_attn!r} is not on, off or auto")
+        flash_attention = _SWITCH[found.flash_attn]
+    auto = found.parallel < 1
+    return Workload(
+        context=found.ctx_size or trained or _DEFAULT_CONTEXT,
+        slots=_AUTO_SLOTS if auto else found.parallel,
+        kv_unified=ik is not None or (auto if found.kv_unified is None else found.kv_unified),
+        batch=found.batch_size,
+        ubatch=min(found.ubatch_size, found.batch_size),
+        kv_type_k=found.cache_type_k,
+        kv_type_v=found.cache_type_v,
+        flash_attention=flash_attention,
+        swa_full=found.swa_full,
+        llama_cpp_build=llama_cpp_build,
+    )
+
+
+def _draft_workload(found: argparse.Namespace, workload: Workload) -> Workload:
+    """The draft context has the main one's slots and length, and KV types of its own."""
+    values = {name: getattr(workload, name) for name in Workload.model_fields}
+    values |= {"kv_type_k": found.draft_type_k, "kv_type_v": found.draft_type_v}
+    return Workload(**values | {"context": found.draft_ctx_size or workload.context})
+
+
+def _n_gpu_layers(parser: _Parser, text: str | None, ik: IkOptions | None) -> int | None:
+    """``-ngl`` as a number; None for all layers."""
+    if text is None:
+        needs_number = ik is not None and ik.as_of < _IK_ALL_LAYERS_SINCE
+        return 0 if needs_number else None
+    if text in ("all", "auto"):
+        return None
+    if not re.fullmatch(r"-?\d+", text):
+        parser.error(f"-ngl {text!r} is not a number, all or auto")
+    return None if int(text) < 0 else int(text)
+
+
+def _overrides(found: list[Override | int], inventory: Inventory) -> tuple[Override, ...]:
+    """Names the layers of ``-ncmoe`` that count from the end."""
+    tensors = [t for t in inventory.tensors if re.search(_EXPERTS, t.name)]
+    moe_layers = sorted(
+        {t.layer for t in tensors if t.layer is not None and inventory.is_loaded(t)}
+    )
+    overrides: list[Override] = []
+    for item in found:
+        if isinstance(item, Override):
+            overrides.append(item)
+        else:
+            last = moe_layers[max(0, len(moe_layers) - item) :]
+            overrides += [_layer_override(layer, _EXPERTS) for layer in last]
+    return tuple(overrides)
 
 
 def _proportions(parser: _Parser, text: str) -> tuple[float, ...]:

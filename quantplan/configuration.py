@@ -1,0 +1,141 @@
+"""Every way to say how a model is run: flags, a plan or recipe, or a device for each tensor."""
+
+import datetime
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeGuard, runtime_checkable
+
+from quantplan.costs.memory import loads_prediction_weights
+from quantplan.errors import InputError
+from quantplan.formats.llama_args import parse_flags
+from quantplan.hardware import Machine
+from quantplan.inventory import Inventory
+from quantplan.placement import Launch, Placement, place, place_tensors
+from quantplan.qtypes import QTYPES, Runtime
+from quantplan.recipe import Assignment, Recipe
+from quantplan.workload import NEWEST_KNOWN_BUILD, Workload
+
+_NAMED = 3
+
+
+@runtime_checkable
+class HasRecipe(Protocol):
+    """A plan, which holds its recipe."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What a quantizer and a runtime need to carry the plan out."""
+        ...
+
+
+Homes = Mapping[str, tuple[str, str | None]] | Sequence[Assignment]
+"""Type and device of every tensor; None where a tensor is not loaded."""
+
+Configuration = str | Sequence[str] | Recipe | HasRecipe | Homes
+"""llama-server's flags, a plan or recipe, or type and device of every tensor."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration in the cost models' terms.
+
+    Attributes:
+        inventory: The model in the types that it has then.
+        launch: Workload and flags.
+        placement: Where layers and tensors are.
+    """
+
+    inventory: Inventory
+    launch: Launch
+    placement: Placement
+
+
+def resolve(
+    inventory: Inventory,
+    configuration: Configuration,
+    machine: Machine,
+    workload: Workload | None = None,
+    *,
+    engine: Runtime = "llama.cpp",
+    engine_date: datetime.date | None = None,
+    llama_cpp_build: int = NEWEST_KNOWN_BUILD,
+) -> Resolved:
+    """Works out types, placement and workload of a configuration; see `quantplan.predict`.
+
+    Raises:
+        InputError: See `quantplan.predict`.
+    """
+    recipe = configuration.recipe if isinstance(configuration, HasRecipe) else configuration
+    if isinstance(recipe, Recipe):
+        made_for = recipe.provenance.workload
+        build = made_for.llama_cpp_build if made_for else llama_cpp_build
+        types = {t.tensor: t.qtype for t in recipe.tensors}
+        inventory, flags = _in_types(inventory, types), recipe.flags
+    elif _is_flags(recipe):
+        build, flags = llama_cpp_build, recipe
+    elif engine != "llama.cpp":
+        raise InputError(f"devices of single tensors are for llama.cpp; give flags for {engine}")
+    else:
+        return _with_homes(inventory, _as_mapping(recipe), machine, workload)
+    if workload is not None:
+        raise InputError("the flags state the workload already; leave the workload out")
+    launch = parse_flags(
+        flags, inventory, engine=engine, engine_date=engine_date, llama_cpp_build=build
+    )
+    loads_nextn = launch.ik is None and launch.predicts_tokens
+    if loads_nextn:
+        loads_nextn = loads_prediction_weights(inventory.architecture, launch.workload)
+    placement = place(inventory, machine, launch, loads_nextn=loads_nextn)
+    return Resolved(inventory, launch, placement)
+
+
+def _is_flags(configuration: str | Sequence[str] | Homes) -> TypeGuard[str | Sequence[str]]:
+    if isinstance(configuration, str):
+        return True
+    return isinstance(configuration, Sequence) and all(isinstance(a, str) for a in configuration)
+
+
+def _as_mapping(homes: Homes) -> Mapping[str, tuple[str, str | None]]:
+    if isinstance(homes, Mapping):
+        return homes
+    return {a.tensor: (a.qtype, a.device) for a in homes}
+
+
+def _with_homes(
+    inventory: Inventory,
+    homes: Mapping[str, tuple[str, str | None]],
+    machine: Machine,
+    workload: Workload | None,
+) -> Resolved:
+    written = _in_types(inventory, {name: qtype for name, (qtype, _) in homes.items()})
+    devices = {name: device for name, (_, device) in homes.items() if device is not None}
+    launch = Launch(workload=workload or Workload())
+    return Resolved(written, launch, place_tensors(written, machine, devices))
+
+
+def _in_types(inventory: Inventory, types: Mapping[str, str]) -> Inventory:
+    """The model in other types.
+
+    Raises:
+        InputError: A tensor or a type is unknown, or a type does not fit a row. All are gathered.
+    """
+    faults = []
+    for name, wanted in types.items():
+        tensor = inventory.by_name.get(name)
+        if tensor is None:
+            near = difflib.get_close_matches(name, inventory.by_name, n=_NAMED, cutoff=0.4)
+            hint = f"; similar names are {', '.join(near)}" if near else ""
+            faults.append(f"{inventory.name} has no tensor {name!r}{hint}")
+        elif wanted.upper() not in QTYPES:
+            near = difflib.get_close_matches(wanted.upper(), QTYPES, n=_NAMED)
+            hint = f"; similar are {', '.join(near)}" if near else ""
+            faults.append(f"{name}: there is no type {wanted!r}{hint}")
+        elif tensor.shape_ne[0] % QTYPES[wanted.upper()].block:
+            faults.append(
+                f"{name}: rows of {tensor.shape_ne[0]} weights are no whole number of blocks of "
+                f"{wanted} ({QTYPES[wanted.upper()].block} weights)"
+            )
+    if faults:
+        raise InputError(faults)
+    return inventory.with_qtypes({name: wanted.upper() for name, wanted in types.items()})

@@ -1,0 +1,64 @@
+"""What a person should know about given llama.cpp flags: contradictions, and what plays no part."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+
+# Builds from this one on refuse --no-mmap (seen in b11434; b10434 calls it deprecated).
+_LOAD_MODE_BUILD = 11434
+_COUNTED_AS_LAYER = {"row", "tensor", "attn", "graph"}
+
+
+def flag_warnings(
+    found: argparse.Namespace, llama_cpp_build: int, *, is_ik: bool
+) -> tuple[str, ...]:
+    """Names flags that contradict each other, or do not do what they seem to say."""
+    warnings = []
+    if found.split_mode == "none" and found.tensor_split:
+        warnings.append(
+            f"-ts {found.tensor_split} has no effect with -sm none, which uses GPU {found.main_gpu}"
+        )
+    if "cpu_moe" in found.given and found.given & {"n_cpu_moe", "last_cpu_moe"}:
+        warnings.append(
+            "--n-cpu-moe has no effect beside --cpu-moe, which keeps the experts of all layers in "
+            "RAM; give one of the two"
+        )
+    if found.ubatch_size > found.batch_size:
+        warnings.append(
+            f"-ub {found.ubatch_size} is larger than -b {found.batch_size}, so it becomes "
+            f"{found.batch_size}; raise -b too"
+        )
+    if found.no_mmap and not is_ik and llama_cpp_build >= _LOAD_MODE_BUILD:
+        warnings.append(f"llama.cpp b{llama_cpp_build} refuses --no-mmap: write -lm none")
+    return tuple(warnings)
+
+
+def flag_notes(
+    found: argparse.Namespace, others: Sequence[str], trained: int, *, is_ik: bool
+) -> tuple[str, ...]:
+    """Names what was given but is not counted, or is counted in another way.
+
+    Args:
+        found: The flags that are known.
+        others: Flags and values that are not.
+        trained: The model's trained context in tokens; 0 where it is not known.
+        is_ik: Whether ik_llama.cpp runs.
+    """
+    notes = []
+    if trained and found.ctx_size > trained:
+        notes.append(
+            f"-c {found.ctx_size} is longer than the {trained} tokens that the model was trained "
+            "for"
+        )
+    if found.fit != "off" and found.n_gpu_layers in (None, "all", "auto"):
+        notes.append("--fit is on: llama.cpp may lower -c and -ngl; this is without such changes")
+    if found.split_mode in _COUNTED_AS_LAYER:
+        notes.append(f"-sm {found.split_mode} is counted as -sm layer")
+    if found.swa_full:
+        notes.append("--swa-full: sliding windows are counted at full length")
+    if found.draft_device:
+        notes.append(f"-devd {found.draft_device}: the draft model is counted as if without it")
+    if others:
+        engine = "ik_llama.cpp" if is_ik else "llama.cpp"
+        notes.append(f"without influence on this prediction for {engine}: {shlex.join(others)}")
+    return tuple(notes)
