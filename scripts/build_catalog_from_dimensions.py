@@ -89,8 +89,11 @@ def output_bias_and_sinks(model: Model) -> Shapes:
 
 
 def joint_attention(model: Model) -> Shapes:
-    """Queries, keys and values in one matrix."""
-    width = (model.n_head + model.n_head_kv) * model.k_length + model.n_head_kv * model.v_length
+    """Queries, keys and values in one matrix.
+
+    llama.cpp takes the queries to be as wide as the residual stream.
+    """
+    width = model.n_embd + model.n_head_kv * (model.k_length + model.v_length)
     return {
         "attn_qkv.weight": [model.n_embd, width],
         "attn_output.weight": [model.n_head * model.v_length, model.n_embd],
@@ -159,9 +162,7 @@ def experts(model: Model) -> Shapes:
 
 def expert_biases(model: Model) -> Shapes:
     """Biases of the router and of all experts."""
-    return {
-        name.replace(".weight", ".bias"): shape[1:] for name, shape in experts(model).items()
-    }
+    return {name.replace(".weight", ".bias"): shape[1:] for name, shape in experts(model).items()}
 
 
 def selection_bias(model: Model) -> Shapes:
@@ -260,9 +261,7 @@ def qtype_of(architecture: str, name: str, shape: list[int]) -> str:
 def build(data: dict[str, Any]) -> dict[str, Any]:
     """Turns a model of the data file into a catalog entry."""
     arch = data["architecture"]
-    tensors = [
-        [name, shape, qtype_of(arch, name, shape)] for name, shape in shapes_of(Model(data))
-    ]
+    tensors = [[name, shape, qtype_of(arch, name, shape)] for name, shape in shapes_of(Model(data))]
     return {
         "name": data["name"],
         "source": data["source"],
