@@ -19,7 +19,7 @@ from quantplan.errors import InputError, QuantplanError
 from quantplan.formats.llama_args import parse_flags
 from quantplan.hardware import Device, Machine
 from quantplan.inventory import Inventory
-from quantplan.inventory.sources import read_inventory
+from quantplan.inventory.sources import read_named
 from quantplan.placement import Launch
 from quantplan.qtypes import Runtime
 from quantplan.workload import NEWEST_KNOWN_BUILD, Workload
@@ -86,7 +86,7 @@ def read_cases(path: Path) -> Iterator[Case | tuple[Mapping[str, Any], str]]:
 
 
 def _case(row: Mapping[str, Any]) -> Case:
-    inventory = read_inventory(resolve_model(row))
+    inventory = _inventory(row)
     engine: Runtime = "ik_llama.cpp" if "ik_llama" in row["engine"] else "llama.cpp"
     date = posted(row)
     machine = _machine(row)
@@ -105,9 +105,13 @@ def _case(row: Mapping[str, Any]) -> Case:
     return Case(row, inventory, _as_printed(launch, row), has_command, machine)
 
 
-def resolve_model(row: Mapping[str, Any]) -> str:
-    """The catalog's name for the model of a log."""
-    return str(row["model"])
+def _inventory(row: Mapping[str, Any]) -> Inventory:
+    """The model in the layout that the log counts the tensors of, or in the usual one."""
+    n_tensors = sum((row.get("tensor_types") or {}).values()) or None
+    try:
+        return read_named(row["model"], n_tensors)
+    except QuantplanError:
+        return read_named(row["model"])
 
 
 def posted(row: Mapping[str, Any]) -> datetime.date:

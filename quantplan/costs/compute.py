@@ -1,14 +1,15 @@
-"""Compute buffers: what the graphs of llama.cpp need beside weights and caches.
+"""Compute buffers: what llama.cpp's graphs need beside weights and caches.
 
-llama.cpp lays the largest graph out once and reserves its peak. Which tensors live at that peak
-depends on the kind of attention; their sizes follow from the ubatch, the cells and the widths of
-the model. So each kind has a few stages (attention, experts, output, ...), each stage is a sum of
-named sizes with fitted coefficients, and the buffer is the largest stage. Coefficients, their
-origin and their cross-validated errors are in ``data/compute.json``, which
-``scripts/fit_compute.py`` makes.
+llama.cpp lays its largest graph out once and reserves the peak. Which tensors live at the peak
+depends on the kind of attention and on what a device computes; how large they are follows from the
+ubatch, the cells and the widths of the model. So a buffer is a sum of a few such sizes with fitted
+factors, or the largest of two such sums. Factors, origin and cross-validated errors are in
+``data/compute.json``, which ``scripts/fit_compute.py`` makes.
 """
 
+import datetime
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,15 +17,24 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from quantplan.costs.ik_caches import ik_cells
-from quantplan.costs.memory import kv_cells
-from quantplan.inventory import Architecture
-from quantplan.placement import Launch
+from quantplan.costs.memory import kv_cells, weight_bytes
+from quantplan.hardware import Machine
+from quantplan.inventory import Architecture, Inventory, LayerCache
+from quantplan.placement import Launch, Placement
+from quantplan.schema import Frozen
 
-AttentionKind = Literal["plain", "latent", "sparse", "recurrent"]
+DeviceKind = Literal["gpu", "cpu"]
+Sizes = Mapping[str, float]
+
 _F32_BYTES = 4
 # From this build on llama-server was seen to reserve logits for one token per slot; builds of 2025
 # did so for every token of the ubatch (as llama-bench and llama-perplexity still need).
 _FEW_OUTPUTS_FROM_BUILD = 10434
+# From this batch on a GPU multiplies by weights held in RAM, by copying them to it one after the
+# other (GGML_OP_OFFLOAD_MIN_BATCH). ik_llama.cpp wants as many tokens for each expert, since the
+# pull request of this day (520).
+_LEAST_STREAMED_BATCH = 32
+_IK_COUNTS_EXPERTS_SINCE = datetime.date(2025, 6, 11)
 
 
 @dataclass(frozen=True)
@@ -32,142 +42,233 @@ class Work:
     """What one device computes.
 
     Attributes:
-        has_layers: Layers, with their caches, are on it.
-        has_experts: Expert matrices are in its memory.
-        has_output: The output matrix is on it.
-        streamed_bytes: Weights that it copies from RAM at one time, for large batches.
-        n_copies: Copies of the graph's inputs (4 where several GPUs work as a pipeline).
+        device_kind: ``gpu`` or ``cpu``.
+        has_layers: Whether layers, with their caches, are on it.
+        has_experts: Whether expert matrices are in its memory.
+        has_output: Whether the output matrix is on it.
+        streamed_bytes: Weights that a large batch copies to it from RAM at one time.
+        n_input_copies: Copies of the graph's inputs; 4 where several GPUs work as a pipeline.
     """
 
+    device_kind: DeviceKind
     has_layers: bool = True
     has_experts: bool = False
     has_output: bool = False
     streamed_bytes: int = 0
-    n_copies: int = 1
+    n_input_copies: int = 1
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A size with a 90 % interval, in bytes."""
+class Estimate(Frozen):
+    """A size in bytes that is not exactly known.
+
+    Attributes:
+        low: It is above this in 95 % of the cases.
+        expected: The best guess.
+        high: It is below this in 95 % of the cases.
+    """
 
     low: int
     expected: int
     high: int
 
 
-def attention_kind(architecture: Architecture, launch: Launch) -> AttentionKind:
-    """The kind of attention that decides about the graph."""
-    caches = architecture.caches
-    if any(cache.indexer_k_width for cache in caches):
-        return "sparse"
-    if any(cache.state_elements for cache in caches):
-        return "recurrent"
-    if launch.ik is not None:
-        return "latent" if architecture.latent is not None and launch.ik.mla else "plain"
-    return "latent" if any(c.k_width and not c.v_width for c in caches) else "plain"
+class Fit(Frozen):
+    """The factors of one kind of graph.
+
+    Attributes:
+        factors: One or two sums of sizes, the largest of which counts: factor by name of the size.
+        interval: Measured by predicted, 5 % and 95 % quantiles of the cross-validation.
+        n: Measured buffers.
+        median_error: Cross-validated, relative.
+        p90_error: Cross-validated, relative; 90 % quantile.
+    """
+
+    factors: tuple[dict[str, float], ...]
+    interval: tuple[float, float]
+    n: int
+    median_error: float
+    p90_error: float
+
+    def bytes_of(self, sizes: Sizes) -> float:
+        """The expected size."""
+        return max(
+            sum(factor * sizes.get(name, 0.0) for name, factor in row.items())
+            for row in self.factors
+        )
 
 
-def sizes(
-    architecture: Architecture, n_vocab: int, launch: Launch, n_copies: int = 1
+@cache
+def _fits() -> dict[str, dict[str, Fit]]:
+    """Fits by runtime, then by kind of graph."""
+    text = files("quantplan.costs").joinpath("data/compute.json").read_text(encoding="utf-8")
+    by_runtime: dict[str, dict[str, Any]] = json.loads(text)["fits"]
+    return {
+        runtime: {key: Fit(**fit) for key, fit in fits.items()}
+        for runtime, fits in by_runtime.items()
+    }
+
+
+def graph_sizes(
+    architecture: Architecture, n_vocab: int, launch: Launch, n_input_copies: int = 1
 ) -> dict[str, float]:
-    """Bytes of everything that a stage may hold (one entry per element for the masks).
+    """Bytes of everything that may live in a graph, by name; masks in elements.
 
     Args:
         architecture: The model.
         n_vocab: Rows of the output matrix.
         launch: Runtime, context, ubatch and KV types.
-        n_copies: Copies of the graph's inputs.
+        n_input_copies: Copies of the graph's inputs.
     """
     workload = launch.workload
     tokens = min(workload.ubatch, workload.context)
-    lengths = {_cells(architecture, launch, cache) for cache in architecture.caches if cache.attends}
-    longest = max(lengths, default=0)
     row = tokens * _F32_BYTES
     used = architecture.n_expert_used
-    is_older = launch.ik is not None or workload.llama_cpp_build < _FEW_OUTPUTS_FROM_BUILD
+    # Layers with and without a sliding window have a mask each.
+    lengths = {_cells(architecture, launch, c) for c in architecture.caches if c.k_width}
+    longest = max(lengths, default=0)
     found: dict[str, float] = {
-        "mask_input": tokens * sum(lengths) * n_copies,
         "mask": tokens * sum(lengths),
+        "mask_inputs": tokens * sum(lengths) * n_input_copies,
         "residual": row * architecture.n_embd,
         "queries": row * architecture.q_width,
         "convolved": row * architecture.convolved_width,
         "ffn": row * architecture.ffn_width,
         "experts_middle": row * used * architecture.expert_width,
         "experts_out": row * used * architecture.n_embd,
-        "logits": (tokens if is_older else workload.slots) * n_vocab * _F32_BYTES,
+        "logits": n_vocab * _F32_BYTES * (tokens if _is_older(launch) else workload.slots),
         "scores": 0.0 if workload.flash_attention else row * longest * architecture.n_head,
-        "latents": 0.0,
     }
     latent = architecture.latent
     if latent is not None:
         found["latents"] = row * architecture.n_head * (latent.rank + latent.rope)
-        heads, chunk = _chunk(architecture, launch, longest)
-        found["rope_copies"] = _F32_BYTES * latent.rope * architecture.n_head * longest
-        found["expanded"] = chunk
-        if launch.ik is not None and heads < architecture.n_head:
-            found["scores"] *= heads / architecture.n_head
+    if latent is not None and launch.ik is not None and launch.ik.mla:
+        found |= _expanded_sizes(architecture, launch, longest, found["scores"])
     return found
 
 
-def _cells(architecture: Architecture, launch: Launch, cache: Any) -> int:
+def _is_older(launch: Launch) -> bool:
+    return launch.ik is not None or launch.workload.llama_cpp_build < _FEW_OUTPUTS_FROM_BUILD
+
+
+def _cells(architecture: Architecture, launch: Launch, layer_cache: LayerCache) -> int:
     if launch.ik is not None:
-        return ik_cells(cache, launch.workload, launch.ik, architecture.name)
-    return kv_cells(cache, launch.workload)
+        return ik_cells(layer_cache, launch.workload, launch.ik, architecture.name)
+    return kv_cells(layer_cache, launch.workload)
 
 
-def _chunk(architecture: Architecture, launch: Launch, cells: int) -> tuple[int, float]:
-    """Heads that ik_llama.cpp expands at one time (``-amb``), and their bytes."""
-    latent = architecture.latent
-    n_head = architecture.n_head
-    if latent is None or launch.ik is None:
-        return n_head, 0.0
-    rope = n_head * latent.rope
-    per_head = (latent.k_width - rope + latent.v_width) / n_head * cells * _F32_BYTES
+def _expanded_sizes(
+    architecture: Architecture, launch: Launch, cells: int, scores: float
+) -> dict[str, float]:
+    """What ik_llama.cpp expands latent rows to, some heads at a time as ``-amb`` allows."""
+    latent, ik, n_head = architecture.latent, launch.ik, architecture.n_head
+    if latent is None or ik is None:
+        return {}
+    rope_width = latent.rope * n_head
+    width = latent.k_width - rope_width + latent.v_width
+    expanded = float(_F32_BYTES * width * cells)
+    piece = expanded if launch.workload.flash_attention else scores
+    share, limit = 1.0, ik.attention_max_mib * 2**20
+    while limit and share * piece > limit and share * n_head > 1:
+        share /= 2
     if not launch.workload.flash_attention:
-        per_head = min(launch.workload.ubatch, launch.workload.context) * cells * _F32_BYTES
-    limit, heads = launch.ik.attention_max_mib * 2**20, n_head
-    while limit and heads * per_head > limit and heads % 2 == 0:
-        heads //= 2
-    return heads, heads * per_head
+        return {"scores": share * scores}
+    name = "expanded" if share == 1.0 else "expanded_pieces"
+    return {"rope_copies": float(_F32_BYTES * rope_width * cells), name: share * expanded}
 
 
-@cache
-def _fits() -> dict[str, Any]:
-    text = files("quantplan.costs").joinpath("data/compute.json").read_text(encoding="utf-8")
-    fits: dict[str, Any] = json.loads(text)["fits"]
-    return fits
+def attention_kind(architecture: Architecture, launch: Launch) -> str:
+    """What the graph of the attention is like: plain, latent, sparse or recurrent."""
+    caches = architecture.caches
+    if any(c.indexer_k_width for c in caches):
+        return "sparse"
+    if any(c.state_elements for c in caches):
+        return "recurrent"
+    if launch.ik is not None:
+        return "latent" if architecture.latent is not None and launch.ik.mla else "plain"
+    return "latent" if any(c.k_width and not c.v_width for c in caches) else "plain"
 
 
-def fit_name(launch: Launch) -> str:
-    """Which family of builds a launch belongs to."""
+def graph_key(architecture: Architecture, launch: Launch, work: Work) -> str:
+    """The kind of graph, as ``data/compute.json`` names it."""
+    flash = "flash" if launch.workload.flash_attention else "scores"
+    has_experts = work.has_experts and architecture.n_expert > 0
+    if work.device_kind == "cpu":
+        parts = [name for name, here in (("layers", work.has_layers), ("experts", has_experts)) if here]
+        return " ".join(["cpu", flash, *(parts or ["inputs"])])
+    does = "experts" if has_experts else "layers"
+    return f"gpu {attention_kind(architecture, launch)} {flash} {does}"
+
+
+def runtime_of(launch: Launch) -> str:
+    """The family of builds, as ``data/compute.json`` names it."""
     if launch.ik is not None:
         return "ik_llama.cpp"
-    is_older = launch.workload.llama_cpp_build < _FEW_OUTPUTS_FROM_BUILD
-    return "llama.cpp of 2025" if is_older else "llama.cpp"
+    return "llama.cpp of 2025" if _is_older(launch) else "llama.cpp"
 
 
-def stages(launch: Launch, kind: AttentionKind, device_kind: str) -> Mapping[str, Any]:
-    """Fitted stages of a runtime, kind of attention and kind of device."""
-    by_kind = _fits()[fit_name(launch)][device_kind]
-    flash = "flash" if launch.workload.flash_attention else "scores"
-    found: Mapping[str, Any] = by_kind.get(f"{kind} {flash}") or by_kind[f"plain {flash}"]
-    return found
-
-
-def estimate(
-    architecture: Architecture, n_vocab: int, launch: Launch, work: Work, device_kind: str
-) -> Estimate:
-    """The compute buffer of one device."""
+def fit_of(architecture: Architecture, launch: Launch, work: Work) -> Fit:
+    """The fit for one device; that of plain attention where its own kind was not measured."""
+    fits = _fits()[runtime_of(launch)]
+    key = graph_key(architecture, launch, work)
+    for wanted in (key, key.replace("experts", "layers"), key.replace("layers", "experts")):
+        if wanted in fits:
+            return fits[wanted]
     kind = attention_kind(architecture, launch)
-    found = sizes(architecture, n_vocab, launch, work.n_copies)
-    fit = stages(launch, kind, device_kind)
-    peak = 0.0
-    for stage in applicable(work):
-        coefficients = fit["stages"].get(stage, {})
-        peak = max(peak, sum(c * found.get(name, 0.0) for name, c in coefficients.items()))
-    streaming = 0.0
+    return fits.get(key.replace(kind, "plain")) or fits[
+        key.replace(kind, "plain").replace("experts", "layers")
+    ]
+
+
+def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Work) -> Estimate:
+    """The compute buffer of one device.
+
+    Args:
+        architecture: The model.
+        n_vocab: Rows of the output matrix.
+        launch: Runtime, context, ubatch and KV types.
+        work: What the device computes.
+    """
+    sizes = graph_sizes(architecture, n_vocab, launch, work.n_input_copies)
+    fits = _fits()[runtime_of(launch)]
+    graph = fit_of(architecture, launch, work)
+    low, expected, high = (graph.bytes_of(sizes) * f for f in (graph.interval[0], 1, graph.interval[1]))
+    if work.has_output and "output" in fits:
+        output = fits["output"].bytes_of(sizes)
+        low, expected, high = max(low, output), max(expected, output), max(high, output)
     if work.streamed_bytes:
-        coefficients = fit["stages"].get("streaming", {})
-        streaming = sum(c * found.get(name, 0.0) for name, c in coefficients.items())
-    low, high = fit["interval"]
-    ...
+        streaming = fits["streaming"]
+        around = streaming.bytes_of(sizes)
+        low = max(low, work.streamed_bytes + around * streaming.interval[0])
+        expected = max(expected, work.streamed_bytes + around)
+        high = max(high, work.streamed_bytes + around * streaming.interval[1])
+    return Estimate(low=round(low), expected=round(expected), high=round(high))
+
+
+def streamed_bytes(
+    inventory: Inventory, launch: Launch, placement: Placement, machine: Machine
+) -> int:
+    """Most bytes of weights that a large batch copies from RAM to a GPU at one time.
+
+    One tensor; in ik_llama.cpp with fused experts the up and gate experts of a layer.
+    """
+    if not (machine.gpus and launch.op_offload) or (launch.ik and launch.ik.repacks_rows):
+        return 0
+    architecture, tokens = inventory.architecture, launch.workload.ubatch
+    pieces: dict[str, int] = {}
+    for name, homes in placement.tensors.items():
+        tensor = inventory.by_name[name]
+        if tensor.layer is None or machine.ram.name not in homes or len(tensor.shape_ne) == 1:
+            continue
+        is_expert = "_exps" in name
+        if tokens < _least_streamed_batch(architecture, launch, is_expert=is_expert):
+            continue
+        fuses = is_expert and launch.ik is not None and launch.ik.fused_experts
+        piece = re.sub("_(up|gate)_exps", "_up_gate_exps", name) if fuses else name
+        pieces[piece] = pieces.get(piece, 0) + weight_bytes(tensor, tensor.qtype)
+    return max(pieces.values(), default=0)
+
+
+def _least_streamed_batch(architecture: Architecture, launch: Launch, *, is_expert: bool) -> float:
+    if not is_expert or launch.ik is None or launch.ik.as_of < _IK_COUNTS_EXPERTS_SINCE:
+        return _LEAST_STREAMED_BATCH
+    return _LEAST_STREAMED_BATCH * architecture.n_expert / max(1, architecture.n_expert_used)
