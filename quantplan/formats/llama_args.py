@@ -297,10 +297,9 @@ def _n_gpu_layers(parser: _Parser, text: str | None, ik: IkOptions | None) -> in
 
 def _overrides(found: list[Override | int], inventory: Inventory) -> tuple[Override, ...]:
     """Names the layers of ``-ncmoe`` that count from the end."""
-    tensors = [t for t in inventory.tensors if re.search(_EXPERTS, t.name)]
-    moe_layers = sorted(
-        {t.layer for t in tensors if t.layer is not None and inventory.is_loaded(t)}
-    )
+    loaded = filter(inventory.is_loaded, inventory.tensors)
+    with_experts = {t.layer for t in loaded if re.search(_EXPERTS, t.name)}
+    moe_layers = sorted(layer for layer in with_experts if layer is not None)
     overrides: list[Override] = []
     for item in found:
         if isinstance(item, Override):
