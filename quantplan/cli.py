@@ -3,14 +3,20 @@
 import contextlib
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from quantplan.errors import InputError, QuantplanError
 from quantplan.version import __version__
 from quantplan.workload import NEWEST_KNOWN_BUILD, KVType
+
+if TYPE_CHECKING:
+    from quantplan.hardware import Machine
+
+EngineName = Literal["llama.cpp", "ik_llama.cpp", "ik"]
 
 app = typer.Typer(
     name="quantplan",
@@ -32,6 +38,13 @@ MachineOption = Annotated[
 ]
 LlamaBuildOption = Annotated[
     int, typer.Option(help="Build number of the llama.cpp that will run the model.")
+]
+MarginOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory to leave free on every GPU, such as 2GiB for a desktop; 5 %, at most 1 GiB.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 ModelArgument = Annotated[
@@ -66,6 +79,7 @@ def plan(
     slots: Annotated[int, typer.Option(help="Requests served at the same time.")] = 1,
     ubatch: Annotated[int, typer.Option(help="Physical batch in tokens.")] = 512,
     llama_build: LlamaBuildOption = NEWEST_KNOWN_BUILD,
+    margin: MarginOption = None,
     min_tps: Annotated[
         float | None, typer.Option(help="Least decode speed in tokens/s, context full.")
     ] = None,
@@ -92,7 +106,7 @@ def plan(
     inventory = qp.read_inventory(model)
     found = qp.plan(
         inventory,
-        qp.Machine.parse(machine),
+        _machine(machine, margin),
         qp.Workload(
             context=ctx,
             kv_type=kv,
@@ -121,8 +135,20 @@ def predict(
     model: ModelArgument,
     machine: MachineOption,
     flags: Annotated[
-        list[str], typer.Argument(metavar="-- FLAGS", help="Flags of llama-server, after --.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="-- FLAGS", help="Flags of llama-server, after --."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A recipe, in place of flags.")
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(help="Whose flags they are.")] = "llama.cpp",
+    engine_date: Annotated[
+        datetime | None,
+        typer.Option(
+            formats=["%Y-%m-%d"],
+            help="Day of ik_llama.cpp's sources, whose defaults changed; the newest.",
+        ),
+    ] = None,
     llama_build: LlamaBuildOption = NEWEST_KNOWN_BUILD,
     calibrate: Annotated[
         bool,
@@ -132,18 +158,42 @@ def predict(
         Path | None,
         typer.Option(metavar="DIR", help="Where that llama.cpp is, if it is not found."),
     ] = None,
+    margin: MarginOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Say how much memory a model takes with given llama.cpp flags, and whether that fits."""
+    """Say how much memory a model takes with given flags or a recipe, and whether that fits."""
     import quantplan as qp  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp, predict_calibrated  # noqa: PLC0415
 
-    inventory, described = qp.read_inventory(model), qp.Machine.parse(machine)
+    if recipe is not None and flags:
+        raise InputError("give flags or --recipe, not both: a recipe has its flags")
+    if calibrate and (recipe is not None or engine != "llama.cpp"):
+        raise InputError("--calibrate asks llama.cpp about flags: give no recipe, no other engine")
+    inventory, described = qp.read_inventory(model), _machine(machine, margin)
     if calibrate:
-        found = predict_calibrated(inventory, flags, described, find_llama_cpp(llama_cpp))
+        found = predict_calibrated(inventory, flags or [], described, find_llama_cpp(llama_cpp))
     else:
-        found = qp.predict(inventory, flags, described, llama_cpp_build=llama_build)
+        found = qp.predict(
+            inventory,
+            qp.Recipe.load(recipe) if recipe is not None else flags or [],
+            described,
+            engine="llama.cpp" if engine == "llama.cpp" else "ik_llama.cpp",
+            engine_date=engine_date.date() if engine_date else None,
+            llama_cpp_build=llama_build,
+        )
     typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+
+
+def _machine(text: str, margin: str | None) -> "Machine":
+    """The machine of the command line, with the margin that its user wants."""
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.units import parse_bytes  # noqa: PLC0415
+
+    try:
+        margin_bytes = None if margin is None else parse_bytes(margin)
+    except ValueError as error:
+        raise InputError(f"--margin: {error}") from error
+    return qp.Machine.parse(text, margin_bytes=margin_bytes)
 
 
 @app.command()

@@ -4,7 +4,7 @@ import datetime
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from quantplan.costs.memory import loads_prediction_weights
 from quantplan.errors import InputError
@@ -67,17 +67,20 @@ def resolve(
         InputError: See `quantplan.predict`.
     """
     recipe = configuration.recipe if isinstance(configuration, HasRecipe) else configuration
+    build = llama_cpp_build
+    flags: str | Sequence[str]
     if isinstance(recipe, Recipe):
         made_for = recipe.provenance.workload
-        build = made_for.llama_cpp_build if made_for else llama_cpp_build
+        build = made_for.llama_cpp_build if made_for else build
         types = {t.tensor: t.qtype for t in recipe.tensors}
         inventory, flags = _in_types(inventory, types), recipe.flags
-    elif _is_flags(recipe):
-        build, flags = llama_cpp_build, recipe
-    elif engine != "llama.cpp":
-        raise InputError(f"devices of single tensors are for llama.cpp; give flags for {engine}")
     else:
-        return _with_homes(inventory, _as_mapping(recipe), machine, workload)
+        homes = _as_homes(recipe)
+        if homes is not None:
+            if engine != "llama.cpp":
+                raise InputError(f"devices of tensors are for llama.cpp; give flags for {engine}")
+            return _with_homes(inventory, homes, machine, workload)
+        flags = recipe if isinstance(recipe, str) else [a for a in recipe if isinstance(a, str)]
     if workload is not None:
         raise InputError("the flags state the workload already; leave the workload out")
     launch = parse_flags(
@@ -90,16 +93,14 @@ def resolve(
     return Resolved(inventory, launch, placement)
 
 
-def _is_flags(configuration: str | Sequence[str] | Homes) -> TypeGuard[str | Sequence[str]]:
-    if isinstance(configuration, str):
-        return True
-    return isinstance(configuration, Sequence) and all(isinstance(a, str) for a in configuration)
-
-
-def _as_mapping(homes: Homes) -> Mapping[str, tuple[str, str | None]]:
-    if isinstance(homes, Mapping):
-        return homes
-    return {a.tensor: (a.qtype, a.device) for a in homes}
+def _as_homes(
+    configuration: str | Sequence[str] | Homes,
+) -> Mapping[str, tuple[str, str | None]] | None:
+    """Type and device by tensor name; None where the configuration is flags."""
+    if isinstance(configuration, Mapping):
+        return configuration
+    assignments = [a for a in configuration if isinstance(a, Assignment)]
+    return {a.tensor: (a.qtype, a.device) for a in assignments} or None
 
 
 def _with_homes(

@@ -196,7 +196,7 @@ class Machine(_Described):
         return (*self.gpus, self.ram)
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str, *, margin_bytes: int | None = None) -> Self:
         """Reads a machine from a line of text.
 
         The terms are joined by ``+``; the last one is the RAM. A GPU is a preset name
@@ -206,6 +206,8 @@ class Machine(_Described):
 
         Args:
             text: For example ``RTX 4090 + 64GiB@80GB/s`` or ``2x RTX 3090 + 128GiB@200GB/s``.
+            margin_bytes: Memory to leave free on every GPU, for the driver, its workspaces and
+                whatever else runs there; by default 5 %, at most 1 GiB, which a desktop exceeds.
 
         Raises:
             MachineError: The text is not understood, or has more than 16 GPUs. All faults are
@@ -216,7 +218,7 @@ class Machine(_Described):
         gpus: list[Device] = []
         for term in gpu_terms:
             try:
-                gpus += _parse_gpus(term, first_index=len(gpus))
+                gpus += _parse_gpus(term, len(gpus), margin_bytes)
             except MachineError as error:
                 faults += error.faults
         ram: Device | None = None
@@ -235,7 +237,7 @@ class Machine(_Described):
         return " + ".join([*gpus, f"RAM {gib(self.ram.capacity_bytes)} at {rate}"])
 
 
-def _parse_gpus(term: str, first_index: int) -> list[Device]:
+def _parse_gpus(term: str, first_index: int, margin_bytes: int | None) -> list[Device]:
     match = _TERM.fullmatch(term)
     if match is None:
         raise MachineError(f"{term.strip()!r} is no GPU: write for example 2x RTX 3090")
@@ -245,7 +247,10 @@ def _parse_gpus(term: str, first_index: int) -> list[Device]:
     indices = range(first_index, first_index + count)
     if match["rate"]:
         capacity, rate = _capacity_and_rate(match)
-        return [Device.gpu(i, capacity, rate, model=f"{gib(capacity)} GPU") for i in indices]
+        model = f"{gib(capacity)} GPU"
+        return [
+            Device.gpu(i, capacity, rate, model=model, margin_bytes=margin_bytes) for i in indices
+        ]
     name, preset = _preset(match["what"])
     return [
         Device.gpu(
@@ -255,6 +260,7 @@ def _parse_gpus(term: str, first_index: int) -> list[Device]:
             model=name,
             flops_per_s=preset["half_tflops"] * 1e12,
             link_bytes_per_s=preset["link_gb_s"] * 1e9,
+            margin_bytes=margin_bytes,
         )
         for i in indices
     ]

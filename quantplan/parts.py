@@ -78,7 +78,7 @@ def all_parts(
     if projected is not None:
         gpus = machine.gpus if launch.projector_on_gpu else ()
         home = (gpus[0] if gpus else machine.ram).name
-        tensors = {tensor.name: (home,) for tensor in projected.tensors}
+        tensors: dict[str, tuple[str, ...]] = {t.name: (home,) for t in projected.tensors}
         parts.append(Part(projected, Placement((), home, (), tensors), ()))
         notes.append(_counted("the projector", parts[-1]))
     return tuple(parts), tuple(notes)
@@ -121,9 +121,10 @@ def _read(flag: str, path: str, notes: list[str]) -> Inventory | None:
 
 
 def _counted(what: str, part: Part) -> str:
-    names = part.placement.tensors
     weights = sum(
-        memory.weight_bytes(t, t.qtype) for t in part.inventory.tensors if t.name in names
+        len(homes) * memory.weight_bytes(tensor, tensor.qtype)
+        for name, homes in part.placement.tensors.items()
+        for tensor in [part.inventory.by_name[name]]
     )
     caches = f" and {gib(sum(part.cache_bytes))} of KV cache" if part.cache_bytes else ""
     return (

@@ -33,10 +33,13 @@ class Override(Frozen):
     Attributes:
         pattern: ECMAScript regular expression, searched in the tensor name.
         buffer_type: Name of the buffer type to use, such as ``CPU`` or ``CUDA0``.
+        flag: The flag that stands for this rule and perhaps others, such as ``-ncmoe 4``; empty
+            for ``-ot`` itself.
     """
 
     pattern: str
     buffer_type: str
+    flag: str = ""
 
 
 class IkOptions(Frozen):
@@ -316,7 +319,16 @@ def _warnings(
     warnings = []
     names = [tensor.name for tensor in inventory.tensors]
     outside = {tensor.role for tensor in inventory.tensors if tensor.layer is None}
+    for flag in dict.fromkeys(override.flag for override in launch.overrides if override.flag):
+        rules = [i for i, override in enumerate(launch.overrides) if override.flag == flag]
+        n_hits = sum(hits[rule] for rule in rules)
+        if not n_hits:
+            warnings.append(f"{flag} matches no tensor of this model")
+        elif not any(won_by_rule[rule] for rule in rules):
+            warnings.append(f"{flag} has no effect: earlier rules take all {n_hits} matches")
     for override, won, n_hits in zip(launch.overrides, won_by_rule, hits, strict=True):
+        if override.flag:
+            continue
         rule = f"-ot {override.pattern}={override.buffer_type}"
         if not n_hits:
             literal = re.sub(r"[\\^$()|\[\]*+?]", "", override.pattern)

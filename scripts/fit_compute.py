@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from benchmarks.measured_cases import Case, read_cases
 from quantplan.costs.compute import Work, graph_key, graph_sizes, runtime_of, streamed_bytes
@@ -31,6 +32,7 @@ from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
 from quantplan.placement import Launch, Placement, place
 
+Floats = NDArray[np.float64]
 OUT = Path(__file__).parents[1] / "quantplan/costs/data/compute.json"
 _SIZES = (
     "mask", "mask_inputs", "residual", "queries", "latents", "convolved", "ffn", "experts_middle",
@@ -38,12 +40,63 @@ _SIZES = (
 )  # fmt: skip
 # With fewer buffers a fit says more about them than about the graph.
 _LEAST_BUFFERS = 8
-_STEPS, _ROUNDS = 4000, 12
+_ROUNDS = 8
 _TERABYTE = 2**40
-# What the graphs of the published logs are known to hold beside fitted parts: the logits of every
-# token with the rows that they are made from; around a streamed matrix the rows of one ubatch.
-_OUTPUT = {"logits": 1.0, "residual": 2.0}
-_STREAMING = {"mask": 2.0, "experts_middle": 1.0, "residual": 5.0}
+# Latent attention of ik_llama.cpp was rewritten up to this day (pull requests 246 to 262).
+_IK_LATENT_SINCE = datetime.date(2025, 3, 19)
+# The published logs are too few to say what their graphs hold, only how much of it: these factors
+# follow from the graphs (a mask in F32 and one in F16, logits of every token, rows of the heads),
+# and each weighs as much as one measured buffer.
+_EXPECTED: dict[str, dict[str, dict[str, float]]] = {
+    "ik_llama.cpp": {
+        "gpu plain flash layers": {"mask_inputs": 4, "mask": 2, "queries": 6},
+        "gpu plain flash experts": {
+            "mask_inputs": 4, "mask": 2, "queries": 2, "residual": 1, "experts_out": 1,
+        },
+        "gpu plain scores layers": {"mask_inputs": 4, "scores": 1, "queries": 3},
+        "gpu latent flash layers": {
+            "mask_inputs": 2.5, "mask": 1, "residual": 5, "rope_copies": 2.5, "expanded": 1,
+            "expanded_pieces": 1,
+        },
+        "gpu latent scores layers": {"mask_inputs": 4, "scores": 1, "latents": 3},
+        "cpu plain flash layers": {"mask_inputs": 4, "mask": 2, "queries": 3},
+        "cpu plain scores layers": {"mask_inputs": 4, "scores": 1, "queries": 3},
+        "cpu latent flash layers": {
+            "mask_inputs": 4, "mask": 2, "residual": 4, "expanded": 1.5, "expanded_pieces": 2.5,
+        },
+        "cpu latent scores layers": {"mask_inputs": 4, "scores": 1, "latents": 3},
+        "cpu plain flash inputs": {"mask_inputs": 4, "residual": 1},
+        "cpu plain flash experts": {"mask_inputs": 4, "experts_out": 1},
+        "cpu plain scores inputs": {"mask_inputs": 4, "residual": 1},
+        "cpu plain scores experts": {"mask_inputs": 4, "experts_out": 1},
+        "output": {"logits": 1, "residual": 2},
+        "streaming": {"mask": 2, "experts_middle": 1, "residual": 5},
+    },
+    "llama.cpp of 2025": {
+        "gpu plain flash layers": {
+            "mask_inputs": 4, "mask": 4, "residual": 2, "experts_out": 1, "queries": 1,
+        },
+        "gpu plain scores layers": {"mask_inputs": 4, "scores": 1, "queries": 3},
+        "gpu latent flash layers": {"mask_inputs": 4, "mask": 4, "queries": 1, "latents": 2},
+        "gpu latent scores layers": {"mask_inputs": 4, "scores": 1, "latents": 3},
+        "cpu plain flash layers": {"mask_inputs": 4, "mask": 2, "queries": 3},
+        "cpu plain scores layers": {"mask_inputs": 4, "scores": 1, "queries": 3},
+        "cpu plain flash inputs": {"mask_inputs": 4, "residual": 1},
+        "cpu plain flash experts": {"mask_inputs": 2, "experts_out": 1},
+        "cpu plain scores inputs": {"mask_inputs": 4, "residual": 1},
+        "cpu plain scores experts": {"mask_inputs": 4, "experts_out": 1},
+        "output": {"logits": 1, "residual": 1.5},
+        "streaming": {"mask": 8, "residual": 2, "experts_out": 1},
+    },
+    "llama.cpp": {"streaming": {"mask": 2, "residual": 2, "experts_middle": 1, "experts_out": 1}},
+}  # fmt: skip
+# A buffer that is not much larger than the logits says nothing about the rest.
+_OUTPUT_DECIDES = 1.15
+# A second sum must better the error by as much; smaller factors are dropped.
+_WORTH_A_SUM = 0.9
+_LEAST_FACTOR = 0.005
+# Where nothing was measured an estimate may be so far off.
+_UNMEASURED = (0.6, 1.6)
 
 
 @dataclass(frozen=True)
@@ -90,6 +143,8 @@ def work_on(inventory: Inventory, placement: Placement, device: Device) -> Work:
 def case_buffers(case: Case) -> list[Buffer]:
     """Buffers of a published log where neither output nor streamed weights decide."""
     inventory, launch = case.inventory, case.launch
+    if launch.ik is not None and launch.ik.mla and launch.ik.as_of < _IK_LATENT_SINCE:
+        return []
     measured = case.bytes_by_device("compute_buffers_mib")
     caches = case.bytes_by_device("kv_buffers_mib")
     placement = _placement(case)
@@ -103,8 +158,10 @@ def case_buffers(case: Case) -> list[Buffer]:
         sizes = graph_sizes(arch, inventory.n_vocab, launch, n_copies)
         if placement is not None and streamed_bytes(inventory, launch, placement, case.machine):
             continue
-        output = sum(factor * sizes[name] for name, factor in _OUTPUT.items())
-        if n_bytes < 1.15 * output and (device.kind == "cpu" or device == case.machine.gpus[-1]):
+        expected = _EXPECTED[runtime_of(launch)].get("output", {})
+        output = sum(factor * sizes[name] for name, factor in expected.items())
+        is_last = device == (case.machine.gpus or (device,))[-1]
+        if is_last and n_bytes < _OUTPUT_DECIDES * output:
             continue
         has_experts = placement is not None and work_on(inventory, placement, device).has_experts
         work = Work(device.kind, has_layers=bool(caches.get(device.name)), has_experts=has_experts)
@@ -121,54 +178,59 @@ def _placement(case: Case) -> Placement | None:
         return None
 
 
-def fit_rows(table: NDArray[np.float64], n_bytes: NDArray[np.float64], n_rows: int) -> Any:
-    """Factors of one or two sums whose largest counts; the second starts as the larger buffers."""
-    part = table[:, 0] * 0 if n_rows == 1 else (n_bytes / table.sum(1) > np.median(n_bytes / table.sum(1))) * 1.0
+def fit_rows(table: Floats, n_bytes: Floats, n_rows: int, expected: Floats | None) -> Floats:
+    """Factors (rows x sizes) of one or two sums whose largest counts.
+
+    The second sum starts from the buffers that are large for their sizes.
+    """
+    density = n_bytes / table.sum(1)
+    part = (density > np.median(density)) * (n_rows - 1)
     rows = np.zeros((n_rows, table.shape[1]))
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if n_rows > 1 else 1):
         for index in range(n_rows):
             mine = part == index
             if mine.any():
-                rows[index] = _non_negative(table[mine] / n_bytes[mine, None])
-        if n_rows == 1:
-            break
-        part = np.argmax(table @ rows.T, axis=1).astype(float)
+                rows[index] = _non_negative(table[mine] / n_bytes[mine, None], expected)
+        part = np.argmax(table @ rows.T, axis=1)
     return rows
 
 
-def _non_negative(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least squares of ``table @ factors - 1`` with factors of 0 or more, by projected gradient."""
-    scale = np.linalg.norm(table, axis=0)
-    used = scale > 0
-    scaled = table[:, used] / scale[used]
-    gram, target = scaled.T @ scaled, scaled.sum(0)
-    step = 1 / np.linalg.norm(gram, 2)
-    factors = np.full(int(used.sum()), 0.1)
-    for _ in range(_STEPS):
-        factors = np.maximum(0, factors - step * (gram @ factors - target))
+def _non_negative(table: Floats, expected: Floats | None) -> Floats:
+    """Factors of 0 or more that make ``table @ factors`` as near to 1 as squares can say.
+
+    Args:
+        table: Sizes relative to the measured bytes; one row per buffer.
+        expected: Factors that a deviation is held against; those that are 0 stay 0.
+    """
+    if expected is None:
+        return np.asarray(nnls(table, np.ones(len(table)), maxiter=1000)[0])
+    used = expected > 0
+    stacked = np.vstack([table[:, used] * expected[used], np.eye(int(used.sum()))])
     found = np.zeros(table.shape[1])
-    found[used] = factors / scale[used]
+    found[used] = nnls(stacked, np.ones(len(stacked)), maxiter=1000)[0] * expected[used]
     return found
 
 
-def fit(buffers: Sequence[Buffer]) -> dict[str, Any]:
+def fit(buffers: Sequence[Buffer], expected: dict[str, float] | None) -> dict[str, Any]:
     """The fit of one kind of graph, with one sum or two, whichever predicts others better."""
     table = np.array([[b.sizes.get(name, 0.0) for name in _SIZES] for b in buffers])
     n_bytes = np.array([b.n_bytes for b in buffers], dtype=float)
     sources = np.array([b.source for b in buffers])
-    best: tuple[float, int, NDArray[np.float64]] | None = None
-    for n_rows in (1, 2):
-        ratios = _left_out(table, n_bytes, sources, n_rows)
-        error = float(np.median(np.abs(1 / ratios - 1)) + np.quantile(np.abs(1 / ratios - 1), 0.9))
-        if best is None or error < 0.9 * best[0]:
+    prior = None if expected is None else np.array([expected.get(name, 0.0) for name in _SIZES])
+    best: tuple[float, int, Floats] | None = None
+    for n_rows in (1, 2) if prior is None else (1,):
+        ratios = _left_out(table, n_bytes, sources, n_rows, prior)
+        errors = np.abs(1 / ratios - 1)
+        error = float(np.median(errors) + np.quantile(errors, 0.9))
+        if best is None or error < _WORTH_A_SUM * best[0]:
             best = (error, n_rows, ratios)
     if best is None:
-        raise ValueError("no fit")
-    rows, ratios = fit_rows(table, n_bytes, best[1]), best[2]
+        raise ValueError("no buffers")
+    rows, ratios = fit_rows(table, n_bytes, best[1], prior), best[2]
     errors = np.abs(1 / ratios - 1)
     return {
         "factors": [
-            {n: round(float(f), 3) for n, f in zip(_SIZES, row, strict=True) if f > 5e-3}
+            {n: round(float(f), 3) for n, f in zip(_SIZES, row, strict=True) if f > _LEAST_FACTOR}
             for row in rows
         ],
         "interval": [round(float(np.quantile(ratios, q)), 3) for q in (0.05, 0.95)],
@@ -178,18 +240,24 @@ def fit(buffers: Sequence[Buffer]) -> dict[str, Any]:
     }
 
 
-def _left_out(table: Any, n_bytes: Any, sources: Any, n_rows: int) -> NDArray[np.float64]:
-    """Measured by predicted, each source predicted from the others; by halves where there is one."""
-    names = sorted(set(sources))
-    if len(names) == 1:
+def _left_out(
+    table: Floats, n_bytes: Floats, sources: Any, n_rows: int, prior: Floats | None
+) -> Floats:
+    """Measured by predicted, each source predicted from the others; a lone source by quarters."""
+    if len(set(sources)) == 1:
         sources = np.arange(len(n_bytes)) % 4
-        names = sorted(set(sources))
     ratios = np.ones(len(n_bytes))
-    for name in names:
+    for name in sorted(set(sources)):
         out = sources == name
-        rows = fit_rows(table[~out], n_bytes[~out], n_rows)
+        rows = fit_rows(table[~out], n_bytes[~out], n_rows, prior)
         ratios[out] = n_bytes[out] / np.maximum(1.0, (table[out] @ rows.T).max(1))
     return ratios
+
+
+def unmeasured(factors: dict[str, float]) -> dict[str, Any]:
+    """Factors that follow from the graph alone."""
+    errors = {"n": 0, "median_error": 0.0, "p90_error": 0.0}
+    return {"factors": [factors], "interval": list(_UNMEASURED), **errors}
 
 
 def main() -> None:
@@ -205,22 +273,15 @@ def main() -> None:
         groups[buffer.runtime, buffer.key].append(buffer)
     fits: dict[str, dict[str, Any]] = defaultdict(dict)
     for (runtime, key), members in sorted(groups.items()):
-        if len(members) < _LEAST_BUFFERS:
+        expected = _EXPECTED[runtime].get(key)
+        if expected is None and (runtime != "llama.cpp" or len(members) < _LEAST_BUFFERS):
             print(f"{runtime:18} {key:36} {len(members):4} buffers: too few")
             continue
-        fits[runtime][key] = found = fit(members)
+        fits[runtime][key] = found = fit(members, expected)
         print(f"{runtime:18} {key:36} {found}")
-    for runtime in fits:
-        if runtime != "llama.cpp":
-            fits[runtime] |= {"output": _known(_OUTPUT)}
-        fits[runtime] |= {"streaming": _known(_STREAMING)}
+    for runtime, by_key in _EXPECTED.items():
+        fits[runtime] = {k: unmeasured(v) for k, v in by_key.items()} | fits[runtime]
     OUT.write_text(json.dumps({"provenance": _provenance(options), "fits": fits}, indent=1) + "\n")
-
-
-def _known(factors: dict[str, float]) -> dict[str, Any]:
-    """Factors that follow from the graph itself."""
-    interval = [1.0, 1.0] if factors is _OUTPUT else [0.5, 2.0]
-    return {"factors": [factors], "interval": interval, "n": 0, "median_error": 0, "p90_error": 0}
 
 
 def _provenance(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Memory of given llama.cpp flags, without a plan."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,6 +109,113 @@ def test_a_rule_that_comes_too_late_is_pointed_out() -> None:
     assert "has no effect" in found.warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("flags", "machine", "says"),
+    [
+        ("-sm none -ts 1,2", TWO, "-ts 1,2 has no effect with -sm none"),
+        ("-cmoe -ncmoe 4", GPU, "--n-cpu-moe has no effect beside --cpu-moe"),
+        ("-ncmoe 4 -cmoe", GPU, "--n-cpu-moe has no effect beside --cpu-moe"),
+        ("-ub 4096", GPU, "-ub 4096 is larger than -b 2048"),
+        (
+            "-ngl 0 -ot exps=CUDA0",
+            GPU,
+            "KV caches are in RAM although -ot puts 135 tensors on a GPU",
+        ),
+        ("-ot exps=CPU -ncmoe 4", GPU, "-ncmoe 4 has no effect"),
+        ("-ncffn 1 -ot ffn=CPU -ncmoe 1", GPU, "-ncmoe 1 matches no tensor"),
+        ("--no-mmap", GPU, "refuses --no-mmap: write -lm none"),
+    ],
+)
+def test_contradictions_are_pointed_out(flags: str, machine: str, says: str) -> None:
+    """Flags that llama.cpp takes but that do not do what they seem to say come with a warning."""
+    found = qp.predict(AIR, f"{flags} -c 4096 --fit off", qp.Machine.parse(machine))
+    assert any(says in warning for warning in found.warnings), found.warnings
+
+
+def test_a_sound_command_has_no_warnings() -> None:
+    """Nothing is pointed out where the flags agree with each other."""
+    flags = "-ngl 99 -sm layer -ts 1,2 -ncmoe 4 -c 4096 -b 4096 -ub 4096 -fa on -ctv q8_0 -lm none"
+    found = qp.predict(AIR, f"{flags} --fit off", qp.Machine.parse(TWO))
+    assert (found.warnings, found.notes) == ((), ())
+
+
+def test_a_context_beyond_the_trained_one_is_noted() -> None:
+    """A context longer than the model was trained for is a note, not a fault."""
+    found = qp.predict(AIR, "-c 200000", qp.Machine.parse(GPU))
+    assert any("-c 200000 is longer than the 131072" in note for note in found.notes)
+
+
+def test_caches_stay_in_ram_when_told_so() -> None:
+    """`-nkvo` keeps the caches of layers that are on a GPU in RAM."""
+    flags = "-ngl 99 -c 4096 -np 1 --fit off"
+    on_gpu, in_ram = (
+        [use.kv_bytes for use in qp.predict(AIR, f"{flags} {x}", qp.Machine.parse(GPU)).devices]
+        for x in ("", "-nkvo")
+    )
+    assert in_ram == [0, on_gpu[0]]
+
+
+@pytest.mark.parametrize("machine", ["24GiB + 64GiB@80GB/s", "128GiB@80GB/s"])
+def test_every_form_of_a_plan_takes_the_bytes_of_the_plan(machine: str) -> None:
+    """A plan, its recipe, its assignments and the same as a mapping are one configuration."""
+    inventory, described = qp.read_inventory("gemma-4-31B-it"), qp.Machine.parse(machine)
+    work = qp.Workload(context=8192, kv_type="q8_0", slots=2)
+    plan = qp.plan(inventory, described, work)
+    mapping = {a.tensor: (a.qtype, a.device) for a in plan.assignments}
+    assert qp.predict(inventory, plan, described).devices == plan.devices
+    assert qp.predict(inventory, plan.recipe, described).devices == plan.devices
+    assert qp.predict(inventory, plan.assignments, described, work).devices == plan.devices
+    assert qp.predict(inventory, mapping, described, work).devices == plan.devices
+
+
+def test_faults_of_an_assignment_are_gathered() -> None:
+    """Unknown tensors, devices and types are all named, with what comes near."""
+    machine = qp.Machine.parse(GPU)
+    homes: dict[str, tuple[str, str | None]] = {t.name: (t.qtype, "GPU0") for t in AIR.tensors}
+    wrong_names = homes | {
+        "blk.0.ffn_dwon.weight": ("F16", "GPU0"),
+        "output.weight": ("Q4K", "CPU"),
+    }
+    with pytest.raises(qp.InputError) as names:
+        qp.predict(AIR, wrong_names, machine)
+    assert len(names.value.faults) == 2
+    assert all(word in str(names.value) for word in ("blk.0.ffn_down.weight", "Q4_K"))
+    wrong_places = homes | {"output.weight": ("F16", "GPU7")}
+    del wrong_places["blk.0.attn_q.weight"]
+    with pytest.raises(qp.InputError) as places:
+        qp.predict(AIR, wrong_places, machine)
+    assert len(places.value.faults) == 2
+    assert all(word in str(places.value) for word in ("GPU7", "1 tensors have no device"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"workload": qp.Workload()}, "flags state the workload already"),
+        ({"engine": "vllm"}, "unknown engine 'vllm': use llama.cpp or ik_llama.cpp"),
+    ],
+)
+def test_options_that_do_not_go_with_flags_are_refused(options: Any, says: str) -> None:
+    """A workload beside flags, or an engine that nobody knows, is refused."""
+    with pytest.raises(qp.InputError, match=says):
+        qp.predict(AIR, "-c 4096", qp.Machine.parse(GPU), **options)
+
+
+def test_older_builds_kept_values_of_latent_attention() -> None:
+    """Before its V cache was dropped, DeepSeek-V3 took 34 MiB per layer at 16384 cells.
+
+    llama.cpp printed it in https://github.com/ikawrakow/ik_llama.cpp/pull/394.
+    """
+    inventory = qp.read_inventory("DeepSeek-V3.1-Terminus")
+    flags = "-c 16384 -np 1 -fa on -ngl 99 --cpu-moe --fit off"
+    machine = qp.Machine.parse(GPU)
+    older, newer = (
+        qp.predict(inventory, flags, machine, llama_cpp_build=build).devices[0].kv_bytes / 2**20
+        for build in (5300, 11434)
+    )
+    assert (older, newer) == (61 * 34, 61 * 18)
+
+
 def test_fitting_means_within_the_margin() -> None:
     """GLM-4.5-Air in BF16 does not fit a 24 GB card whole, but does with its experts in RAM."""
     machine = qp.Machine.parse(GPU)
@@ -141,6 +249,11 @@ def test_flags_that_are_not_modelled_are_named() -> None:
         ("-ot (=CPU", GPU, "no regular expression"),
         ("-ot exps=CUDA3", TWO, "not among the 2 GPUs"),
         ("-ot exps=CPU2", GPU, "unknown buffer type"),
+        ("-sm graph", TWO, "invalid choice: 'graph'"),
+        ("-sm none -mg -1", TWO, "there are 2 GPUs"),
+        ("-c 0 -np 0 -ctvd q8_0 -fa off", GPU, "needs flash attention"),
+        ("-fa maybe", GPU, "'maybe' is not on, off or auto"),
+        ("-ctk q8_0 -ctv q6_0", GPU, "no KV type q6_0"),
         ("-sm none -mg 2", TWO, "there are 2 GPUs"),
         ("-ctv q8_0 -fa off", GPU, "needs flash attention"),
         ("-ctk q9_0", GPU, "kv_type_k"),

@@ -192,11 +192,13 @@ def graph_key(architecture: Architecture, launch: Launch, work: Work) -> str:
     """The kind of graph, as ``data/compute.json`` names it."""
     flash = "flash" if launch.workload.flash_attention else "scores"
     has_experts = work.has_experts and architecture.n_expert > 0
+    kind = attention_kind(architecture, launch)
     if work.device_kind == "cpu":
-        parts = [name for name, here in (("layers", work.has_layers), ("experts", has_experts)) if here]
-        return " ".join(["cpu", flash, *(parts or ["inputs"])])
-    does = "experts" if has_experts else "layers"
-    return f"gpu {attention_kind(architecture, launch)} {flash} {does}"
+        held = {"layers": work.has_layers, "experts": has_experts}
+        does = " ".join(name for name, is_here in held.items() if is_here) or "inputs"
+    else:
+        does = "experts" if has_experts else "layers"
+    return f"{work.device_kind} {kind} {flash} {does}"
 
 
 def runtime_of(launch: Launch) -> str:
@@ -210,13 +212,9 @@ def fit_of(architecture: Architecture, launch: Launch, work: Work) -> Fit:
     """The fit for one device; that of plain attention where its own kind was not measured."""
     fits = _fits()[runtime_of(launch)]
     key = graph_key(architecture, launch, work)
-    for wanted in (key, key.replace("experts", "layers"), key.replace("layers", "experts")):
-        if wanted in fits:
-            return fits[wanted]
-    kind = attention_kind(architecture, launch)
-    return fits.get(key.replace(kind, "plain")) or fits[
-        key.replace(kind, "plain").replace("experts", "layers")
-    ]
+    plain = key.replace(attention_kind(architecture, launch), "plain")
+    without_experts = plain.replace("layers experts", "layers").replace(" experts", " layers")
+    return fits.get(key) or fits.get(plain) or fits[without_experts]
 
 
 def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Work) -> Estimate:

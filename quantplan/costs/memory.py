@@ -25,15 +25,19 @@ _MASK_BYTES = 2
 _F32_BYTES = 4
 # Copies of the residual stream that live at the same time in a layer's graph.
 _LIVE_RESIDUALS = 4
-# Before this build the next-token-prediction blocks of these architectures got a KV cache although
-# their weights are skipped. b10434 was seen to do so, b11434 (for glm4moe) not to.
-_NEXTN_CACHE_BEFORE_BUILD = 11434
+# Builds in which the next-token-prediction blocks of these architectures get a KV cache although
+# their weights are skipped. b10434 was seen to do so; b7599 (for glm4moe,
+# https://github.com/ggml-org/llama.cpp/issues/18585) and b11434 not to.
+_NEXTN_CACHE_BUILDS = range(10434, 11434)
 CHECKED_BUILD = 10434
 _NEXTN_CACHE = {
     "bailingmoe2", "deepseek2", "exaone-moe", "exaone4", "glm4", "glm4moe", "mistral4",
 }  # fmt: skip
 # Of these, b10434 ignored the blocks' weights even for multi-token prediction.
 _NEXTN_WEIGHTS_IGNORED = {"bailingmoe2", "exaone-moe", "exaone4", "glm4", "glm4moe"}
+# Before about this build, which lies between b7815 and b7917, latent attention had a V cache too
+# (https://github.com/ggml-org/llama.cpp/pull/19067).
+_LATENT_WITHOUT_V_FROM_BUILD = 7830
 # From this batch size on llama.cpp multiplies by weights held in RAM on the GPU, by copying them
 # there one after the other (GGML_OP_OFFLOAD_MIN_BATCH).
 _OP_OFFLOAD_MIN_BATCH = 32
@@ -139,13 +143,17 @@ def prediction_cache_bytes(architecture: Architecture, workload: Workload) -> tu
 
 def loads_prediction_weights(architecture: Architecture, workload: Workload) -> bool:
     """Whether multi-token prediction makes llama.cpp load the next-token-prediction blocks."""
-    is_older = workload.llama_cpp_build < _NEXTN_CACHE_BEFORE_BUILD
+    is_older = workload.llama_cpp_build in _NEXTN_CACHE_BUILDS
     return not (is_older and architecture.name in _NEXTN_WEIGHTS_IGNORED)
 
 
 def _caches_nextn_like_others(architecture: Architecture, workload: Workload) -> bool:
-    is_older = workload.llama_cpp_build < _NEXTN_CACHE_BEFORE_BUILD
-    return is_older and architecture.name in _NEXTN_CACHE
+    return workload.llama_cpp_build in _NEXTN_CACHE_BUILDS and architecture.name in _NEXTN_CACHE
+
+
+def _has_latent_v(architecture: Architecture, workload: Workload) -> bool:
+    is_older = workload.llama_cpp_build < _LATENT_WITHOUT_V_FROM_BUILD
+    return is_older and architecture.latent is not None
 
 
 def _check_types(architecture: Architecture, workload: Workload) -> None:
@@ -156,6 +164,7 @@ def _check_types(architecture: Architecture, workload: Workload) -> None:
         if kind not in get_args(KVType)
     ]
     is_latent = any(cache.k_width and not cache.v_width for cache in architecture.caches)
+    is_latent = is_latent and not _has_latent_v(architecture, workload)
     if is_latent and workload.kv_type_k != workload.kv_type_v:
         faults.append(
             f"the KV types {workload.kv_type_k} and {workload.kv_type_v} differ, which llama.cpp "
@@ -170,6 +179,8 @@ def _attention_row_bytes(architecture: Architecture, cache: LayerCache, workload
     v_width = cache.v_width
     if cache.attends and not workload.flash_attention:
         v_width = architecture.widest_v_width
+    if _has_latent_v(architecture, workload) and cache.k_width and not v_width:
+        v_width = architecture.latent.rank if architecture.latent else 0
     k_row = row_bytes(qtype(workload.kv_type_k), cache.k_width)
     return k_row + row_bytes(qtype(workload.kv_type_v), v_width)
 

@@ -81,7 +81,7 @@ class _AddOverrides(argparse.Action):
         parser: argparse.ArgumentParser,
         namespace: argparse.Namespace,
         values: Any,
-        option_string: str | None = None,  # noqa: ARG002 (argparse calls with it)
+        option_string: str | None = None,
     ) -> None:
         of_draft = self.dest.startswith("draft_")
         found: list[Override | int] = namespace.draft_overrides if of_draft else namespace.overrides
@@ -93,17 +93,18 @@ class _AddOverrides(argparse.Action):
                     parser.error(f"-ot {rule!r} is not pattern=buffer; a pattern holds no , or =")
                 found.append(Override(pattern=pattern, buffer_type=buffer_type))
         elif kind == "cpu_moe":
-            found.append(Override(pattern=_EXPERTS, buffer_type="CPU"))
+            found.append(Override(pattern=_EXPERTS, buffer_type="CPU", flag="--cpu-moe"))
         elif kind == "last_cpu_moe":
             found.append(values)
         else:
             inside = _EXPERTS if kind == "n_cpu_moe" else _DENSE
-            found += [_layer_override(layer, inside) for layer in range(int(values))]
+            flag = f"{option_string} {values}"
+            found += [_layer_override(layer, inside, flag) for layer in range(int(values))]
         namespace.given.add(kind)
 
 
-def _layer_override(layer: int, inside: str) -> Override:
-    return Override(pattern=rf"blk\.{layer}{inside}", buffer_type="CPU")
+def _layer_override(layer: int, inside: str, flag: str) -> Override:
+    return Override(pattern=rf"blk\.{layer}{inside}", buffer_type="CPU", flag=flag)
 
 
 def _parser(engine: Runtime) -> _Parser:
@@ -306,17 +307,17 @@ def _n_gpu_layers(parser: _Parser, text: str | None, ik: IkOptions | None) -> in
 
 def _overrides(found: list[Override | int], inventory: Inventory) -> tuple[Override, ...]:
     """Names the layers of ``-ncmoe`` that count from the end."""
-    tensors = [t for t in inventory.tensors if re.search(_EXPERTS, t.name)]
-    moe_layers = sorted(
-        {t.layer for t in tensors if t.layer is not None and inventory.is_loaded(t)}
-    )
+    loaded = filter(inventory.is_loaded, inventory.tensors)
+    with_experts = {t.layer for t in loaded if re.search(_EXPERTS, t.name)}
+    moe_layers = sorted(layer for layer in with_experts if layer is not None)
     overrides: list[Override] = []
     for item in found:
         if isinstance(item, Override):
             overrides.append(item)
         else:
             last = moe_layers[max(0, len(moe_layers) - item) :]
-            overrides += [_layer_override(layer, _EXPERTS) for layer in last]
+            flag = f"-ncmoe {item}"
+            overrides += [_layer_override(layer, _EXPERTS, flag) for layer in last]
     return tuple(overrides)
 
 
