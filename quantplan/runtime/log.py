@@ -97,6 +97,11 @@ def has_laid_out(log: str) -> bool:
     return bool(read_table(log)) or any(sign in log for sign in _END_OF_FIT)
 
 
+def has_reserved(log: str) -> bool:
+    """Whether a context has all its buffers; what follows computes."""
+    return "graph splits" in log
+
+
 @dataclass(frozen=True, slots=True)
 class Devices:
     """The devices that a log names, RAM apart.

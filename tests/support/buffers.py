@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from quantplan.predict import DeviceUse
-from tests.support.llama_cpp import Buffers
+from quantplan.runtime.log import Buffers
 
 # Build of llama.cpp in the installed wheel; it keeps a KV cache for glm4moe's skipped last block.
 BUILD = 10434
@@ -15,10 +15,16 @@ _PRINTED_MIB = 0.0051  # llama.cpp prints two decimals
 def assert_buffers(
     devices: Iterable[DeviceUse], buffers: Buffers, endpoints: Sequence[str]
 ) -> None:
-    """Weights and caches of every device equal what llama.cpp printed, to the last digit."""
+    """Weights and caches of every device equal what llama.cpp printed, to the last digit.
+
+    Args:
+        devices: As predicted.
+        buffers: As printed.
+        endpoints: What the names of the buffers of GPU0, GPU1, ... have in them.
+    """
     for device in devices:
         if device.name == "CPU":
-            names = {n for n in buffers.model | buffers.kv if not n.startswith("RPC")}
+            names = {n for n in buffers.model | buffers.kv if not any(e in n for e in endpoints)}
         else:
             endpoint = endpoints[int(device.name.removeprefix("GPU"))]
             names = {n for n in buffers.model | buffers.kv if endpoint in n}
