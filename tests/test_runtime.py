@@ -221,7 +221,37 @@ def test_buffers_are_told_apart_by_device() -> None:
     homes = {name: devices.holding(name) for name in Buffers.parse(LOG).compute}
     assert homes == {"CUDA0": "CUDA0", "RPC0[127.0.0.1:7]": "RPC1", "CUDA_Host": "Host"}
     assert {devices.holding(name) for name in ("CPU", "CPU_Mapped", "CPU_REPACK")} == {"Host"}
+    assert devices.holding("CUDA0_Mapped") == "CUDA0"
     assert [row.model_mib for row in read_table(LOG)] == [6055, 5347, 2000]
+
+
+# As ik_llama.cpp prints it: no devices are listed, and weights have no word of their own.
+OLDER_LOG = """
+llm_load_tensors:        CPU buffer size =   938.98 MiB
+llm_load_tensors:      CUDA0 buffer size = 13995.99 MiB
+llm_load_tensors:     CUDA10 buffer size = 13730.03 MiB
+llm_load_tensors:      CUDA9 buffer size = 13730.03 MiB
+llama_kv_cache_init:      CUDA0 KV buffer size =   640.00 MiB
+llama_new_context_with_model:  CUDA_Host  output buffer size =     0.49 MiB
+llama_new_context_with_model:      CUDA0 compute buffer size =   164.00 MiB
+llama_new_context_with_model:  CUDA_Host compute buffer size =    32.01 MiB
+llama_new_context_with_model: graph splits = 3
+"""
+
+
+def test_older_logs_are_read_too() -> None:
+    """Logs that list no devices are asked for their buffers, in the order of their numbers."""
+    devices, buffers = Devices.parse(OLDER_LOG), Buffers.parse(OLDER_LOG)
+    assert devices.names == ("CUDA0", "CUDA9", "CUDA10")
+    assert buffers.model == {
+        "CPU": 938.98,
+        "CUDA0": 13995.99,
+        "CUDA10": 13730.03,
+        "CUDA9": 13730.03,
+    }
+    assert buffers.kv == {"CUDA0": 640.0}
+    assert buffers.compute == {"CUDA0": 164.0, "CUDA_Host": 32.01}
+    assert buffers.output == {"CUDA_Host": 0.49}
 
 
 def test_an_unfinished_table_is_none() -> None:

@@ -123,7 +123,7 @@ def ending(code: int) -> str:
 def running(
     command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> Iterator[Process]:
-    """Runs a program in a folder of its own until the block ends.
+    """Runs a program until the block ends.
 
     Its output is gone afterwards; `failure` keeps it.
 
@@ -137,7 +137,6 @@ def running(
         with (folder / "log").open("wb") as log:
             popen = subprocess.Popen(
                 command,
-                cwd=folder,
                 env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

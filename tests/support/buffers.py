@@ -15,19 +15,13 @@ _PRINTED_MIB = 0.0051  # llama.cpp prints two decimals
 def assert_buffers(
     devices: Iterable[DeviceUse], buffers: Buffers, endpoints: Sequence[str]
 ) -> None:
-    """Weights and caches of every device equal what llama.cpp printed, to the last digit.
-
-    Args:
-        devices: As predicted.
-        buffers: As printed.
-        endpoints: What the names of the buffers of GPU0, GPU1, ... have in them.
-    """
+    """Weights and caches of every device equal what llama.cpp printed, to the last digit."""
     for device in devices:
         if device.name == "CPU":
-            names = {n for n in buffers.model | buffers.kv if not any(e in n for e in endpoints)}
+            names = {n for n in (*buffers.model, *buffers.kv) if not n.startswith("RPC")}
         else:
             endpoint = endpoints[int(device.name.removeprefix("GPU"))]
-            names = {n for n in buffers.model | buffers.kv if endpoint in n}
+            names = {n for n in (*buffers.model, *buffers.kv) if endpoint in n}
         # Each buffer is rounded when it is printed, so every one may add its half digit.
         weights = [buffers.model[n] for n in names & buffers.model.keys()]
         caches = [c[n] for c in (buffers.kv, buffers.recurrent) for n in names & c.keys()]
