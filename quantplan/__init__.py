@@ -2,6 +2,7 @@
 
 from quantplan.errors import (
     InputError,
+    LlamaCppError,
     MachineError,
     NoPlanError,
     QuantizeError,
@@ -28,6 +29,7 @@ __all__ = [
     "Device",
     "InputError",
     "Inventory",
+    "LlamaCppError",
     "Machine",
     "MachineError",
     "MemoryPrediction",

@@ -28,7 +28,8 @@ from quantplan import read_inventory as read
 from quantplan.costs import memory
 from quantplan.formats.llama_cpp import workload_flags
 from quantplan.inventory import LayerCache
-from tests.support.llama_cpp import Buffers, llama_server, needs_llama_cpp, rpc_server
+from quantplan.runtime.log import Buffers
+from tests.support.llama_cpp import llama_server, needs_llama_cpp, rpc_server
 from tests.support.models import smollm2_path, toy_from_catalog
 
 MIB = 2**20

@@ -22,9 +22,10 @@ _END_OF_FIT = ("fit params to free", "while trying to fit")
 HOST = "Host"
 """What llama.cpp's table calls RAM."""
 
-# A buffer of a device: CUDA0, MTL0_Mapped, RPC0[127.0.0.1:50052]; others (CPU_Mapped, CUDA_Host)
-# are in RAM.
-_DEVICE_BUFFER = re.compile(r"([A-Za-z]+\d+)(?:\[(.+)\]|_\w+)?")
+# Buffers are named after their device (CUDA0, MTL0_Mapped); those in RAM after none (CPU_Mapped,
+# CUDA_Host). The number in the name of an RPC buffer is not that of the device.
+_NUMBERED = re.compile(r"([A-Za-z]+\d+)(?:_\w+)?")
+_RPC_BUFFER = re.compile(r"RPC\d*\[(.+)\]")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ def has_laid_out(log: str) -> bool:
     return bool(read_table(log)) or any(sign in log for sign in _END_OF_FIT)
 
 
+def has_reserved(log: str) -> bool:
+    """Whether a context has all its buffers; what follows computes."""
+    return "graph splits" in log
+
+
 @dataclass(frozen=True, slots=True)
 class Devices:
     """The devices that a log names, RAM apart.
@@ -115,21 +121,22 @@ class Devices:
         described = dict.fromkeys(_DEVICE.findall(log))
         names = tuple(dict.fromkeys(name for name, _ in described))
         if not names:
-            matches = (_DEVICE_BUFFER.fullmatch(name) for name, _, _ in _BUFFER.findall(log))
+            matches = (_NUMBERED.fullmatch(name) for name, _, _ in _BUFFER.findall(log))
             names = tuple(sorted({m[1] for m in matches if m}, key=_by_number))
         return cls(names, {endpoint: name for name, endpoint in described})
 
     def holding(self, buffer: str) -> str:
         """The device whose memory a buffer takes, ``Host`` for RAM.
 
-        An RPC device is known by its address: the number in its buffers' names is another one.
+        An RPC device is known by its address.
 
         Args:
             buffer: Name of the buffer as printed.
         """
-        if match := _DEVICE_BUFFER.fullmatch(buffer):
-            return self.by_endpoint.get(match[2], match[1])
-        return buffer if buffer in self.names else HOST
+        if match := _RPC_BUFFER.fullmatch(buffer):
+            return self.by_endpoint.get(match[1], buffer)
+        device = buffer.partition("_")[0]
+        return device if device in self.names else HOST
 
 
 def _by_number(name: str) -> tuple[str, int]:

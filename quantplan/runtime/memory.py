@@ -10,8 +10,16 @@ from quantplan.errors import LlamaCppError
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import shard_paths
 from quantplan.runtime.find import LlamaCpp
-from quantplan.runtime.log import HOST, MIB, Buffers, Devices, has_laid_out, read_table
-from quantplan.runtime.process import ADDRESS, failure, free_port, is_healthy, running
+from quantplan.runtime.log import (
+    HOST,
+    MIB,
+    Buffers,
+    Devices,
+    has_laid_out,
+    has_reserved,
+    read_table,
+)
+from quantplan.runtime.process import ADDRESS, failure, free_port, running
 from quantplan.runtime.sparse import write_sparse
 from quantplan.schema import Frozen
 
@@ -119,8 +127,8 @@ def _kept(flags: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def _command(llama_cpp: LlamaCpp, path: Path, arguments: Sequence[str], port: int) -> list[str]:
-    own = ["-m", str(path.resolve()), "--host", ADDRESS, "--port", str(port), "--no-warmup"]
+def _command(llama_cpp: LlamaCpp, path: Path, arguments: Sequence[str]) -> list[str]:
+    own = ["-m", str(path.resolve()), "--host", ADDRESS, "--port", str(free_port()), "--no-warmup"]
     return [str(llama_cpp.server), *arguments, *own]
 
 
@@ -130,7 +138,7 @@ def _dry_run(
     for _ in range(_ATTEMPTS):
         with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
             path = write_sparse(inventory, Path(folder, "model.gguf"))
-            command = _command(llama_cpp, path, arguments, free_port())
+            command = _command(llama_cpp, path, arguments)
             with running([*command, "--fit", "on", "-lv", "5"]) as process:
                 process.wait_until(lambda: has_laid_out(process.log), _TIME_LIMIT_S)
                 log = process.log
@@ -168,12 +176,11 @@ def _laid_out(log: str) -> tuple[MeasuredDevice, ...]:
 def _loaded(
     llama_cpp: LlamaCpp, path: Path, arguments: Sequence[str]
 ) -> tuple[MeasuredDevice, ...]:
-    port = free_port()
-    command = _command(llama_cpp, path, arguments, port)
+    command = _command(llama_cpp, path, arguments)
     if llama_cpp.runtime == "llama.cpp":
         command += ["-lv", "4", *(["--fit", "off"] if llama_cpp.has_fit else [])]
     with running(command) as process:
-        process.wait_until(lambda: is_healthy(port), _TIME_LIMIT_S)
+        process.wait_until(lambda: has_reserved(process.log), _TIME_LIMIT_S)
         log = process.log
     buffers, devices = Buffers.parse(log), Devices.parse(log)
     weights = _by_device(devices, buffers.model)

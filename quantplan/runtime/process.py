@@ -7,7 +7,6 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from quantplan.errors import LlamaCppError
 ADDRESS = "127.0.0.1"
 _STOP_LIMIT_S = 10.0
 _POLL_S = 0.05
-_HEALTH_LIMIT_S = 5.0
 _SHOWN_LINES = 12
-_TELLING = re.compile(r"error|fail|invalid|unable|abort|assert", re.IGNORECASE)
-_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # loopback needs no proxy
+# Lines of level E, and what says so in words.
+_TELLING = re.compile(r"^[\d.]+ E |error|fail|invalid|unable|abort|assert", re.IGNORECASE)
 # What a program's last lines mean; the first that is found is told.
 _CAUSES = {
     "unknown model architecture": "this llama.cpp is too old for the model",
@@ -125,7 +123,7 @@ def ending(code: int) -> str:
 def running(
     command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> Iterator[Process]:
-    """Runs a program in a folder of its own until the block ends.
+    """Runs a program until the block ends.
 
     Its output is gone afterwards; `failure` keeps it.
 
@@ -139,7 +137,6 @@ def running(
         with (folder / "log").open("wb") as log:
             popen = subprocess.Popen(
                 command,
-                cwd=folder,
                 env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -173,12 +170,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((ADDRESS, 0))
         return int(probe.getsockname()[1])
-
-
-def is_healthy(port: int) -> bool:
-    """Whether a llama-server on this machine has loaded its model."""
-    try:
-        with _open(f"http://{ADDRESS}:{port}/health", timeout=_HEALTH_LIMIT_S):
-            return True
-    except OSError:  # refused while it starts, 503 while it loads
-        return False

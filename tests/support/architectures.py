@@ -21,7 +21,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from tests.support.llama_cpp import Buffers
+from quantplan.runtime.log import Buffers
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes by tensor name, in GGUF order: row length first."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from quantplan.predict import DeviceUse
-from tests.support.llama_cpp import Buffers
+from quantplan.runtime.log import Buffers
 
 # Build of llama.cpp in the installed wheel; it keeps a KV cache for glm4moe's skipped last block.
 BUILD = 10434
@@ -26,10 +26,10 @@ def assert_buffers(
     rounding = _PRINTED_MIB * n_lines
     for device in devices:
         if device.name == "CPU":
-            names = {n for n in buffers.model | buffers.kv if not n.startswith("RPC")}
+            names = {n for n in (*buffers.model, *buffers.kv) if not n.startswith("RPC")}
         else:
             endpoint = endpoints[int(device.name.removeprefix("GPU"))]
-            names = {n for n in buffers.model | buffers.kv if endpoint in n}
+            names = {n for n in (*buffers.model, *buffers.kv) if endpoint in n}
         # Each buffer is rounded when it is printed, so every one may add its half digit.
         weights = [buffers.model[n] for n in names & buffers.model.keys()]
         caches = [c[n] for c in (buffers.kv, buffers.recurrent) for n in names & c.keys()]
