@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Literal
 
 from quantplan.costs import data_hashes, speed
@@ -133,6 +134,7 @@ def plan(
     policy: Policy | str = "quality",
     gap: float = 1e-4,
     time_limit_s: float = 60.0,
+    compute_buffers: Literal["high", "expected"] = "high",
 ) -> Plan:
     """Chooses the type and the device of every tensor together.
 
@@ -148,6 +150,8 @@ def plan(
         policy: Rules about types and places, or the name of a preset.
         gap: Relative gap at which the search may stop; with GPUs at least 0.1 %.
         time_limit_s: Time for the whole search, in seconds.
+        compute_buffers: Which end of their estimate to reckon with; with ``expected`` about half
+            of all plans leave less than the margin free.
 
     Raises:
         InputError: A number is out of range, or llama.cpp does not load the model's types.
@@ -160,6 +164,7 @@ def plan(
     rules = policy_preset(policy) if isinstance(policy, str) else policy
     task = workload or Workload()
     problem = build_problem(inventory, machine, task, rules, min_decode_tps)
+    problem = replace(problem, plans_with_high_end=compute_buffers == "high")
     problem, solution = best_solution(problem, gap=gap, time_limit_s=time_limit_s)
     assignments = _assignments(problem, solution)
     return Plan(
@@ -250,8 +255,11 @@ def _devices(machine: Machine, solution: Solution) -> tuple[DeviceUse, ...]:
                 weights_bytes=used.weights,
                 padding_bytes=used.padding,
                 kv_bytes=used.cache,
-                compute_bytes=used.compute,
-                free_bytes=device.capacity_bytes - used.total,
+                compute_bytes=used.compute_estimate.expected,
+                compute_low_bytes=used.compute_estimate.low,
+                compute_high_bytes=used.compute_estimate.high,
+                free_bytes=device.capacity_bytes
+                - (used.total - used.compute + used.compute_estimate.high),
             )
         )
     return tuple(uses)

@@ -4,13 +4,12 @@ import datetime
 from collections.abc import Mapping, Sequence
 
 from quantplan.configuration import Configuration, Resolved, resolve
-from quantplan.costs import memory
+from quantplan.costs.compute import Estimate, Work, estimate, n_input_copies, streamed_bytes
 from quantplan.costs.host import is_repacked, mapped_bytes
 from quantplan.costs.ik_caches import COMPACTS_WINDOWS, derived_weight_bytes
 from quantplan.hardware import Device, Machine
 from quantplan.inventory import Inventory
 from quantplan.parts import Part, all_parts
-from quantplan.placement import Launch, Placement
 from quantplan.qtypes import Runtime, qtype
 from quantplan.schema import Frozen
 from quantplan.units import gib
@@ -29,7 +28,9 @@ class DeviceUse(Frozen):
         padding_bytes: What a CUDA buffer takes on top of that.
         kv_bytes: KV cache and recurrent state; exact.
         compute_bytes: Compute buffer; an estimate unless it was measured.
-        free_bytes: Capacity less all of the above but the margin.
+        compute_low_bytes: Low end of the estimate: in 5 % of the cases it is smaller.
+        compute_high_bytes: High end of the estimate: in 5 % of the cases it is larger.
+        free_bytes: Capacity less weights, padding, KV and the high end of the compute buffer.
         compute_is_measured: Whether llama.cpp itself said how large the compute buffer is.
         repacked_bytes: Weights among them that the CPU copies out of the mapped file into another
             layout; 0 where no file is mapped.
@@ -45,6 +46,8 @@ class DeviceUse(Frozen):
     padding_bytes: int
     kv_bytes: int
     compute_bytes: int
+    compute_low_bytes: int
+    compute_high_bytes: int
     free_bytes: int
     compute_is_measured: bool = False
     repacked_bytes: int = 0
@@ -86,7 +89,9 @@ class MemoryPrediction(Frozen):
             use.model_copy(
                 update={
                     "compute_bytes": compute_bytes[use.name],
-                    "free_bytes": use.free_bytes + use.compute_bytes - compute_bytes[use.name],
+                    "compute_low_bytes": compute_bytes[use.name],
+                    "compute_high_bytes": compute_bytes[use.name],
+                    "free_bytes": use.free_bytes + use.compute_high_bytes - compute_bytes[use.name],
                     "compute_is_measured": True,
                 }
             )
@@ -102,9 +107,15 @@ def device_line(use: DeviceUse) -> str:
     """One device as a line of text."""
     return (
         f"  {use.name:5} weights {gib(use.weights_bytes):>10}, KV {gib(use.kv_bytes):>9}, "
-        f"compute {gib(use.compute_bytes):>9}{' (measured)' if use.compute_is_measured else ''}, "
+        f"compute {_compute_text(use):>15}, "
         f"free {gib(use.free_bytes):>9} of {gib(use.capacity_bytes)}"
     )
+
+
+def _compute_text(use: DeviceUse) -> str:
+    if use.compute_is_measured:
+        return f"{gib(use.compute_bytes)} (measured)"
+    return f"{gib(use.compute_low_bytes).split()[0]} to {gib(use.compute_high_bytes)}"
 
 
 def predict(
@@ -169,7 +180,7 @@ def _use(resolved: Resolved, parts: Sequence[Part], machine: Machine, device: De
     weights, padding = (sum(n) for n in zip(*(p.weights_on(device) for p in parts), strict=True))
     cache = sum(part.caches_on(device) for part in parts)
     inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
-    compute = _compute_bytes(inventory, launch, placement, machine, device)
+    compute = _compute(resolved, machine, device)
     is_mapped = device.kind == "cpu" and launch.maps_file
     repacked = _repacked(resolved, machine) if is_mapped else set()
     in_file = {n for n, homes in placement.tensors.items() if device.name in homes} - repacked
@@ -181,8 +192,10 @@ def _use(resolved: Resolved, parts: Sequence[Part], machine: Machine, device: De
         weights_bytes=weights,
         padding_bytes=padding,
         kv_bytes=cache,
-        compute_bytes=compute,
-        free_bytes=device.capacity_bytes - weights - padding - cache - compute,
+        compute_bytes=compute.expected,
+        compute_low_bytes=compute.low,
+        compute_high_bytes=compute.high,
+        free_bytes=device.capacity_bytes - weights - padding - cache - compute.high,
         repacked_bytes=sum(inventory.by_name[name].n_bytes for name in repacked),
         mapped_bytes=mapped_bytes(inventory, in_file) if is_mapped else None,
     )
@@ -216,7 +229,6 @@ def _ik_notes(resolved: Resolved) -> list[str]:
     notes: list[str] = []
     if launch.ik is None:
         return notes
-    notes.append("compute buffers are those of llama.cpp; ik_llama.cpp's differ (-amb, -fmoe)")
     n_bytes = derived_weight_bytes(architecture) if launch.ik.mla else 0
     if n_bytes:
         notes.append(
@@ -238,26 +250,17 @@ def _foreign_types(resolved: Resolved) -> list[str]:
     return [f"{engine} does not load tensors of the types {', '.join(foreign)}"]
 
 
-def _compute_bytes(
-    inventory: Inventory, launch: Launch, placement: Placement, machine: Machine, device: Device
-) -> int:
-    arch, workload = inventory.architecture, launch.workload
-    if device.kind == "cpu":
-        return memory.host_compute_bytes(arch, inventory.n_vocab, workload)
-    streamed = 0
-    if launch.op_offload and memory.streams(workload):
-        streamed = max(
-            (
-                memory.weight_bytes(tensor, tensor.qtype)
-                for name, homes in placement.tensors.items()
-                for tensor in [inventory.by_name[name]]
-                if tensor.layer is not None and machine.ram.name in homes
-            ),
-            default=0,
-        )
-    return memory.activation_bytes(arch, workload) + memory.scratch_bytes(
-        inventory.n_vocab,
-        workload,
+def _compute(resolved: Resolved, machine: Machine, device: Device) -> Estimate:
+    inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
+    architecture = inventory.architecture
+    is_gpu = device.kind == "gpu"
+    experts = (homes for name, homes in placement.tensors.items() if "_exps" in name)
+    work = Work(
+        device_kind=device.kind,
+        has_layers=device.name in placement.caches,
+        has_experts=any(device.name in homes for homes in experts),
         has_output=device.name == placement.output,
-        streamed_bytes=streamed,
+        streamed_bytes=streamed_bytes(inventory, launch, placement, machine) if is_gpu else 0,
+        n_input_copies=n_input_copies(architecture, launch, machine),
     )
+    return estimate(architecture, inventory.n_vocab, launch, work)

@@ -31,6 +31,7 @@ ORDER = [
     "costs.memory",
     "costs.host",
     "costs.ik_caches",
+    "costs.compute",
     "costs.speed",
     "costs.quality",
     "planner",

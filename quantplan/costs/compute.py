@@ -34,6 +34,9 @@ _FEW_OUTPUTS_FROM_BUILD = 10434
 # other (GGML_OP_OFFLOAD_MIN_BATCH). ik_llama.cpp wants as many tokens for each expert, since the
 # pull request of this day (520).
 _LEAST_STREAMED_BATCH = 32
+_PIPELINE_COPIES = 4
+# Their scores need more than the flash-attention kernels do (position biases, capped scores).
+_WITHOUT_FLASH_ATTENTION = {"grok", "t5", "t5encoder"}
 _IK_COUNTS_EXPERTS_SINCE = datetime.date(2025, 6, 11)
 
 
@@ -70,6 +73,20 @@ class Estimate(Frozen):
     low: int
     expected: int
     high: int
+
+    def at_least(self, other: "Estimate") -> "Estimate":
+        """The larger one of two estimates, bound by bound."""
+        return Estimate(
+            low=max(self.low, other.low),
+            expected=max(self.expected, other.expected),
+            high=max(self.high, other.high),
+        )
+
+    def plus(self, n_bytes: int) -> "Estimate":
+        """The estimate with bytes on top that are known."""
+        return Estimate(
+            low=self.low + n_bytes, expected=self.expected + n_bytes, high=self.high + n_bytes
+        )
 
 
 class Fit(Frozen):
@@ -136,7 +153,7 @@ def graph_sizes(
         "experts_middle": row * used * architecture.expert_width,
         "experts_out": row * used * architecture.n_embd,
         "logits": n_vocab * _F32_BYTES * (tokens if _is_older(launch) else workload.slots),
-        "scores": 0.0 if workload.flash_attention else row * longest * architecture.n_head,
+        "scores": 0.0 if _is_flash(architecture, launch) else row * longest * architecture.n_head,
     }
     latent = architecture.latent
     if latent is not None:
@@ -144,6 +161,10 @@ def graph_sizes(
     if latent is not None and launch.ik is not None and launch.ik.mla:
         found |= _expanded_sizes(architecture, launch, longest, found["scores"])
     return found
+
+
+def _is_flash(architecture: Architecture, launch: Launch) -> bool:
+    return launch.workload.flash_attention and architecture.name not in _WITHOUT_FLASH_ATTENTION
 
 
 def _is_older(launch: Launch) -> bool:
@@ -177,8 +198,10 @@ def _expanded_sizes(
 
 
 def attention_kind(architecture: Architecture, launch: Launch) -> str:
-    """What the graph of the attention is like: plain, latent, sparse or recurrent."""
+    """What the graph of the attention is like: plain, latent, sparse, recurrent or none at all."""
     caches = architecture.caches
+    if not any(c.k_width for c in caches):
+        return "attention-free"
     if any(c.indexer_k_width for c in caches):
         return "sparse"
     if any(c.state_elements for c in caches):
@@ -188,19 +211,6 @@ def attention_kind(architecture: Architecture, launch: Launch) -> str:
     return "latent" if any(c.k_width and not c.v_width for c in caches) else "plain"
 
 
-def graph_key(architecture: Architecture, launch: Launch, work: Work) -> str:
-    """The kind of graph, as ``data/compute.json`` names it."""
-    flash = "flash" if launch.workload.flash_attention else "scores"
-    has_experts = work.has_experts and architecture.n_expert > 0
-    kind = attention_kind(architecture, launch)
-    if work.device_kind == "cpu":
-        held = {"layers": work.has_layers, "experts": has_experts}
-        does = " ".join(name for name, is_here in held.items() if is_here) or "inputs"
-    else:
-        does = "experts" if has_experts else "layers"
-    return f"{work.device_kind} {kind} {flash} {does}"
-
-
 def runtime_of(launch: Launch) -> str:
     """The family of builds, as ``data/compute.json`` names it."""
     if launch.ik is not None:
@@ -208,13 +218,25 @@ def runtime_of(launch: Launch) -> str:
     return "llama.cpp of 2025" if _is_older(launch) else "llama.cpp"
 
 
+def graph_keys(architecture: Architecture, launch: Launch, work: Work) -> tuple[str, ...]:
+    """The kind of graph, as ``data/compute.json`` names it, then the most similar kinds."""
+    flash = "flash" if _is_flash(architecture, launch) else "scores"
+    kind = attention_kind(architecture, launch)
+    has_experts = work.has_experts and architecture.n_expert > 0
+    held = {"layers": work.has_layers, "experts": has_experts}
+    if work.device_kind == "gpu":
+        # A GPU without layers has experts, or nothing.
+        held["layers"] = not has_experts
+    does = " ".join(name for name, is_here in held.items() if is_here) or "inputs"
+    similar = dict.fromkeys([does, does.removesuffix(" experts"), "layers"])
+    kinds = dict.fromkeys([kind, "latent" if kind == "sparse" else "plain", "plain"])
+    return tuple(f"{work.device_kind} {k} {flash} {d}" for k in kinds for d in similar)
+
+
 def fit_of(architecture: Architecture, launch: Launch, work: Work) -> Fit:
-    """The fit for one device; that of plain attention where its own kind was not measured."""
+    """The fit for one device; that of the most similar graph where its own was not measured."""
     fits = _fits()[runtime_of(launch)]
-    key = graph_key(architecture, launch, work)
-    plain = key.replace(attention_kind(architecture, launch), "plain")
-    without_experts = plain.replace("layers experts", "layers").replace(" experts", " layers")
-    return fits.get(key) or fits.get(plain) or fits[without_experts]
+    return next(fits[k] for k in graph_keys(architecture, launch, work) if k in fits)
 
 
 def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Work) -> Estimate:
@@ -228,18 +250,44 @@ def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Wor
     """
     sizes = graph_sizes(architecture, n_vocab, launch, work.n_input_copies)
     fits = _fits()[runtime_of(launch)]
-    graph = fit_of(architecture, launch, work)
-    low, expected, high = (graph.bytes_of(sizes) * f for f in (graph.interval[0], 1, graph.interval[1]))
+    found = _interval(fit_of(architecture, launch, work), sizes)
     if work.has_output and "output" in fits:
-        output = fits["output"].bytes_of(sizes)
-        low, expected, high = max(low, output), max(expected, output), max(high, output)
+        found = found.at_least(_interval(fits["output"], sizes))
     if work.streamed_bytes:
-        streaming = fits["streaming"]
-        around = streaming.bytes_of(sizes)
-        low = max(low, work.streamed_bytes + around * streaming.interval[0])
-        expected = max(expected, work.streamed_bytes + around)
-        high = max(high, work.streamed_bytes + around * streaming.interval[1])
-    return Estimate(low=round(low), expected=round(expected), high=round(high))
+        found = found.at_least(_interval(fits["streaming"], sizes).plus(work.streamed_bytes))
+    return found
+
+
+def _interval(fit: Fit, sizes: Sizes) -> Estimate:
+    expected = fit.bytes_of(sizes)
+    low, high = (round(expected * bound) for bound in fit.interval)
+    return Estimate(low=low, expected=round(expected), high=high)
+
+
+def around_streamed(architecture: Architecture, n_vocab: int, launch: Launch) -> Estimate:
+    """What a compute buffer holds beside weights that are streamed to it."""
+    fit = _fits()[runtime_of(launch)]["streaming"]
+    return _interval(fit, graph_sizes(architecture, n_vocab, launch))
+
+
+def n_input_copies(architecture: Architecture, launch: Launch, machine: Machine) -> int:
+    """Copies of the graph's inputs: several where the GPUs work as a pipeline.
+
+    They do so where every layer is on a GPU and no tensor is overridden (llama.cpp's
+    ``llama_context``); the number is ``GGML_SCHED_MAX_COPIES``.
+    """
+    wanted = launch.n_gpu_layers
+    is_whole = wanted is None or wanted > architecture.n_layers
+    pipes = is_whole and launch.split_mode == "layer" and launch.cache_on_gpu
+    return _PIPELINE_COPIES if pipes and len(machine.gpus) > 1 and not launch.overrides else 1
+
+
+def streams(launch: Launch) -> bool:
+    """Whether llama.cpp multiplies by matrices that are held in RAM on a GPU, copying them there.
+
+    ik_llama.cpp asks for more tokens before it does so with experts; see `streamed_bytes`.
+    """
+    return launch.op_offload and launch.workload.ubatch >= _LEAST_STREAMED_BATCH
 
 
 def streamed_bytes(
@@ -249,7 +297,7 @@ def streamed_bytes(
 
     One tensor; in ik_llama.cpp with fused experts the up and gate experts of a layer.
     """
-    if not (machine.gpus and launch.op_offload) or (launch.ik and launch.ik.repacks_rows):
+    if not (machine.gpus and streams(launch)) or (launch.ik and launch.ik.repacks_rows):
         return 0
     architecture, tokens = inventory.architecture, launch.workload.ubatch
     pieces: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Bytes on each device: weights, KV cache and state exactly, compute buffers as an estimate.
+"""Bytes of weights, KV caches and recurrent states, exactly.
 
 Rules of llama.cpp b10434 to b11434, checked against the buffer sizes that it prints.
 """
@@ -19,12 +19,7 @@ _CUDA_ALIGNMENT = 128
 _CUDA_ROW_PADDING = 512
 # llama.cpp rounds the number of KV cells up to this.
 _CELL_PADDING = 256
-# The attention mask holds one half-precision number per token of the ubatch and cell; without
-# flash attention the scores of all heads are kept in single precision too.
-_MASK_BYTES = 2
 _F32_BYTES = 4
-# Copies of the residual stream that live at the same time in a layer's graph.
-_LIVE_RESIDUALS = 4
 # Builds in which the next-token-prediction blocks of these architectures get a KV cache although
 # their weights are skipped. b10434 was seen to do so; b7599 (for glm4moe,
 # https://github.com/ggml-org/llama.cpp/issues/18585) and b11434 not to.
@@ -38,12 +33,6 @@ _NEXTN_WEIGHTS_IGNORED = {"bailingmoe2", "exaone-moe", "exaone4", "glm4", "glm4m
 # Before about this build, which lies between b7815 and b7917, latent attention had a V cache too
 # (https://github.com/ggml-org/llama.cpp/pull/19067).
 _LATENT_WITHOUT_V_FROM_BUILD = 7830
-# From this batch size on llama.cpp multiplies by weights held in RAM on the GPU, by copying them
-# there one after the other (GGML_OP_OFFLOAD_MIN_BATCH).
-_OP_OFFLOAD_MIN_BATCH = 32
-# From this build on llama-server was seen to reserve logits for one token per slot; builds of 2025
-# did so for every token of the ubatch (as llama-bench and llama-perplexity still need).
-_FEW_OUTPUTS_FROM_BUILD = 10434
 
 
 def pad(n_bytes: int, alignment: int) -> int:
@@ -200,55 +189,3 @@ def row_bytes(kind: QType, width: int) -> int:
         return kind.row_bytes(width) if width else 0
     except ValueError as error:
         raise WorkloadError(f"KV cache: {error}; use f16 for the KV type") from error
-
-
-def logits_bytes(n_vocab: int, workload: Workload) -> int:
-    """Bytes of the logits that llama-server reserves, on the device of the output matrix."""
-    reserves_few = workload.llama_cpp_build >= _FEW_OUTPUTS_FROM_BUILD
-    n_outputs = workload.slots if reserves_few else workload.ubatch
-    return n_vocab * n_outputs * _F32_BYTES
-
-
-def scratch_bytes(
-    n_vocab: int, workload: Workload, *, has_output: bool, streamed_bytes: int
-) -> int:
-    """The part of a GPU's compute buffer that logits and streamed weights take in turn.
-
-    Args:
-        n_vocab: Rows of the output matrix.
-        workload: Slots and ubatch.
-        has_output: Whether the output matrix is on this GPU.
-        streamed_bytes: Bytes of the largest tensor that is streamed from RAM; see `streams`.
-    """
-    return max(logits_bytes(n_vocab, workload) if has_output else 0, streamed_bytes)
-
-
-def streams(workload: Workload) -> bool:
-    """Whether llama.cpp multiplies by weights held in RAM on a GPU, copying them there."""
-    return workload.ubatch >= _OP_OFFLOAD_MIN_BATCH
-
-
-def activation_bytes(architecture: Architecture, workload: Workload) -> int:
-    """First estimate of a GPU's compute buffer, without logits and streamed weights.
-
-    The residual stream, the rows of all attention heads (queries and their result; with MLA both
-    in the latent width, beside the queries; with a gated delta net the convolved channels too), and
-    the attention mask of one ubatch. A physical model, not a fit: for five of eight architectures
-    it is within 2 % of what llama.cpp b10434 reserves, for the hybrids within 10 %.
-    """
-    cells = max((kv_cells(c, workload) for c in architecture.caches if c.k_width), default=0)
-    latent = max((c.k_width for c in architecture.caches if not c.v_width), default=0)
-    if latent:
-        row = architecture.q_width + 2 * architecture.n_head * latent
-    else:
-        row = 2 * (architecture.q_width + architecture.convolved_width)
-    per_token = (_LIVE_RESIDUALS * architecture.n_embd + row) * _F32_BYTES
-    per_cell = _MASK_BYTES
-    if not workload.flash_attention:
-        per_cell += architecture.n_head * _F32_BYTES
-    return workload.ubatch * (per_token + cells * per_cell)
-
-
-def host_compute_bytes(architecture: Architecture, n_vocab: int, workload: Workload) -> int:
-    """First estimate of the CPU's compute and output buffers: masks, residuals, logits."""
-    return activation_bytes(architecture, workload) + logits_bytes(n_vocab, workload)

@@ -51,7 +51,7 @@ class Model:
         lp: The PuLP problem.
         pools: Devices whose memory is counted together; each device alone but in a relaxation.
         x: Counts by choice.
-        scratch: What each GPU's compute buffer needs beside the activations, in MiB.
+        compute: Each GPU's compute buffer, in MiB.
         caches: Caches in each pool, in MiB, by the name of its first device; empty but in a
             relaxation.
     """
@@ -61,7 +61,7 @@ class Model:
     lp: pulp.LpProblem
     pools: tuple[tuple[Device, ...], ...]
     x: dict[Choice, pulp.LpVariable] = field(default_factory=dict)
-    scratch: dict[str, pulp.LpVariable] = field(default_factory=dict)
+    compute: dict[str, pulp.LpVariable] = field(default_factory=dict)
     caches: dict[str, pulp.LpVariable] = field(default_factory=dict)
 
     @property
@@ -162,7 +162,7 @@ def build_relaxation(problem: Problem) -> Model:
 def _constrained(model: Model, *, relaxed: bool) -> Model:
     """Adds the variables and every family of constraints."""
     add_choices(model)
-    add_scratch(model)
+    add_compute(model)
     if relaxed:
         add_caches(model)
     add_memory(model)
@@ -183,24 +183,25 @@ def add_choices(model: Model) -> None:
         model.lp += pulp.lpSum(counts.values()) == size
 
 
-def add_scratch(model: Model) -> None:
-    """A GPU's scratch holds the logits (beside the output), or a tensor streamed from RAM.
+def add_compute(model: Model) -> None:
+    """A GPU's compute buffer holds its graph, or a tensor streamed from RAM and what is around it.
 
-    scratch[d] >= logits[d]; for every cohort c that may be in RAM and option o: scratch[d] >=
-    largest[c,o] z[c,o] and x[c,o,CPU] <= size(c) z[c,o], z binary.
+    compute[d] >= graph(d); for every cohort c that may be in RAM and option o: compute[d] >=
+    (around + largest[c,o]) z[c,o] and x[c,o,CPU] <= size(c) z[c,o], z binary.
     """
     problem = model.problem
     for d, device in enumerate(problem.machine.gpus):
-        logits = problem.scratch_bytes(device, 0) / _MIB
-        model.scratch[device.name] = model.lp.add_variable(f"scratch_{d}", lowBound=logits)
+        graph = problem.compute_bytes(device, 0) / _MIB
+        model.compute[device.name] = model.lp.add_variable(f"compute_{d}", lowBound=graph)
     for choice, count in model.x.items():
         c, o, name = choice
         if name != problem.machine.ram.name or not problem.is_streamed(model.group(choice)):
             continue
         streams = model.lp.add_variable(f"z_{c}_{o}", cat=pulp.LpBinary)
         model.lp += count <= len(model.cohorts[c].members) * streams
-        for variable in model.scratch.values():
-            model.lp += variable >= model.option(choice).largest_bytes / _MIB * streams
+        held = problem.around_streamed_bytes + model.option(choice).largest_bytes
+        for variable in model.compute.values():
+            model.lp += variable >= held / _MIB * streams
 
 
 def add_caches(model: Model) -> None:
@@ -214,7 +215,7 @@ def add_caches(model: Model) -> None:
 def add_memory(model: Model) -> None:
     """Each device (or pool of devices, in a relaxation) holds its weights, caches and buffers.
 
-    sum bytes[c,o] x[c,o,d] + cache(d) + compute(d) + scratch[d] <= usable(d)
+    sum bytes[c,o] x[c,o,d] + cache(d) + compute[d] <= usable(d)
     """
     problem = model.problem
     for pool in model.pools:
@@ -227,8 +228,7 @@ def add_memory(model: Model) -> None:
             else:
                 budget -= problem.device_cache_bytes(device)
             if device.kind == "gpu":
-                budget -= problem.activation_bytes
-                used.append(model.scratch[device.name])
+                used.append(model.compute[device.name])
             else:
                 budget -= problem.compute_bytes(device, 0)
             for choice, count in model.x.items():

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from quantplan.costs import memory, speed
+from quantplan.costs import compute, memory, speed
+from quantplan.costs.compute import Estimate, Work
 from quantplan.costs.quality import LossTable
 from quantplan.hardware import Device, Machine
 from quantplan.inventory import Inventory, Tensor
+from quantplan.placement import Launch
 from quantplan.policy import Policy
 from quantplan.workload import Workload
 
@@ -73,6 +75,7 @@ class Problem:
         groups: One per decision.
         layer_devices: Name of the device of each loaded layer; its KV cache is there too.
         min_decode_tps: Least decode speed with the context full; None for no limit.
+        plans_with_high_end: Whether compute buffers count with the high end of their estimate.
     """
 
     inventory: Inventory
@@ -82,6 +85,7 @@ class Problem:
     groups: tuple[Group, ...]
     layer_devices: tuple[str, ...]
     min_decode_tps: float | None
+    plans_with_high_end: bool = True
 
     def with_layers(self, layer_devices: tuple[str, ...]) -> "Problem":
         """The same problem with the layers on other devices."""
@@ -118,37 +122,46 @@ class Problem:
         trailing = self.trailing_cache_bytes if device == self.output_device else 0
         return trailing + sum(n_bytes for n_bytes, name in pairs if name == device.name)
 
+    @cached_property
+    def _launch(self) -> Launch:
+        return Launch(workload=self.workload)
+
     def is_streamed(self, group: Group) -> bool:
         """Whether large batches copy the group to a GPU when it is held in RAM."""
-        can_stream = bool(self.machine.gpus) and memory.streams(self.workload)
-        return can_stream and group.layer is not None
+        return bool(self.machine.gpus) and group.layer is not None and compute.streams(self._launch)
 
     @cached_property
-    def activation_bytes(self) -> int:
-        """The part of every GPU's compute buffer that is there whatever the plan."""
-        return memory.activation_bytes(self.inventory.architecture, self.workload)
+    def around_streamed_bytes(self) -> int:
+        """What a GPU's compute buffer holds beside weights that are streamed to it."""
+        architecture, n_vocab = self.inventory.architecture, self.inventory.n_vocab
+        return self._planned(compute.around_streamed(architecture, n_vocab, self._launch))
 
-    def scratch_bytes(self, device: Device, streamed_bytes: int) -> int:
-        """The part of a GPU's compute buffer that logits and streamed weights take in turn.
+    def compute_estimate(self, device: Device, streamed_bytes: int) -> Estimate:
+        """The compute buffer of a device, given the largest tensor that is streamed from RAM.
 
-        Args:
-            device: A GPU.
-            streamed_bytes: Bytes of the largest tensor that is streamed from RAM.
+        Experts may be on any device, so the larger of both graphs counts.
         """
-        return memory.scratch_bytes(
-            self.inventory.n_vocab,
-            self.workload,
+        architecture, n_vocab = self.inventory.architecture, self.inventory.n_vocab
+        is_gpu = device.kind == "gpu"
+        work = Work(
+            device_kind=device.kind,
+            has_layers=is_gpu or device.name in self.layer_devices,
             has_output=device == self.output_device,
-            streamed_bytes=streamed_bytes,
+            streamed_bytes=streamed_bytes if is_gpu else 0,
+            n_input_copies=compute.n_input_copies(architecture, self._launch, self.machine),
         )
+        found = compute.estimate(architecture, n_vocab, self._launch, work)
+        if not architecture.n_expert:
+            return found
+        with_experts = replace(work, has_experts=True)
+        return found.at_least(compute.estimate(architecture, n_vocab, self._launch, with_experts))
 
     def compute_bytes(self, device: Device, streamed_bytes: int) -> int:
-        """Compute buffer of a device, given the largest tensor that is streamed from RAM."""
-        if device.kind == "gpu":
-            return self.activation_bytes + self.scratch_bytes(device, streamed_bytes)
-        return memory.host_compute_bytes(
-            self.inventory.architecture, self.inventory.n_vocab, self.workload
-        )
+        """The compute buffer of a device that the plan reckons with."""
+        return self._planned(self.compute_estimate(device, streamed_bytes))
+
+    def _planned(self, estimate: Estimate) -> int:
+        return estimate.high if self.plans_with_high_end else estimate.expected
 
     @property
     def decode_price_nats_per_s(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import highspy
 import pulp
 
+from quantplan.costs.compute import Estimate
 from quantplan.errors import SolverError
 from quantplan.hardware import Device
 from quantplan.planner.milp import (
@@ -39,13 +40,15 @@ class DeviceBytes:
         weights: Model buffer, without what CUDA pads.
         padding: What a CUDA buffer takes on top.
         cache: KV cache and recurrent state.
-        compute: Compute buffer.
+        compute: Compute buffer, as the plan reckons with it.
+        compute_estimate: Compute buffer with its interval.
     """
 
     weights: int
     padding: int
     cache: int
     compute: int
+    compute_estimate: Estimate
 
     @property
     def total(self) -> int:
@@ -300,4 +303,5 @@ def _bytes_of(problem: Problem, device: Device, choices: list[tuple[Option, str]
         padding,
         problem.device_cache_bytes(device),
         problem.compute_bytes(device, streamed),
+        problem.compute_estimate(device, streamed),
     )
