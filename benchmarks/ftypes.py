@@ -68,12 +68,13 @@ def layers() -> Iterator[Model]:
                     changed[key] = (value * n_layers)[:n_layers]
             if metadata.get(f"{name}.nextn_predict_layers") == own:
                 changed[f"{name}.nextn_predict_layers"] = n_layers
-            shapes = {"token_embd.weight": (256, 131), "output.weight": (256, 131)}
+            own_shapes = toys.expand(entry["tensors"])
+            shapes = {n: ne for n, ne in own_shapes.items() if not n.startswith("blk.")}
             for layer in range(n_layers):
                 shapes |= {
                     f"blk.{layer}.{role}.weight": (256, 256) for role in ("attn_v", "ffn_down")
                 }
-            yield f"{name} of {n_layers}", changed, shapes, entry.get("vocabulary", 131)
+            yield f"{name} of {n_layers}", changed, shapes, entry.get("vocabulary", toys.VOCABULARY)
 
 
 def widened(shapes: toys.Shapes) -> toys.Shapes:

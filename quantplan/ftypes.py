@@ -2,7 +2,7 @@
 
 An ftype such as ``Q4_K_M`` has a base type and, for some families of tensors, rules which of them
 deviate from it. The rules are facts about llama.cpp (``src/llama-quant.cpp`` of b10434), without
-the options that name types of single tensors.
+the options that name types of single tensors, ``--pure`` and ``--keep-split``.
 """
 
 from collections import Counter
@@ -72,12 +72,8 @@ class _Place:
 
 
 _Condition = Callable[[_Place], bool]
-_Rules = tuple[tuple[_Condition, str], ...]
-"""The first condition that holds decides; where none does, the type is the base type."""
-
-
-def _every(_: _Place) -> bool:
-    return True
+_Rules = tuple[tuple[str, *tuple[_Condition, ...]], ...]
+"""Types, each with what must hold for it. The first one whose conditions hold is it, else base."""
 
 
 def _first(count: int) -> _Condition:
@@ -119,10 +115,6 @@ def _no_imatrix(place: _Place) -> bool:
     return not place.model.has_imatrix
 
 
-def _both(one: _Condition, other: _Condition) -> _Condition:
-    return lambda place: one(place) and other(place)
-
-
 @dataclass(frozen=True, slots=True)
 class _Mix:
     """The rules of an ftype.
@@ -132,8 +124,7 @@ class _Mix:
         rules: What deviates, by family.
         output: Type of the output matrix, and of a tied embedding.
         embedding: Type of an embedding that is not tied; None for the base type.
-        is_low: One of the mixes below 3 bits, whose rules go by place in the file even in
-            mixtures of experts, and which give 70B models nothing more.
+        is_low: One of the mixes below 3 bits, which give 70B models nothing more.
     """
 
     base: str
@@ -142,25 +133,30 @@ class _Mix:
     embedding: str | None = None
     is_low: bool = False
 
+    @property
+    def goes_by_layer(self) -> bool:
+        """Whether the FFN of a mixture of experts is numbered by layer, not as it comes."""
+        return not self.is_low and self.base != "MXFP4"
+
 
 def _low_mix(base: str, *, better: str, embedding: str, attn_output: str | None = None) -> _Mix:
     """A mix below 3 bits; ``better`` is for the first layers and for V."""
     rules: dict[_Family, _Rules] = {
-        "attn_v": ((_wide_gqa, "Q4_K"), (_many_experts, "Q4_K"), (_every, better)),
-        "ffn_down": ((_first_part(8), better),),
+        "attn_v": (("Q4_K", _wide_gqa), ("Q4_K", _many_experts), (better,)),
+        "ffn_down": ((better, _first_part(8)),),
     }
     if attn_output:
-        rules["attn_output"] = ((_every, attn_output),)
+        rules["attn_output"] = ((attn_output,),)
     return _Mix(base, rules, output="Q5_K", embedding=embedding, is_low=True)
 
 
 _EXPOSED_Q6_K: Mapping[_Family, _Rules] = {
-    "attn_v": ((_exposed, "Q6_K"),),
-    "ffn_down": ((_exposed, "Q6_K"),),
+    "attn_v": (("Q6_K", _exposed),),
+    "ffn_down": (("Q6_K", _exposed),),
 }
 _IQ4: Mapping[_Family, _Rules] = {
-    "attn_v": ((_wide_gqa, "Q5_K"),),
-    "ffn_down": ((_both(_no_imatrix, _first_part(8)), "Q5_K"),),
+    "attn_v": (("Q5_K", _wide_gqa),),
+    "ffn_down": (("Q5_K", _no_imatrix, _first_part(8)),),
 }
 _MIXES = {
     "F32": _Mix("F32"),
@@ -171,53 +167,50 @@ _MIXES = {
     "Q5_K_M": _Mix("Q5_K", _EXPOSED_Q6_K),
     "Q5_K_S": _Mix("Q5_K"),
     "Q5_1": _Mix("Q5_1"),
-    "Q5_0": _Mix("Q5_0", {"ffn_down": ((_both(_imatrix, _first_part(8)), "Q5_1"),)}),
+    "Q5_0": _Mix("Q5_0", {"ffn_down": (("Q5_1", _imatrix, _first_part(8)),)}),
     "Q4_K_M": _Mix("Q4_K", _EXPOSED_Q6_K),
     "Q4_K_S": _Mix(
-        "Q4_K", {"attn_v": ((_first(4), "Q5_K"),), "ffn_down": ((_first_part(8), "Q5_K"),)}
+        "Q4_K", {"attn_v": (("Q5_K", _first(4)),), "ffn_down": (("Q5_K", _first_part(8)),)}
     ),
     "Q4_1": _Mix("Q4_1"),
-    "Q4_0": _Mix("Q4_0", {"ffn_down": ((_both(_imatrix, _first_part(8)), "Q4_1"),)}),
+    "Q4_0": _Mix("Q4_0", {"ffn_down": (("Q4_1", _imatrix, _first_part(8)),)}),
     "MXFP4_MOE": _Mix("MXFP4", output="Q8_0"),
     "IQ4_NL": _Mix("IQ4_NL", _IQ4),
     "IQ4_XS": _Mix("IQ4_XS", _IQ4),
-    "Q3_K_L": _Mix(
-        "Q3_K",
-        dict.fromkeys(("attn_v", "attn_output", "ffn_down"), ((_every, "Q5_K"),)),
-    ),
+    "Q3_K_L": _Mix("Q3_K", dict.fromkeys(("attn_v", "attn_output", "ffn_down"), (("Q5_K",),))),
     "Q3_K_M": _Mix(
         "Q3_K",
         {
-            "attn_v": ((_first(2), "Q5_K"), (_every, "Q4_K")),
-            "attn_output": ((_every, "Q4_K"),),
-            "ffn_down": ((_first_part(16), "Q5_K"), (_every, "Q4_K")),
+            "attn_v": (("Q5_K", _first(2)), ("Q4_K",)),
+            "attn_output": (("Q4_K",),),
+            "ffn_down": (("Q5_K", _first_part(16)), ("Q4_K",)),
         },
     ),
     "Q3_K_S": _Mix("Q3_K"),
     "IQ3_M": _Mix(
         "IQ3_S",
         {
-            "attn_v": ((_every, "Q4_K"),),
-            "attn_output": ((_every, "Q4_K"),),
-            "ffn_down": ((_first_part(8), "Q4_K"), (_both(_eight_experts, _exposed), "Q4_K")),
+            "attn_v": (("Q4_K",),),
+            "attn_output": (("Q4_K",),),
+            "ffn_down": (("Q4_K", _first_part(8)), ("Q4_K", _eight_experts, _exposed)),
         },
     ),
-    "IQ3_S": _Mix("IQ3_S", {"attn_v": ((_wide_gqa, "Q4_K"),)}),
+    "IQ3_S": _Mix("IQ3_S", {"attn_v": (("Q4_K", _wide_gqa),)}),
     "IQ3_XS": _Mix(
         "IQ3_S",
         {
-            "attn_v": ((_wide_gqa, "Q4_K"),),
-            **dict.fromkeys(("attn_q", "attn_k"), ((_every, "IQ3_XXS"),)),
-            **dict.fromkeys(("ffn_up", "ffn_gate"), ((_middle, "IQ3_XXS"),)),
+            "attn_v": (("Q4_K", _wide_gqa),),
+            **dict.fromkeys(("attn_q", "attn_k"), (("IQ3_XXS",),)),
+            **dict.fromkeys(("ffn_up", "ffn_gate"), (("IQ3_XXS", _middle),)),
         },
     ),
     "IQ3_XXS": _Mix(
         "IQ3_XXS",
         {
-            "attn_v": ((_wide_gqa, "Q4_K"), (_no_imatrix, "IQ3_S")),
-            **dict.fromkeys(("attn_q", "attn_k"), ((_every, "IQ2_S"),)),
-            "attn_output": ((_every, "IQ3_S"),),
-            "ffn_down": ((_both(_no_imatrix, _first_part(8)), "Q4_K"), (_no_imatrix, "Q3_K")),
+            "attn_v": (("Q4_K", _wide_gqa), ("IQ3_S", _no_imatrix)),
+            **dict.fromkeys(("attn_q", "attn_k"), (("IQ2_S",),)),
+            "attn_output": (("IQ3_S",),),
+            "ffn_down": (("Q4_K", _no_imatrix, _first_part(8)), ("Q3_K", _no_imatrix)),
         },
         output="Q5_K",
         embedding="IQ3_S",
@@ -225,12 +218,12 @@ _MIXES = {
     "Q2_K": _Mix(
         "Q2_K",
         {
-            "attn_v": ((_wide_gqa, "Q4_K"), (_every, "Q3_K")),
-            **dict.fromkeys(("attn_output", "ffn_down"), ((_every, "Q3_K"),)),
+            "attn_v": (("Q4_K", _wide_gqa), ("Q3_K",)),
+            **dict.fromkeys(("attn_output", "ffn_down"), (("Q3_K",),)),
         },
     ),
     "Q2_K_S": _Mix(
-        "Q2_K", {"attn_v": ((_wide_gqa, "Q4_K"),), "ffn_down": ((_first_part(8), "Q4_K"),)}
+        "Q2_K", {"attn_v": (("Q4_K", _wide_gqa),), "ffn_down": (("Q4_K", _first_part(8)),)}
     ),
     "IQ2_M": _low_mix("IQ2_S", better="IQ3_S", embedding="IQ3_S", attn_output="IQ3_S"),
     "IQ2_S": _low_mix("IQ2_XS", better="IQ3_S", embedding="IQ3_S", attn_output="IQ3_S"),
@@ -243,10 +236,10 @@ _MIXES = {
 }
 # What is different for Falcon.
 _FALCON: dict[str, Mapping[_Family, _Rules]] = {
-    "Q4_K_M": {"ffn_down": ((_first_part(16), "Q6_K"), (_exposed, "Q5_K"))},
+    "Q4_K_M": {"ffn_down": (("Q6_K", _first_part(16)), ("Q5_K", _exposed))},
     "Q4_K_S": {"ffn_down": ()},
-    "Q3_K_L": {"attn_output": ((_every, "Q4_K"),), "ffn_down": ((_every, "Q4_K"),)},
-    "Q3_K_M": {"attn_output": (), "ffn_down": ((_first_part(16), "Q5_K"), (_exposed, "Q4_K"))},
+    "Q3_K_L": {"attn_output": (("Q4_K",),), "ffn_down": (("Q4_K",),)},
+    "Q3_K_M": {"attn_output": (), "ffn_down": (("Q5_K", _first_part(16)), ("Q4_K", _exposed))},
     "IQ3_M": {"attn_output": ()},
     "IQ3_XXS": {"attn_output": ()},
     "Q2_K": {"attn_output": ()},
@@ -259,8 +252,8 @@ _EIGHT_EXPERTS_ATTN_OUTPUT = {
 
 # Layers of the models whose size llama.cpp calls 70B, by architecture.
 _LAYERS_OF_70B = {"llama": 80, "llama-embed": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
-# Of these, the ones without grouped queries are called 65B.
-_70B_HAS_GQA = {"llama", "llama-embed"}
+# Of these, without grouped queries it calls them 65B.
+_65B_WITHOUT_GQA = {"llama", "llama-embed"}
 
 FTYPES = tuple(_MIXES)
 """Every known ftype, roughly from most to fewest bits."""
@@ -273,8 +266,8 @@ def stock_mix(inventory: Inventory, ftype: str, *, has_imatrix: bool = False) ->
         inventory: The model. Types of the source matter only for tensors that no quantizer touches.
         ftype: One of `FTYPES`, in any case.
         has_imatrix: Whether an importance matrix is given, which changes some types. Without one,
-            llama-quantize refuses the mixes that contain types that need one (and `Q2_K_S`); the
-            types are then those of its ``--dry-run``.
+            llama-quantize refuses mixes with types that need one, and Q2_K_S; the types are then
+            those of its ``--dry-run``.
 
     Returns:
         Types of all tensors by name, in file order.
@@ -328,10 +321,7 @@ def _chosen_types(
         family = _family(tensor.name)
         index = counts[family]
         counts[family] += 1
-        if ftype == "MXFP4_MOE":
-            chosen[tensor.name] = _mxfp4_moe_type(tensor, family, model)
-            continue
-        if family.startswith("ffn_") and model.n_expert > 1 and not mix.is_low:
+        if family.startswith("ffn_") and model.n_expert > 1 and mix.goes_by_layer:
             if tensor.layer is None or tensor.layer >= model.n_layers:
                 faults.append(
                     f"llama-quantize stops at {tensor.name}: it is in none of the "
@@ -349,31 +339,31 @@ def _chosen_types(
 def _mix_type(ftype: str, mix: _Mix, tensor: Tensor, family: _Family, place: _Place) -> str:
     """The type that a mix names for a tensor."""
     model = place.model
-    is_falcon = model.arch == "falcon"
-    if family == "output" or (family == "embedding" and model.is_tied):
+    is_output = family == "output" or (family == "embedding" and model.is_tied)
+    if ftype == "MXFP4_MOE":
+        is_stack = len(tensor.shape_ne) > 2 and tensor.shape_ne[2] > 1
+        return "MXFP4" if is_stack and not is_output else "Q8_0"
+    if is_output:
         fits = tensor.shape_ne[0] % QTYPES[mix.base].block == 0
-        return mix.output if fits and not is_falcon else "Q8_0"
+        return mix.output if fits and model.arch != "falcon" else "Q8_0"
     if family == "embedding":
         return mix.embedding or mix.base
-    if model.n_expert == 8:  # Mixtral: attention is small beside eight experts
-        if family in ("attn_v", "attn_k"):
-            return "Q4_K" if mix.is_low else "Q8_0"
-        if family == "attn_output":
-            return "Q5_K" if ftype in _EIGHT_EXPERTS_ATTN_OUTPUT else mix.base
-    rules = mix.rules
-    if is_falcon:
-        rules = {**rules, **_FALCON.get(ftype, {})}
-    wanted = next((qtype for holds, qtype in rules.get(family, ()) if holds(place)), mix.base)
+    rules = _rules(ftype, mix, family, model)
+    wanted = next((q for q, *conditions in rules if all(c(place) for c in conditions)), mix.base)
     if family == "attn_v" and model.is_70b and not mix.is_low and wanted in ("Q3_K", "Q4_K"):
         return "Q5_K"
     return wanted
 
 
-def _mxfp4_moe_type(tensor: Tensor, family: _Family, model: _Model) -> str:
-    """MXFP4 for what has three dimensions, Q8_0 for the rest."""
-    is_output = family == "output" or (family == "embedding" and model.is_tied)
-    is_stack = len(tensor.shape_ne) > 2 and tensor.shape_ne[2] > 1
-    return "MXFP4" if is_stack and not is_output else "Q8_0"
+def _rules(ftype: str, mix: _Mix, family: _Family, model: _Model) -> _Rules:
+    """The rules of a mix for a family, or those that a model has instead."""
+    if model.n_expert == 8:  # Mixtral: attention is small beside eight experts
+        if family in ("attn_v", "attn_k"):
+            return (("Q4_K" if mix.is_low else "Q8_0",),)
+        if family == "attn_output":
+            return (("Q5_K",),) if ftype in _EIGHT_EXPERTS_ATTN_OUTPUT else ()
+    rules = mix.rules.get(family, ())
+    return _FALCON.get(ftype, {}).get(family, rules) if model.arch == "falcon" else rules
 
 
 def _family(name: str) -> _Family:
@@ -405,7 +395,7 @@ def _read_model(inventory: Inventory, *, has_imatrix: bool) -> _Model:
         n_gqa=n_head // n_head_kv if n_head_kv else 0,
         n_expert=keys.number("expert_count"),
         is_70b=_LAYERS_OF_70B.get(keys.arch) == n_layers
-        and (keys.arch not in _70B_HAS_GQA or n_head != n_head_kv),
+        and (keys.arch not in _65B_WITHOUT_GQA or n_head != n_head_kv),
         is_tied=inventory.has_tied_output,
         has_imatrix=has_imatrix,
     )
