@@ -45,7 +45,7 @@ class _Model:
 
     Attributes:
         arch: ``general.architecture``.
-        n_layers: ``block_count``; times the loops of a looped model.
+        n_layers: Layers as llama.cpp counts them, which is not always ``block_count``.
         n_gqa: Query heads per KV head of the first layer; 0 where it has no KV heads.
         n_expert: Experts per layer; 0 in dense models.
         is_70b: llama.cpp calls the size of the model 70B.
@@ -388,10 +388,14 @@ def _read_model(inventory: Inventory, *, has_imatrix: bool) -> _Model:
     n_layers = keys.need("block_count")
     n_head = keys.per_layer("attention.head_count", n_layers, 0)[0]
     n_head_kv = keys.per_layer("attention.head_count_kv", n_layers, n_head)[0]
-    loops = keys.number("num_loops", 1) if keys.arch == "nanbeige" else 1
+    n_counted = n_layers
+    if keys.arch == "nanbeige":  # runs its layers several times
+        n_counted = n_layers * keys.number("num_loops", 1)
+    if keys.arch == "graniteswitch":  # the switch has a cache, as if it were a layer
+        n_counted = n_layers + 1
     return _Model(
         arch=keys.arch,
-        n_layers=n_layers * loops,
+        n_layers=n_counted,
         n_gqa=n_head // n_head_kv if n_head_kv else 0,
         n_expert=keys.number("expert_count"),
         is_70b=_LAYERS_OF_70B.get(keys.arch) == n_layers

@@ -80,7 +80,45 @@ def test_odd_architectures_get_the_types_of_llama_cpp(tmp_path: Path) -> None:
     names = ("deepseek2", "falcon", "gemma3n", "gpt-oss", "kimi-linear", "phi3", "qwen3next", "t5")
     paths = [toys.write_toy(name, tmp_path / f"{name}.gguf") for name in names]
     paths.append(toys.write_toy("nanbeige", tmp_path / "nanbeige.gguf", "loops"))
+    switch = toys.metadata_of("graniteswitch") | {"graniteswitch.block_count": 7}
+    shapes = dense_shapes(7, ["ffn_down"])
+    paths.append(toys.write_model(tmp_path / "graniteswitch.gguf", switch, shapes))
     assert_llama_cpp_agrees(paths)
+
+
+@needs_llama_cpp
+def test_mixtral_and_llama_70b_get_the_types_of_llama_cpp(tmp_path: Path) -> None:
+    """Eight experts, and eight queries per KV head at 80 layers, have rules of their own."""
+    attention = ["attn_q", "attn_k", "attn_v", "attn_output"]
+    heads = {"llama.attention.head_count": 32, "llama.attention.head_count_kv": 8}
+    mixtral = (
+        toys.metadata_of("llama")
+        | heads
+        | {
+            "llama.block_count": 32,
+            "llama.expert_count": 8,
+            "llama.expert_used_count": 2,
+        }
+    )
+    experts = {
+        f"blk.{layer}.ffn_{role}_exps.weight": (256, 256, 8)
+        for layer in range(32)
+        for role in ("gate", "up", "down")
+    }
+    llama = toys.metadata_of("llama") | {
+        "llama.block_count": 80,
+        "llama.attention.head_count": 64,
+        "llama.attention.head_count_kv": 8,
+    }
+    dense = dense_shapes(80, [*attention, "ffn_gate", "ffn_up", "ffn_down"])
+    assert_llama_cpp_agrees(
+        [
+            toys.write_model(
+                tmp_path / "mixtral.gguf", mixtral, dense_shapes(32, attention) | experts
+            ),
+            toys.write_model(tmp_path / "llama.gguf", llama, dense),
+        ]
+    )
 
 
 @needs_llama_cpp
