@@ -64,7 +64,7 @@ def layers() -> Iterator[Model]:
         for n_layers in LAYERS:
             changed = metadata | {f"{name}.block_count": n_layers}
             for key, value in metadata.items():
-                if isinstance(value, list) and len(value) >= own:
+                if isinstance(value, list) and len(value) == own:
                     changed[key] = (value * n_layers)[:n_layers]
             if metadata.get(f"{name}.nextn_predict_layers") == own:
                 changed[f"{name}.nextn_predict_layers"] = n_layers
