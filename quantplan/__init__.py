@@ -13,6 +13,7 @@ from quantplan.errors import (
     UnsupportedModelError,
     WorkloadError,
 )
+from quantplan.ftypes import stock_mix
 from quantplan.hardware import Device, Machine
 from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.catalog import catalog_names
@@ -53,4 +54,5 @@ __all__ = [
     "predict",
     "quantize",
     "read_inventory",
+    "stock_mix",
 ]

@@ -202,16 +202,30 @@ def show(
         str,
         typer.Argument(metavar="SOURCE", help="A recipe, a GGUF file, or a catalog name."),
     ],
+    ftype: Annotated[
+        str | None,
+        typer.Option(help="Show the model as llama-quantize would make it: 'Q4_K_M'."),
+    ] = None,
+    imatrix: Annotated[
+        bool, typer.Option("--imatrix", help="With an importance matrix, which changes some types.")
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Show what is in a recipe or in a model."""
     import quantplan as qp  # noqa: PLC0415
     from quantplan.report import inventory_text, recipe_text  # noqa: PLC0415
 
+    found: qp.Recipe | qp.Inventory
     if _is_recipe(source):
-        found: qp.Recipe | qp.Inventory = qp.Recipe.load(source)
+        if ftype is not None:
+            raise InputError(
+                f"{source} is a recipe, which has its own types; --ftype needs a model"
+            )
+        found = qp.Recipe.load(source)
     else:
         found = qp.read_inventory(source)
+        if ftype is not None:
+            found = found.with_qtypes(qp.stock_mix(found, ftype, has_imatrix=imatrix))
     if json_output:
         typer.echo(found.model_dump_json(indent=1))
     elif isinstance(found, qp.Recipe):

@@ -63,6 +63,22 @@ def test_a_recipe_is_known_by_its_content(tmp_path: Path) -> None:
     assert qp.Recipe.model_validate_json(shown.stdout) == qp.Recipe.load(recipe)
 
 
+def test_show_prints_a_model_in_a_stock_mix() -> None:
+    """`show --ftype` prints the size and types of a file that carries the ftype in its name."""
+    done = quantplan("show", "GLM-4.5-Air", "--ftype", "q4_k_m")
+    assert done.returncode == 0, done.stderr
+    assert "67.85 GiB" in done.stdout
+    assert re.search(r"22x ffn_down_exps +1408x4096x128 +Q8_0", done.stdout)
+
+
+def test_a_recipe_is_not_shown_in_a_stock_mix(tmp_path: Path) -> None:
+    """A recipe has its own types, so that an ftype beside it is refused."""
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text("{}")
+    done = quantplan("show", recipe, "--ftype", "Q4_K_M")
+    assert (done.returncode, "--ftype needs a model" in done.stderr) == (2, True)
+
+
 def test_show_lists_a_model_without_reading_weights(tmp_path: Path) -> None:
     """`show` names the architecture and every role of a GGUF."""
     done = quantplan("show", toy_moe(tmp_path / "toy.gguf"))

@@ -26,6 +26,7 @@ ORDER = [
     "hardware",
     "workload",
     "policy",
+    "ftypes",
     "placement",
     "costs",
     "costs.memory",

