@@ -125,6 +125,14 @@ def test_margins(device: Device, margin_bytes: int) -> None:
     assert device.usable_bytes == device.capacity_bytes - margin_bytes
 
 
+def test_a_margin_of_ones_own_holds_for_every_gpu() -> None:
+    """The margin that a person gives is kept free on each GPU; that of the RAM stays."""
+    text = "2x RTX 3090 + 24GiB@936GB/s + 64GiB@80GB/s"
+    usual, own = Machine.parse(text), Machine.parse(text, margin_bytes=2 * GIB)
+    assert [gpu.margin_bytes for gpu in own.gpus] == [2 * GIB] * 3
+    assert own.ram == usual.ram
+
+
 def test_a_margin_above_the_capacity_leaves_nothing() -> None:
     """A device whose margin exceeds its memory offers none, not a negative amount."""
     assert Device.gpu(0, GIB, 1e9, margin_bytes=2 * GIB).usable_bytes == 0

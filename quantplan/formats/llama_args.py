@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
 from quantplan.errors import InputError
-from quantplan.formats.args_notes import flag_notes, flag_warnings
+from quantplan.formats.args_notes import NOT_COUNTED, flag_notes, flag_warnings
 from quantplan.inventory import Inventory
 from quantplan.placement import IkOptions, Launch, Override
 from quantplan.qtypes import Runtime
@@ -142,6 +142,8 @@ def _parser(engine: Runtime) -> _Parser:
     flag("-mm", "--mmproj", dest="projector", default="")
     flag("--no-mmproj-offload", action="store_true")
     _add_draft_flags(parser)
+    for names in NOT_COUNTED:
+        flag(*names)
     if is_ik:
         flag("-mla", "--mla-use", type=int, default=None, choices=range(4))
         flag("-amb", "--attention-max-batch", type=int)
@@ -166,7 +168,6 @@ def _add_draft_flags(parser: _Parser) -> None:
     flag("-cd", "--ctx-size-draft", dest="draft_ctx_size", type=int, default=0)
     flag("-ctkd", "--cache-type-k-draft", "--spec-draft-type-k", dest="draft_type_k", default="f16")
     flag("-ctvd", "--cache-type-v-draft", "--spec-draft-type-v", dest="draft_type_v", default="f16")
-    flag("-devd", "--device-draft", "--spec-draft-device", dest="draft_device")
     flag(
         "-otd", "--override-tensor-draft", "--spec-draft-override-tensor",
         action=_AddOverrides, dest="draft_override_tensor",
@@ -213,12 +214,7 @@ def parse_flags(
     if foreign and engine == "llama.cpp":
         parser.error(f"{foreign[0]} is ik_llama.cpp's, llama.cpp refuses it; name that engine")
     found, left = parser.parse_known_args(known)
-    ik = None
-    if engine == "ik_llama.cpp":
-        as_of = engine_date or datetime.date.max
-        default_mla = _IK_MLA if as_of >= _IK_LATENT_SINCE else 0
-        mla = default_mla if found.mla_use is None else found.mla_use
-        ik = IkOptions(as_of=as_of, mla=mla, swa_compress=found.swa_compress)
+    ik = _ik_options(found, engine_date) if engine == "ik_llama.cpp" else None
     trained = inventory.architecture.context_length
     workload = _workload(parser, found, ik, trained, llama_cpp_build)
     launch = Launch(
@@ -248,6 +244,16 @@ def parse_flags(
         }
     )
     return launch.model_copy(update={"draft": draft})
+
+
+def _ik_options(found: argparse.Namespace, engine_date: datetime.date | None) -> IkOptions:
+    as_of = engine_date or datetime.date.max
+    default_mla = _IK_MLA if as_of >= _IK_LATENT_SINCE else 0
+    return IkOptions(
+        as_of=as_of,
+        mla=default_mla if found.mla_use is None else found.mla_use,
+        swa_compress=found.swa_compress,
+    )
 
 
 def _workload(
