@@ -24,6 +24,7 @@ _DENSE = r"\.ffn_(up|down|gate)\."
 # llama-server's default: four slots that share one KV buffer.
 _AUTO_SLOTS = 4
 _DEFAULT_CONTEXT = 4096
+_DRAFT_TOKENS = 3
 # Load modes that read the file into buffers instead of mapping it.
 _READS = {"none", "dio"}
 _SWITCH = {"on": True, "1": True, "auto": True, "off": False, "0": False}
@@ -165,6 +166,7 @@ def _add_draft_flags(parser: _Parser) -> None:
         "-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft", "--spec-draft-ngl",
         dest="draft_n_gpu_layers",
     )  # fmt: skip
+    flag("--spec-draft-n-max", dest="draft_tokens", type=int, default=_DRAFT_TOKENS)
     flag("-cd", "--ctx-size-draft", dest="draft_ctx_size", type=int, default=0)
     flag("-ctkd", "--cache-type-k-draft", "--spec-draft-type-k", dest="draft_type_k", default="f16")
     flag("-ctvd", "--cache-type-v-draft", "--spec-draft-type-v", dest="draft_type_v", default="f16")
@@ -228,6 +230,7 @@ def parse_flags(
         maps_file=not (found.no_mmap or found.run_time_repack or found.load_mode.lower() in _READS),
         repacks=not found.no_repack and ik is None,
         predicts_tokens="draft-mtp" in found.spec_type,
+        draft_tokens=found.draft_tokens,
         draft_model=found.draft_model,
         projector=found.projector,
         projector_on_gpu=not found.no_mmproj_offload,
