@@ -43,7 +43,7 @@ MarginOption = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory to leave free on every GPU, such as 2GiB for a desktop; 5 %, at most 1 GiB.",
+        help="Memory to leave free on every GPU, such as 2GiB for a desktop; 10 %, at most 1 GiB.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]

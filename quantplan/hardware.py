@@ -104,7 +104,7 @@ class Device(_Described):
             flops_per_s: Half-precision matrix rate; by default in the RTX 3090's proportion to its
                 bandwidth.
             link_bytes_per_s: Host-to-device rate; by default PCIe 4.0 x16.
-            margin_bytes: Memory to leave free; by default 5 %, at most 1 GiB.
+            margin_bytes: Memory to leave free; by default 10 %, at most 1 GiB.
 
         Raises:
             MachineError: A number is out of range; all of them are named.
@@ -149,7 +149,7 @@ class Device(_Described):
 
 def _margin(capacity_bytes: int, kind: Literal["gpu", "ram"]) -> int:
     defaults = _data()["defaults"]
-    share = max(0.0, capacity_bytes * float(defaults["margin_share"]))
+    share = max(0.0, capacity_bytes * float(defaults[f"{kind}_margin_share"]))
     return round(min(share, float(defaults[f"{kind}_margin_max_mib"]) * 2**20))
 
 
@@ -207,7 +207,7 @@ class Machine(_Described):
         Args:
             text: For example ``RTX 4090 + 64GiB@80GB/s`` or ``2x RTX 3090 + 128GiB@200GB/s``.
             margin_bytes: Memory to leave free on every GPU, for the driver, its workspaces and
-                whatever else runs there; by default 5 %, at most 1 GiB, which a desktop exceeds.
+                whatever else runs there; by default 10 %, at most 1 GiB, which a desktop exceeds.
 
         Raises:
             MachineError: The text is not understood, or has more than 16 GPUs. All faults are

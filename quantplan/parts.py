@@ -74,6 +74,8 @@ def all_parts(
         caches = _cache_bytes(drafted.architecture, draft_launch)
         parts.append(Part(drafted, place(drafted, machine, draft_launch), caches))
         notes.append(_counted("the draft model", parts[-1]))
+        if drafted.architecture.n_nextn:
+            notes.append("the draft model's own multi-token prediction is not counted")
     projected = projector or _read("--mmproj", launch.projector, notes)
     if projected is not None:
         gpus = machine.gpus if launch.projector_on_gpu else ()
@@ -107,7 +109,10 @@ def _prediction_parts(resolved: Resolved, notes: list[str]) -> Sequence[Part]:
         )
     notes.append("compute buffers of multi-token prediction are not counted")
     caches = memory.prediction_cache_bytes(arch, launch.draft.workload)
-    return (Part(inventory, replace(resolved.placement, tensors={}), caches),)
+    # To step back, recurrent layers of the model keep a state for each token that is drafted.
+    states = (launch.draft_tokens * memory.state_bytes(c, launch.workload) for c in arch.caches)
+    added = tuple(map(sum, zip(caches, states, strict=True)))
+    return (Part(inventory, replace(resolved.placement, tensors={}), added),)
 
 
 def _read(flag: str, path: str, notes: list[str]) -> Inventory | None:

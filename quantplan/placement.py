@@ -76,6 +76,7 @@ class Launch(Frozen):
         maps_file: Whether weights in RAM stay in the mapped file.
         repacks: Whether the CPU may hold matrices in another layout (``--repack``).
         predicts_tokens: Multi-token prediction (``--spec-type draft-mtp``).
+        draft_tokens: ``--spec-draft-n-max``: tokens that are drafted at a time.
         draft: How a draft model, or multi-token prediction's draft context, is started.
         draft_model: ``-md``: path of the draft model; empty without.
         projector: ``-mm``: path of the multimodal projector; empty without.
@@ -96,6 +97,7 @@ class Launch(Frozen):
     maps_file: bool = False
     repacks: bool = True
     predicts_tokens: bool = False
+    draft_tokens: int = 3
     draft: "Launch | None" = None
     draft_model: str = ""
     projector: str = ""

@@ -102,9 +102,34 @@ def test_plan_then_quantize_on_the_command_line(tmp_path: Path) -> None:
     assert len(set(wanted.values())) > 2
 
 
+def test_prediction_takes_a_recipe_in_place_of_flags(tmp_path: Path) -> None:
+    """A saved recipe is predicted with its own types and flags."""
+    recipe, machine = tmp_path / "air.json", "RTX 4090 + 64GiB@80GB/s"
+    assert quantplan(*FULL_AIR, "--recipe", recipe).returncode == 0
+    command = ["predict", "GLM-4.5-Air", "--machine", machine, "--json"]
+    done = quantplan(*command, "--recipe", recipe)
+    found = qp.MemoryPrediction.model_validate_json(done.stdout)
+    inventory, described = qp.read_inventory("GLM-4.5-Air"), qp.Machine.parse(machine)
+    assert found == qp.predict(inventory, qp.Recipe.load(recipe), described)
+
+
+def test_prediction_knows_ik_llama_cpp_and_a_margin() -> None:
+    """Engine, day of its sources and margin of the command line are those of the API."""
+    options = ["--engine", "ik", "--engine-date", "2025-09-02", "--margin", "2GiB", "--json"]
+    command = ["predict", "GLM-4.5-Air", "--machine", "RTX 4090 + 512GiB@80GB/s", *options]
+    done = quantplan(*command, "--", "-ngl", "99", "-ncmoe", "40", "-c", "64000", "-fa", "-fmoe")
+    found = qp.MemoryPrediction.model_validate_json(done.stdout)
+    assert found.devices[0].margin_bytes == 2 * 2**30
+    assert found.devices[0].kv_bytes == 47 * 64000 * 2 * 1024 * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["predict", "GLM-4.5-Air", "--machine", "24GiB + 64GiB@80GB/s", "--margin", "much"],
+         "--margin: 'much' is not an amount"),
+        (["predict", "GLM-4.5-Air", "--machine", "24GiB + 64GiB@80GB/s", "--recipe", "a.json",
+          "--", "-ngl", "9"], "not both"),
         (["plan", "GLM-4.5-Ai", "--machine", "24GiB + 64GiB@80GB/s"], "GLM-4.5-Air"),
         (["plan", "GLM-4.5-Air", "--machine", "RTX 4091 + 64GiB@80GB/s"], "RTX 4090"),
         (["plan", "GLM-4.5-Air", "--machine", "RTX 4090"], "64GiB@80GB/s"),

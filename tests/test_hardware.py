@@ -111,7 +111,7 @@ def test_ram_alone_is_a_machine_without_gpu() -> None:
 @pytest.mark.parametrize(
     ("device", "margin_bytes"),
     [
-        (Device.gpu(0, 10 * GIB, 1e9), GIB // 2),
+        (Device.gpu(0, 5 * GIB, 1e9), GIB // 2),
         (Device.gpu(0, 80 * GIB, 1e9), GIB),
         (Device.ram(40 * GIB, 1e9), 2 * GIB),
         (Device.ram(512 * GIB, 1e9), 4 * GIB),
@@ -120,9 +120,17 @@ def test_ram_alone_is_a_machine_without_gpu() -> None:
     ],
 )
 def test_margins(device: Device, margin_bytes: int) -> None:
-    """A twentieth stays free by default, at most 1 GiB on a GPU and 4 GiB of RAM."""
+    """By default a tenth of a GPU stays free, at most 1 GiB, and a twentieth of RAM, at most 4."""
     assert device.margin_bytes == margin_bytes
     assert device.usable_bytes == device.capacity_bytes - margin_bytes
+
+
+def test_a_margin_of_ones_own_holds_for_every_gpu() -> None:
+    """The margin that a person gives is kept free on each GPU; that of the RAM stays."""
+    text = "2x RTX 3090 + 24GiB@936GB/s + 64GiB@80GB/s"
+    usual, own = Machine.parse(text), Machine.parse(text, margin_bytes=2 * GIB)
+    assert [gpu.margin_bytes for gpu in own.gpus] == [2 * GIB] * 3
+    assert own.ram == usual.ram
 
 
 def test_a_margin_above_the_capacity_leaves_nothing() -> None:

@@ -2,13 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import quantplan as qp
 from quantplan.costs.memory import weight_bytes
 from quantplan.inventory import Inventory, Tensor
-from tests.support.architectures import write_toy
+from tests.support.architectures import (
+    ARCHITECTURES,
+    VOCABULARY,
+    expand,
+    metadata_of,
+    write_model,
+    write_toy,
+)
 from tests.support.buffers import BUILD, assert_buffers
 from tests.support.llama_cpp import Buffers, llama_server, needs_llama_cpp, rpc_server
 from tests.support.models import smollm2_path, toy_moe
@@ -48,6 +56,17 @@ def test_draft_context_caches_its_own_layers(tmp_path: Path, architecture: str) 
     """The draft context has a cache for the blocks that predict, and these are loaded."""
     path = write_toy(architecture, tmp_path / "toy.gguf", "prediction")
     check(path, f"-ngl 3 -c 512 -np 1 {DRAFTS}".split())
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("flags", ["-ngl 3 -np 1", "-ngl 99 -np 2 --spec-draft-n-max 5"])
+def test_recurrent_layers_keep_a_state_for_each_drafted_token(tmp_path: Path, flags: str) -> None:
+    """A hybrid model can step back over what was drafted, by default three tokens."""
+    tensors = expand(ARCHITECTURES["qwen35"]["variants"]["prediction"]["tensors"])
+    attending = {n.replace("blk.3.", "blk.8."): ne for n, ne in tensors.items() if "blk.3." in n}
+    settings = metadata_of("qwen35", "prediction")
+    path = write_model(tmp_path / "toy.gguf", settings, attending | tensors, VOCABULARY)
+    check(path, f"{flags} -c 512 {DRAFTS}".split())
 
 
 def test_newer_builds_load_the_block_and_cache_it_once() -> None:
@@ -114,9 +133,10 @@ def test_repacked_matrices_are_held_beside_the_mapped_file(tmp_path: Path) -> No
     assert read.weights_bytes == ram.weights_bytes
 
 
-def mib(n_bytes: int | None) -> float:
+def mib(n_bytes: int | None) -> Any:
+    """What llama.cpp prints for so many bytes."""
     assert n_bytes is not None
-    return pytest.approx(n_bytes / 2**20, abs=0.0051)  # type: ignore[no-any-return]
+    return pytest.approx(n_bytes / 2**20, abs=0.0051)
 
 
 def projector() -> Inventory:

@@ -233,9 +233,11 @@ def test_without_slots_the_server_takes_four() -> None:
 
 def test_flags_that_are_not_modelled_are_named() -> None:
     """A person learns which flags played no part."""
-    found = qp.predict(AIR, "--cpu-moe --jinja -mm v.gguf --fit on", qp.Machine.parse(GPU))
+    flags = "--cpu-moe --jinja -mm v.gguf --fit on --lora a.gguf -dev CUDA0 -sm row --swa-full"
+    found = qp.predict(AIR, flags, qp.Machine.parse(GPU))
     text = " ".join(found.notes)
-    assert all(flag in text for flag in ("--jinja", "--mmproj", "--fit"))
+    assert all(flag in text for flag in ("--jinja", "--mmproj", "--fit", "-sm row", "--swa-full"))
+    assert all(f"{flag} has an influence" in text for flag in ("--lora a.gguf", "-dev CUDA0"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,18 @@ from collections.abc import Sequence
 
 # Builds from this one on refuse --no-mmap (seen in b11434; b10434 calls it deprecated).
 _LOAD_MODE_BUILD = 11434
+# Flags with a value that memory depends on, but this prediction does not.
+NOT_COUNTED = (
+    ("-dev", "--device"),
+    ("-devd", "--device-draft", "--spec-draft-device"),
+    ("-hfd", "-hfrd", "--hf-repo-draft", "--spec-draft-hf"),
+    ("-mmu", "--mmproj-url"),
+    ("--rpc",),
+    ("--lora",),
+    ("--lora-scaled",),
+    ("--control-vector",),
+    ("--override-kv",),
+)
 _COUNTED_AS_LAYER = {"row", "tensor", "attn", "graph"}
 
 
@@ -56,8 +68,11 @@ def flag_notes(
         notes.append(f"-sm {found.split_mode} is counted as -sm layer")
     if found.swa_full:
         notes.append("--swa-full: sliding windows are counted at full length")
-    if found.draft_device:
-        notes.append(f"-devd {found.draft_device}: the draft model is counted as if without it")
+    for names in NOT_COUNTED:
+        destination = next((n for n in names if n.startswith("--")), names[0])
+        value = getattr(found, destination.lstrip("-").replace("-", "_"))
+        if value:
+            notes.append(f"{names[0]} {value} has an influence that is not counted")
     if others:
         engine = "ik_llama.cpp" if is_ik else "llama.cpp"
         notes.append(f"without influence on this prediction for {engine}: {shlex.join(others)}")

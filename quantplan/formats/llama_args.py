@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
 from quantplan.errors import InputError
-from quantplan.formats.args_notes import flag_notes, flag_warnings
+from quantplan.formats.args_notes import NOT_COUNTED, flag_notes, flag_warnings
 from quantplan.inventory import Inventory
 from quantplan.placement import IkOptions, Launch, Override
 from quantplan.qtypes import Runtime
@@ -24,6 +24,7 @@ _DENSE = r"\.ffn_(up|down|gate)\."
 # llama-server's default: four slots that share one KV buffer.
 _AUTO_SLOTS = 4
 _DEFAULT_CONTEXT = 4096
+_DRAFT_TOKENS = 3
 # Load modes that read the file into buffers instead of mapping it.
 _READS = {"none", "dio"}
 _SWITCH = {"on": True, "1": True, "auto": True, "off": False, "0": False}
@@ -143,6 +144,8 @@ def _parser(engine: Runtime) -> _Parser:
     flag("-mm", "--mmproj", dest="projector", default="")
     flag("--no-mmproj-offload", action="store_true")
     _add_draft_flags(parser)
+    for names in NOT_COUNTED:
+        flag(*names)
     if is_ik:
         flag("-mla", "--mla-use", type=int, default=None, choices=range(4))
         flag("-amb", "--attention-max-batch", type=int, default=0)
@@ -164,10 +167,10 @@ def _add_draft_flags(parser: _Parser) -> None:
         "-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft", "--spec-draft-ngl",
         dest="draft_n_gpu_layers",
     )  # fmt: skip
+    flag("--spec-draft-n-max", dest="draft_tokens", type=int, default=_DRAFT_TOKENS)
     flag("-cd", "--ctx-size-draft", dest="draft_ctx_size", type=int, default=0)
     flag("-ctkd", "--cache-type-k-draft", "--spec-draft-type-k", dest="draft_type_k", default="f16")
     flag("-ctvd", "--cache-type-v-draft", "--spec-draft-type-v", dest="draft_type_v", default="f16")
-    flag("-devd", "--device-draft", "--spec-draft-device", dest="draft_device")
     flag(
         "-otd", "--override-tensor-draft", "--spec-draft-override-tensor",
         action=_AddOverrides, dest="draft_override_tensor",
@@ -214,20 +217,7 @@ def parse_flags(
     if foreign and engine == "llama.cpp":
         parser.error(f"{foreign[0]} is ik_llama.cpp's, llama.cpp refuses it; name that engine")
     found, left = parser.parse_known_args(known)
-    ik = None
-    if engine == "ik_llama.cpp":
-        as_of = engine_date or datetime.date.max
-        default_mla = _IK_MLA if as_of >= _IK_LATENT_SINCE else 0
-        mla = default_mla if found.mla_use is None else found.mla_use
-        fuses = as_of >= _IK_FUSED_EXPERTS_SINCE or found.fused_moe not in (None, "0")
-        ik = IkOptions(
-            as_of=as_of,
-            mla=mla,
-            swa_compress=found.swa_compress,
-            attention_max_mib=found.attention_max_batch,
-            fused_experts=fuses and not found.no_fused_moe,
-            repacks_rows=found.run_time_repack,
-        )
+    ik = _ik_options(found, engine_date) if engine == "ik_llama.cpp" else None
     trained = inventory.architecture.context_length
     workload = _workload(parser, found, ik, trained, llama_cpp_build)
     launch = Launch(
@@ -241,6 +231,7 @@ def parse_flags(
         maps_file=not (found.no_mmap or found.run_time_repack or found.load_mode.lower() in _READS),
         repacks=not found.no_repack and ik is None,
         predicts_tokens="draft-mtp" in found.spec_type,
+        draft_tokens=found.draft_tokens,
         draft_model=found.draft_model,
         projector=found.projector,
         projector_on_gpu=not found.no_mmproj_offload,
@@ -257,6 +248,20 @@ def parse_flags(
         }
     )
     return launch.model_copy(update={"draft": draft})
+
+
+def _ik_options(found: argparse.Namespace, engine_date: datetime.date | None) -> IkOptions:
+    as_of = engine_date or datetime.date.max
+    default_mla = _IK_MLA if as_of >= _IK_LATENT_SINCE else 0
+    fuses = as_of >= _IK_FUSED_EXPERTS_SINCE or found.fused_moe not in (None, "0")
+    return IkOptions(
+        as_of=as_of,
+        mla=mla,
+        swa_compress=found.swa_compress,
+        attention_max_mib=found.attention_max_batch,
+        fused_experts=fuses and not found.no_fused_moe,
+        repacks_rows=found.run_time_repack,
+    )
 
 
 def _workload(
