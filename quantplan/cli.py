@@ -130,7 +130,7 @@ def predict(
     ] = False,
     llama_cpp: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where that llama.cpp is, if it is not found."),
+        typer.Option(metavar="DIR", help="Calibrate with the llama.cpp in this folder."),
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -139,7 +139,7 @@ def predict(
     from quantplan.runtime import find_llama_cpp, predict_calibrated  # noqa: PLC0415
 
     inventory, described = qp.read_inventory(model), qp.Machine.parse(machine)
-    if calibrate:
+    if calibrate or llama_cpp is not None:
         found = predict_calibrated(inventory, flags, described, find_llama_cpp(llama_cpp))
     else:
         found = qp.predict(inventory, flags, described, llama_cpp_build=llama_build)
