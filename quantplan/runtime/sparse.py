@@ -14,15 +14,15 @@ from quantplan.qtypes import qtype
 from quantplan.units import gib
 
 _ALIGNMENT = 32
-# Rows of a tensor that BERT-like models have; the rest of the tokenizer is left out.
-_TOKEN_TYPES = "tokenizer.ggml.token_type_count"
+# Rows of the segment embedding of BERT-like models; the rest of the tokenizer is left out.
+_SEGMENTS = "tokenizer.ggml.token_type_count"
 
 
 def write_sparse(inventory: Inventory, path: Path) -> Path:
     """Writes what llama.cpp needs to know of a model's memory; all weights read as zero.
 
-    The file takes less than 1 MB on the disk, whatever its size: there is no vocabulary but its length,
-    and the data section is never written.
+    The file takes less than 1 MB on the disk, whatever its size: of the vocabulary there is the
+    length alone, and the data section is never written.
 
     Args:
         inventory: The model, in the types that it has.
@@ -37,7 +37,7 @@ def write_sparse(inventory: Inventory, path: Path) -> Path:
     metadata = inventory.metadata
     writer = gguf.GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
-        if key == _TOKEN_TYPES or not key.startswith(("general.", "tokenizer.")):
+        if key == _SEGMENTS or not key.startswith(("general.", "tokenizer.")):
             _add(writer, key, value)
     writer.add_tokenizer_model("none")
     if f"{writer.arch}.vocab_size" not in metadata:
