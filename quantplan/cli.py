@@ -156,7 +156,7 @@ def predict(
     ] = False,
     llama_cpp: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where that llama.cpp is, if it is not found."),
+        typer.Option(metavar="DIR", help="Calibrate with the llama.cpp in this folder."),
     ] = None,
     margin: MarginOption = None,
     json_output: JsonOption = False,
@@ -167,6 +167,7 @@ def predict(
 
     if recipe is not None and flags:
         raise InputError("give flags or --recipe, not both: a recipe has its flags")
+    calibrate = calibrate or llama_cpp is not None
     if calibrate and (recipe is not None or engine != "llama.cpp"):
         raise InputError("--calibrate asks llama.cpp about flags: give no recipe, no other engine")
     inventory, described = qp.read_inventory(model), _machine(machine, margin)

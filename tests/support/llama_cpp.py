@@ -55,6 +55,12 @@ needs_llama_cpp = pytest.mark.skipif(
 """Skips a test where llama.cpp cannot run."""
 
 
+def packaged_folder() -> Path:
+    """Return the folder of the package's programs."""
+    assert _SERVER is not None, "guard the test with needs_llama_cpp"
+    return _SERVER.parent
+
+
 def portable_cpu(folder: Path) -> dict[str, str]:
     """Return the variables with which llama.cpp computes on any x86-64; a link goes to `folder`."""
     assert _PORTABLE_CPU is not None, "guard the test with needs_llama_cpp"
