@@ -53,6 +53,11 @@ class Case:
     has_command: bool
     machine: Machine
 
+    @property
+    def has_free_memory(self) -> bool:
+        """Whether the log printed the free memory of its GPUs, which shares the layers out."""
+        return bool(self.row.get("vram_free_before_mib"))
+
     def bytes_by_device(self, field: str) -> dict[str, int]:
         """A field in MiB per buffer, as bytes per device of the machine."""
         found: dict[str, int] = {}
@@ -70,9 +75,9 @@ def device_of(buffer: str) -> str:
 
 def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
     """The cases of one kind (``memory`` or ``speed``) in a file, gzipped or not."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     return [row for row in rows if row.get("kind") == kind]
 
 

@@ -264,14 +264,16 @@ def _foreign_types(resolved: Resolved) -> list[str]:
 def _compute(resolved: Resolved, machine: Machine, device: Device) -> Estimate:
     inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
     architecture = inventory.architecture
-    is_gpu = device.kind == "gpu"
+    streams_to = machine.gpus[0].name if machine.gpus else ""
     experts = (homes for name, homes in placement.tensors.items() if "_exps" in name)
     work = Work(
         device_kind=device.kind,
         has_layers=device.name in placement.caches,
         has_experts=any(device.name in homes for homes in experts),
         has_output=device.name == placement.output,
-        streamed_bytes=streamed_bytes(inventory, launch, placement, machine) if is_gpu else 0,
+        streamed_bytes=streamed_bytes(inventory, launch, placement, machine)
+        if device.name == streams_to
+        else 0,
         n_input_copies=n_input_copies(architecture, launch, machine),
     )
     return estimate(architecture, inventory.n_vocab, launch, work)

@@ -38,6 +38,9 @@ _PIPELINE_COPIES = 4
 # Their scores need more than the flash-attention kernels do (position biases, capped scores).
 _WITHOUT_FLASH_ATTENTION = {"grok", "t5", "t5encoder"}
 _IK_COUNTS_EXPERTS_SINCE = datetime.date(2025, 6, 11)
+# Its GPUs read rows that are interleaved for CPUs only of these types, since about this day.
+_IK_STREAMS_ROWS_SINCE = datetime.date(2025, 6, 5)
+_ROWS = re.compile(r".*_R\d+")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Work:
         has_layers: Whether layers, with their caches, are on it.
         has_experts: Whether expert matrices are in its memory.
         has_output: Whether the output matrix is on it.
-        streamed_bytes: Weights that a large batch copies to it from RAM at one time.
+        streamed_bytes: Weights that a large batch copies to it from RAM at one time; llama.cpp
+            has the first GPU do so for all.
         n_input_copies: Copies of the graph's inputs; 4 where several GPUs work as a pipeline.
     """
 
@@ -293,7 +297,7 @@ def streams(launch: Launch) -> bool:
 def streamed_bytes(
     inventory: Inventory, launch: Launch, placement: Placement, machine: Machine
 ) -> int:
-    """Most bytes of weights that a large batch copies from RAM to a GPU at one time.
+    """Most bytes of weights that a large batch copies from RAM to the first GPU at one time.
 
     One tensor; in ik_llama.cpp with fused experts the up and gate experts of a layer.
     """
@@ -303,7 +307,11 @@ def streamed_bytes(
     pieces: dict[str, int] = {}
     for name, homes in placement.tensors.items():
         tensor = inventory.by_name[name]
-        if tensor.layer is None or machine.ram.name not in homes or len(tensor.shape_ne) == 1:
+        is_output = tensor.role_class == "output" and launch.ik is not None
+        if tensor.layer is None and not is_output:
+            continue
+        is_matrix = len(tensor.shape_ne) > 1 and _is_streamable(tensor.qtype, launch)
+        if machine.ram.name not in homes or not is_matrix:
             continue
         is_expert = "_exps" in name
         if tokens < _least_streamed_batch(architecture, launch, is_expert=is_expert):
@@ -312,6 +320,12 @@ def streamed_bytes(
         piece = re.sub("_(up|gate)_exps", "_up_gate_exps", name) if fuses else name
         pieces[piece] = pieces.get(piece, 0) + weight_bytes(tensor, tensor.qtype)
     return max(pieces.values(), default=0)
+
+
+def _is_streamable(qtype_name: str, launch: Launch) -> bool:
+    if launch.ik is None or not _ROWS.fullmatch(qtype_name):
+        return True
+    return qtype_name.startswith("IQ") and launch.ik.as_of >= _IK_STREAMS_ROWS_SINCE
 
 
 def _least_streamed_batch(architecture: Architecture, launch: Launch, *, is_expert: bool) -> float:

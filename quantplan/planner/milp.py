@@ -184,9 +184,9 @@ def add_choices(model: Model) -> None:
 
 
 def add_compute(model: Model) -> None:
-    """A GPU's compute buffer holds its graph, or a tensor streamed from RAM and what is around it.
+    """A GPU's compute buffer holds its graph; the first one's also tensors streamed from RAM.
 
-    compute[d] >= graph(d); for every cohort c that may be in RAM and option o: compute[d] >=
+    compute[d] >= graph(d); for every cohort c that may be in RAM and option o: compute[GPU0] >=
     (around + largest[c,o]) z[c,o] and x[c,o,CPU] <= size(c) z[c,o], z binary.
     """
     problem = model.problem
@@ -200,8 +200,7 @@ def add_compute(model: Model) -> None:
         streams = model.lp.add_variable(f"z_{c}_{o}", cat=pulp.LpBinary)
         model.lp += count <= len(model.cohorts[c].members) * streams
         held = problem.around_streamed_bytes + model.option(choice).largest_bytes
-        for variable in model.compute.values():
-            model.lp += variable >= held / _MIB * streams
+        model.lp += model.compute[problem.machine.gpus[0].name] >= held / _MIB * streams
 
 
 def add_caches(model: Model) -> None:

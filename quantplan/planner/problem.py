@@ -147,7 +147,7 @@ class Problem:
             device_kind=device.kind,
             has_layers=is_gpu or device.name in self.layer_devices,
             has_output=device == self.output_device,
-            streamed_bytes=streamed_bytes if is_gpu else 0,
+            streamed_bytes=streamed_bytes if device == self.machine.devices[0] and is_gpu else 0,
             n_input_copies=compute.n_input_copies(architecture, self._launch, self.machine),
         )
         found = compute.estimate(architecture, n_vocab, self._launch, work)
