@@ -174,6 +174,7 @@ def test_nothing_but_the_given_flags_counts(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("LLAMA_ARG_CACHE_TYPE_K", "q8_0")
     flags = f"llama-server {gpu} -m other.gguf -lv 0 -v --port 1 --fit off -ngl 99 -c 4096"
+    assert [device.name for device in plain.devices] == ["RPC0", "Host"]
     assert measure_memory(llama_cpp, inventory, flags) == plain
     assert MemoryMeasurement.model_validate_json(plain.model_dump_json()) == plain
 

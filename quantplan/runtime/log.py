@@ -103,6 +103,11 @@ def has_reserved(log: str) -> bool:
     return "graph splits" in log
 
 
+def is_idle(log: str) -> bool:
+    """Whether llama-server has started and computes nothing."""
+    return "all slots are idle" in log
+
+
 @dataclass(frozen=True, slots=True)
 class Devices:
     """The devices that a log names, RAM apart.

@@ -17,6 +17,7 @@ from quantplan.runtime.log import (
     Devices,
     has_laid_out,
     has_reserved,
+    is_idle,
     read_table,
 )
 from quantplan.runtime.process import ADDRESS, failure, free_port, running
@@ -180,8 +181,10 @@ def _loaded(
     command = _command(llama_cpp, path, arguments)
     if llama_cpp.runtime == "llama.cpp":
         command += ["-lv", "4", *(["--fit", "off"] if llama_cpp.has_fit else [])]
+    # An RPC server dies of a client that ends while it computes for it.
+    is_ready = is_idle if "--rpc" in arguments else has_reserved
     with running(command) as process:
-        process.wait_until(lambda: has_reserved(process.log), _TIME_LIMIT_S)
+        process.wait_until(lambda: is_ready(process.log), _TIME_LIMIT_S)
         log = process.log
     buffers, devices = Buffers.parse(log), Devices.parse(log)
     weights = _by_device(devices, buffers.model)
