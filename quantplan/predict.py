@@ -275,5 +275,6 @@ def _compute(resolved: Resolved, machine: Machine, device: Device) -> Estimate:
         if device.name == streams_to
         else 0,
         n_input_copies=n_input_copies(architecture, launch, machine),
+        is_first=device == machine.devices[0],
     )
     return estimate(architecture, inventory.n_vocab, launch, work)

@@ -34,8 +34,8 @@ from scripts.measure_compute import read_model
 Floats = NDArray[np.float64]
 OUT = Path(__file__).parents[1] / "quantplan/costs/data/compute.json"
 _SIZES = (
-    "mask_inputs", "mask", "residual", "queries", "latents", "convolved", "ffn", "experts_middle",
-    "experts_out", "scores", "logits", "rope_copies", "expanded", "expanded_pieces",
+    "mask_inputs", "mask", "first_mask", "residual", "queries", "latents", "convolved", "ffn", "experts_middle",
+    "experts_out", "scores", "logits", "rope_copies", "expanded", "expanded_pieces", "joined",
 )  # fmt: skip
 # With fewer buffers a fit says more about them than about the graph.
 _LEAST_BUFFERS = 8
@@ -46,24 +46,27 @@ _IK_LATENT_SINCE = datetime.date(2025, 3, 19)
 # The published logs are too few to say what their graphs hold, only how much of it: these factors
 # follow from the graphs (a mask in F32 and one in F16, logits of every token, rows of the heads),
 # and each weighs as much as one measured buffer.
+_ONLY_EXPERTS = {"experts_out": 1.0, "experts_middle": 1.0, "residual": 1.0}
 _EXPECTED: dict[str, dict[str, dict[str, float]]] = {
     "ik_llama.cpp": {
+        "gpu plain flash experts": _ONLY_EXPERTS,
+        "gpu plain scores experts": _ONLY_EXPERTS,
         "gpu plain flash layers": {"mask_inputs": 4, "mask": 2, "queries": 6},
-        "gpu plain flash experts": {
+        "gpu plain flash layers experts": {
             "mask_inputs": 4, "mask": 2, "queries": 2, "residual": 1, "experts_out": 1,
         },
         "gpu plain scores layers": {"mask_inputs": 4, "scores": 1, "queries": 3},
         "gpu latent flash layers": {
-            "mask_inputs": 2.5, "mask": 1, "residual": 5, "rope_copies": 2.5, "expanded": 1,
+            "mask_inputs": 2, "mask": 1, "first_mask": 2, "residual": 5, "rope_copies": 2.5, "expanded": 1,
             "expanded_pieces": 1,
         },
-        "gpu latent scores layers": {"mask_inputs": 4, "scores": 1, "latents": 3},
+        "gpu latent scores layers": {"mask_inputs": 4, "scores": 1, "latents": 3, "joined": 1},
         "cpu plain flash layers": {"mask_inputs": 4, "mask": 2, "queries": 3},
         "cpu plain scores layers": {"mask_inputs": 4, "scores": 1, "queries": 3},
         "cpu latent flash layers": {
             "mask_inputs": 4, "mask": 2, "residual": 4, "expanded": 1.5, "expanded_pieces": 2.5,
         },
-        "cpu latent scores layers": {"mask_inputs": 4, "scores": 1, "latents": 3},
+        "cpu latent scores layers": {"mask_inputs": 4, "scores": 1, "latents": 3, "joined": 1},
         "cpu plain flash inputs": {"mask_inputs": 4, "residual": 1},
         "cpu plain flash experts": {"mask_inputs": 4, "experts_out": 1},
         "cpu plain scores inputs": {"mask_inputs": 4, "residual": 1},
@@ -72,12 +75,14 @@ _EXPECTED: dict[str, dict[str, dict[str, float]]] = {
         "streaming": {"mask": 2, "experts_middle": 1, "residual": 5},
     },
     "llama.cpp of 2025": {
+        "gpu plain flash experts": _ONLY_EXPERTS,
+        "gpu plain scores experts": _ONLY_EXPERTS,
         "gpu plain flash layers": {
             "mask_inputs": 4, "mask": 4, "residual": 2, "experts_out": 1, "queries": 1,
         },
         "gpu plain scores layers": {"mask_inputs": 4, "scores": 1, "queries": 3},
         "gpu latent flash layers": {"mask_inputs": 4, "mask": 4, "queries": 1, "latents": 2},
-        "gpu latent scores layers": {"mask_inputs": 4, "scores": 1, "latents": 3},
+        "gpu latent scores layers": {"mask_inputs": 4, "scores": 1, "latents": 3, "joined": 1},
         "cpu plain flash layers": {"mask_inputs": 4, "mask": 2, "queries": 3},
         "cpu plain scores layers": {"mask_inputs": 4, "scores": 1, "queries": 3},
         "cpu plain flash inputs": {"mask_inputs": 4, "residual": 1},
@@ -87,7 +92,11 @@ _EXPECTED: dict[str, dict[str, dict[str, float]]] = {
         "output": {"logits": 1, "residual": 1.5},
         "streaming": {"mask": 8, "residual": 2, "experts_out": 1},
     },
-    "llama.cpp": {"streaming": {"mask": 2, "residual": 2, "experts_middle": 1, "experts_out": 1}},
+    "llama.cpp": {
+        "gpu plain flash experts": _ONLY_EXPERTS,
+        "gpu plain scores experts": _ONLY_EXPERTS,
+        "streaming": {"mask": 2, "residual": 2, "experts_middle": 1, "experts_out": 1},
+    },
 }  # fmt: skip
 # A buffer that is not much larger than the logits says nothing about the rest.
 _OUTPUT_DECIDES = 1.15
@@ -134,9 +143,9 @@ def measured_buffers(path: Path) -> list[Buffer]:
         gpus = [Device.gpu(i, _TERABYTE, 1e12, margin_bytes=0) for i in range(row["n_gpus"])]
         machine = Machine(gpus=tuple(gpus), ram=Device.ram(_TERABYTE, 1e11, margin_bytes=0))
         placement = place(inventory, machine, launch)
-        sizes = graph_sizes(inventory.architecture, inventory.n_vocab, launch)
         for device, n_bytes in zip(machine.devices, row["compute_bytes"], strict=False):
             work = work_on(placement, device)
+            sizes = graph_sizes(inventory.architecture, inventory.n_vocab, launch, work)
             key = graph_keys(inventory.architecture, launch, work)[0]
             model = row["architecture"], row["model"]
             found.append(Buffer(runtime_of(launch), key, model, sizes, n_bytes))
@@ -170,8 +179,16 @@ def case_buffers(case: Case) -> list[Buffer]:
         if not n_bytes or (device.kind == "cpu" and case.machine.gpus):
             continue
         arch = inventory.architecture
-        sizes = graph_sizes(arch, inventory.n_vocab, launch, n_copies)
+        has_experts = placement is not None and work_on(placement, device).has_experts
         is_first = device == case.machine.devices[0]
+        work = Work(
+            device.kind,
+            has_layers=bool(caches.get(device.name)),
+            has_experts=has_experts,
+            n_input_copies=n_copies,
+            is_first=is_first,
+        )
+        sizes = graph_sizes(arch, inventory.n_vocab, launch, work)
         streams = placement and streamed_bytes(inventory, launch, placement, case.machine)
         if streams and is_first and device.kind == "gpu":
             continue
@@ -180,8 +197,6 @@ def case_buffers(case: Case) -> list[Buffer]:
         is_last = device == (case.machine.gpus or (device,))[-1]
         if is_last and n_bytes < _OUTPUT_DECIDES * output:
             continue
-        has_experts = placement is not None and work_on(placement, device).has_experts
-        work = Work(device.kind, has_layers=bool(caches.get(device.name)), has_experts=has_experts)
         runtime, thread = runtime_of(launch), case.row["source"].split(" ")[0]
         keys = graph_keys(arch, launch, work)
         key = next((k for k in keys if k in _EXPECTED[runtime]), keys[0])
@@ -233,7 +248,7 @@ def _non_negative(table: Floats, expected: Floats | None) -> Floats:
 def fit(buffers: Sequence[Buffer], expected: dict[str, float] | None) -> dict[str, Any]:
     """The fit of one kind of graph, with one sum or two, whichever predicts others better."""
     # Without a pipeline both masks are alike; present llama.cpp holds the one that it is given.
-    known = set(_SIZES) - ({"mask"} if expected is None else set())
+    known = set(_SIZES) - ({"mask", "first_mask"} if expected is None else set())
     table = np.array([[b.sizes.get(n, 0.0) * (n in known) for n in _SIZES] for b in buffers])
     n_bytes = np.array([b.n_bytes for b in buffers], dtype=float)
     sources = _sources(buffers)

@@ -55,6 +55,7 @@ class Work:
         streamed_bytes: Weights that a large batch copies to it from RAM at one time; llama.cpp
             has the first GPU do so for all.
         n_input_copies: Copies of the graph's inputs; 4 where several GPUs work as a pipeline.
+        is_first: Whether it is the first device, to which the inputs go.
     """
 
     device_kind: DeviceKind
@@ -63,6 +64,7 @@ class Work:
     has_output: bool = False
     streamed_bytes: int = 0
     n_input_copies: int = 1
+    is_first: bool = True
 
 
 class Estimate(Frozen):
@@ -130,7 +132,7 @@ def _fits() -> dict[str, dict[str, Fit]]:
 
 
 def graph_sizes(
-    architecture: Architecture, n_vocab: int, launch: Launch, n_input_copies: int = 1
+    architecture: Architecture, n_vocab: int, launch: Launch, work: Work
 ) -> dict[str, float]:
     """Bytes of everything that may live in a graph, by name; masks in elements.
 
@@ -138,7 +140,7 @@ def graph_sizes(
         architecture: The model.
         n_vocab: Rows of the output matrix.
         launch: Runtime, context, ubatch and KV types.
-        n_input_copies: Copies of the graph's inputs.
+        work: What the device computes.
     """
     workload = launch.workload
     tokens = min(workload.ubatch, workload.context)
@@ -149,7 +151,8 @@ def graph_sizes(
     longest = max(lengths, default=0)
     found: dict[str, float] = {
         "mask": tokens * sum(lengths),
-        "mask_inputs": tokens * sum(lengths) * n_input_copies,
+        "mask_inputs": tokens * sum(lengths) * work.n_input_copies,
+        "first_mask": tokens * sum(lengths) * work.is_first,
         "residual": row * architecture.n_embd,
         "queries": row * architecture.q_width,
         "convolved": row * architecture.convolved_width,
@@ -188,6 +191,7 @@ def _expanded_sizes(
     latent, ik, n_head = architecture.latent, launch.ik, architecture.n_head
     if latent is None or ik is None:
         return {}
+    tokens = min(launch.workload.ubatch, launch.workload.context)
     rope_width = latent.rope * n_head
     width = latent.k_width - rope_width + latent.v_width
     expanded = float(_F32_BYTES * width * cells)
@@ -196,7 +200,9 @@ def _expanded_sizes(
     while limit and share * piece > limit and share * n_head > 1:
         share /= 2
     if not launch.workload.flash_attention:
-        return {"scores": share * scores}
+        # Pieces are joined one by one, and what is joined so far is held twice for a moment.
+        joined = 2 * _F32_BYTES * tokens * n_head * latent.rank if share < 1 else 0
+        return {"scores": share * scores, "joined": float(joined)}
     name = "expanded" if share == 1.0 else "expanded_pieces"
     return {"rope_copies": float(_F32_BYTES * rope_width * cells), name: share * expanded}
 
@@ -227,13 +233,12 @@ def graph_keys(architecture: Architecture, launch: Launch, work: Work) -> tuple[
     flash = "flash" if _is_flash(architecture, launch) else "scores"
     kind = attention_kind(architecture, launch)
     has_experts = work.has_experts and architecture.n_expert > 0
-    held = {"layers": work.has_layers, "experts": has_experts}
-    if work.device_kind == "gpu":
-        # A GPU without layers has experts, or nothing.
-        held["layers"] = not has_experts
+    # The first GPU computes large batches even where no layer is on it.
+    has_layers = work.has_layers or (work.device_kind == "gpu" and work.is_first)
+    held = {"layers": has_layers, "experts": work.has_experts and architecture.n_expert > 0}
     does = " ".join(name for name, is_here in held.items() if is_here) or "inputs"
-    similar = dict.fromkeys([does, does.removesuffix(" experts"), "layers"])
     kinds = dict.fromkeys([kind, "latent" if kind == "sparse" else "plain", "plain"])
+    similar = dict.fromkeys([does, "layers"] if has_layers else [does])
     return tuple(f"{work.device_kind} {k} {flash} {d}" for k in kinds for d in similar)
 
 
@@ -252,7 +257,9 @@ def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Wor
         launch: Runtime, context, ubatch and KV types.
         work: What the device computes.
     """
-    sizes = graph_sizes(architecture, n_vocab, launch, work.n_input_copies)
+    if work == Work("gpu", has_layers=False, is_first=False, n_input_copies=work.n_input_copies):
+        return Estimate(low=0, expected=0, high=0)
+    sizes = graph_sizes(architecture, n_vocab, launch, work)
     fits = _fits()[runtime_of(launch)]
     found = _interval(fit_of(architecture, launch, work), sizes)
     if work.has_output and "output" in fits:
@@ -271,7 +278,7 @@ def _interval(fit: Fit, sizes: Sizes) -> Estimate:
 def around_streamed(architecture: Architecture, n_vocab: int, launch: Launch) -> Estimate:
     """What a compute buffer holds beside weights that are streamed to it."""
     fit = _fits()[runtime_of(launch)]["streaming"]
-    return _interval(fit, graph_sizes(architecture, n_vocab, launch))
+    return _interval(fit, graph_sizes(architecture, n_vocab, launch, Work("gpu")))
 
 
 def n_input_copies(architecture: Architecture, launch: Launch, machine: Machine) -> int:

@@ -149,6 +149,7 @@ class Problem:
             has_output=device == self.output_device,
             streamed_bytes=streamed_bytes if device == self.machine.devices[0] and is_gpu else 0,
             n_input_copies=compute.n_input_copies(architecture, self._launch, self.machine),
+            is_first=device == self.machine.devices[0],
         )
         found = compute.estimate(architecture, n_vocab, self._launch, work)
         if not architecture.n_expert:
