@@ -26,6 +26,7 @@ _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 _CURVE_POINTS = 5
 _MAX_SIZE_MISMATCH = 1.6
 _KV = re.compile(r"-ct([kv])[ =]+(\w+)")
+_THREADS = re.compile(r"(?:-t|-tb|--threads|--threads-batch)[ =]+(\d+)")
 _GIB = 2**30
 
 
@@ -124,7 +125,11 @@ def read_case(row: dict[str, Any]) -> Case:
     runtime: Runtime = "ik_llama.cpp" if "ik_llama" in words["engine"] else "llama.cpp"
     n_step = (row.get("pp") or {}).get("n") if row.get("sweep") else None
     launch = launch_of(inventory, words, bool(hardware.get("gpus")), n_step)
-    machine = machine_of(hardware, needs_ram=launch.n_gpu_layers is not None or bool(launch.overrides))
+    machine = machine_of(
+        hardware,
+        needs_ram=launch.n_gpu_layers is not None or bool(launch.overrides),
+        n_threads=max(map(int, _THREADS.findall(words["flags"])), default=None),
+    )
     if isinstance(machine, str):
         raise UnusableError(machine)
     decode, prefill = _measured(row, launch.workload)
@@ -263,14 +268,16 @@ def _workload(words: dict[str, str], n_step: int | None) -> Workload:
 def _streams(inventory: Inventory, words: dict[str, str], runtime: str, workload: Workload) -> bool:
     """Whether the program streams weights in RAM to a GPU for this ubatch.
 
-    ik_llama.cpp waits for 32 tokens per expert, and never streams what was repacked.
+    ik_llama.cpp waits for 32 tokens per expert, never streams what it repacked itself, and files of
+    repacked types, as published runs show, only from about 128 tokens per expert.
     """
     if runtime == "llama.cpp":
         return True
     arch = inventory.architecture
-    if "-rtr" in words["flags"] + words["placement"] or re.search(r"_R\d", words["quant"].upper()):
+    if "-rtr" in words["flags"] + words["placement"]:
         return False
-    return workload.ubatch * arch.active_share >= 32
+    is_repacked = re.search(r"_R\d", words["quant"].upper())
+    return workload.ubatch * arch.active_share >= (128 if is_repacked else 32)
 
 
 def _traffic(

@@ -12,12 +12,15 @@ _ENOUGH_RAM = 4096 * _GIB
 _NOISE = r"\([^)]*\)|@.*|\bgeneration\b|\bx\d+\b"
 
 
-def machine_of(hardware: dict[str, Any], *, needs_ram: bool) -> Machine | str:
+def machine_of(
+    hardware: dict[str, Any], *, needs_ram: bool, n_threads: int | None = None
+) -> Machine | str:
     """The machine, or why it is not known.
 
     Args:
         hardware: ``cpu``, ``ram``, ``ram_bw_gbs`` and ``gpus``, each text or number or None.
         needs_ram: Whether the CPU multiplies weights, so that its rates matter.
+        n_threads: Threads that were used, where that was said.
     """
     gpus: list[Device] = []
     for term in re.split(r",|\+", str(hardware.get("gpus") or "")):
@@ -26,7 +29,7 @@ def machine_of(hardware: dict[str, Any], *, needs_ram: bool) -> Machine | str:
             if found is None:
                 return f"unknown GPU {term.strip()!r}"
             gpus += found
-    ram = _ram(hardware)
+    ram = _ram(hardware, n_threads)
     if ram is None:
         if needs_ram:
             return f"the RAM's bandwidth is not known: {hardware.get('cpu')!r}, {hardware.get('ram')!r}"
@@ -59,7 +62,7 @@ def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9+]", "", text.lower())
 
 
-def _ram(hardware: dict[str, Any]) -> Device | None:
+def _ram(hardware: dict[str, Any], n_threads: int | None) -> Device | None:
     cpu, ram = str(hardware.get("cpu") or ""), str(hardware.get("ram") or "")
     sockets = 2 if re.search(r"\b2x\b|\bdual\b", cpu, re.IGNORECASE) else 1
     defaults = load_hardware()["defaults"]
@@ -79,7 +82,8 @@ def _ram(hardware: dict[str, Any]) -> Device | None:
         rate *= 1 + defaults["second_socket_gain"]
     if rate is None:
         return None
-    return Device.ram(_ENOUGH_RAM, rate, model=name or "RAM", cores=cores and cores * sockets)
+    used = min((n for n in (cores and cores * sockets, n_threads) if n), default=None)
+    return Device.ram(_ENOUGH_RAM, rate, model=name or "RAM", cores=used)
 
 
 def _model_number(name: str) -> str:

@@ -140,8 +140,8 @@ class Device(_Described):
             model: What it is, for people.
             flops_per_s: Half-precision matrix rate; by default in the RTX 3090's proportion to its
                 bandwidth.
-            vector_flops_per_s: Single-precision rate; by default half the matrix rate, as on
-                GeForce cards.
+            vector_flops_per_s: Single-precision rate; by default a quarter of the matrix rate,
+                as on GeForce cards.
             link_bytes_per_s: Host-to-device rate; by default PCIe 4.0 x16.
             margin_bytes: Memory to leave free; by default 5 %, at most 1 GiB.
 

@@ -64,12 +64,14 @@ DECODE = {
 }
 PREFILL = {
     "gpu_matrix": (2.0, 0.5, 0.3),
-    "gpu_expert_matrix": (1.3, 0.5, 0.3),
+    "gpu_expert_matrix": (1.3, 0.5, 0.5),
     "expert_rows": (16.0, 1.0, 0.0),
     "cpu_matrix": (1.0, 0.5, 0.5),
+    "cpu_prompt_read": (1.2, 0.4, 0.0),
     "link": (1.2, 0.4, 0.3),
     "gpu_prompt_attention": (3.0, 1.0, 1.0),
     "cpu_prompt_attention": (4.0, 1.0, 1.0),
+    "cpu_latent_prompt_attention": (4.0, 1.0, 1.0),
     "ubatch_launch_s": (1e-5, 1.0, 0.0),
 }
 Array = NDArray[np.float64]

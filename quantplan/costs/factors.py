@@ -40,9 +40,12 @@ class Factors:
         gpu_expert_matrix: The same for experts, on top.
         expert_rows: Prompt: tokens by which each expert's batch is padded.
         cpu_matrix: Prompt: operations over the CPU's vector rate.
+        cpu_prompt_read: Prompt: bytes of the weights used, read once per ubatch, over the RAM's
+            bandwidth.
         link: Prompt: bytes of streamed weights over the link's rate.
         gpu_prompt_attention: Prompt: attention's operations over the GPU's matrix rate.
         cpu_prompt_attention: Prompt: attention's operations over the CPU's vector rate.
+        cpu_latent_prompt_attention: The same for multi-head latent attention.
         ubatch_launch_s: Prompt: seconds per matrix product and ubatch on a GPU.
     """
 
@@ -71,9 +74,11 @@ class Factors:
     gpu_expert_matrix: float
     expert_rows: float
     cpu_matrix: float
+    cpu_prompt_read: float
     link: float
     gpu_prompt_attention: float
     cpu_prompt_attention: float
+    cpu_latent_prompt_attention: float
     ubatch_launch_s: float
 
 

@@ -56,7 +56,10 @@ def prefill_s(
         flops = 4.0 * arch.q_width if is_latent(cache) else attention_flops(arch, cache)
         cells = cached_cells(cache, workload, depth + n / 2)
         device = devices[name]
-        share = f.cpu_prompt_attention if device.kind == "cpu" else f.gpu_prompt_attention
+        share = f.gpu_prompt_attention
+        if device.kind == "cpu":
+            latent = f.cpu_latent_prompt_attention
+            share = latent if is_latent(cache) else f.cpu_prompt_attention
         work = n_layers * n * cells * flops / device.flops_per_s
         seconds += device.prefill_slowdown * share * work
     return seconds
@@ -74,6 +77,8 @@ def _matrix_s(
     if device.kind == "cpu":
         operations = f.cpu_matrix * f.operations_of("cpu_prompt", read.qtype)
         seconds = n_tokens * read.n_weights * operations / device.flops_per_s
+        used_bytes = read.held_bytes * _used_share(read, n_tokens, active_share)
+        seconds += f.cpu_prompt_read * used_bytes / device.bandwidth_bytes_per_s
         return device.prefill_slowdown * seconds
     flops = 2 * n_tokens * read.n_weights * f.gpu_matrix
     if read.is_expert:
