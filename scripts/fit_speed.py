@@ -192,3 +192,137 @@ class Fit:
             for thread in dict.fromkeys(c.thread for c in self.cases)
         }
         return [self.residuals_of(c, by_thread[c.thread]) for c in self.cases]
+
+
+def quantiles(cases: Sequence[Case], residuals: Sequence[list[float]]) -> tuple[float, float]:
+    """Measured over predicted speed that four fifths of the cases are within.
+
+    Every case counts once, whatever its number of depths; the level is widened for the finite
+    number of cases (conformal prediction).
+    """
+    pairs = [(r, 1 / len(rs)) for c, rs in zip(cases, residuals, strict=True) for r in rs]
+    pairs.sort()
+    values = np.array([p[0] for p in pairs])
+    at = (np.cumsum([p[1] for p in pairs]) - 0.5 * np.array([p[1] for p in pairs])) / len(cases)
+    tail = max(0.0, 0.1 - 0.1 / len(cases))
+    low, high = np.interp([tail, 1 - tail], at, values)
+    return float(f"{np.exp(low):.4g}"), float(f"{np.exp(high):.4g}")
+
+
+def intervals(
+    cases: Sequence[Case], residuals: Sequence[list[float]]
+) -> dict[str, tuple[float, float]]:
+    """`quantiles` of each kind of case."""
+    found = {}
+    for where in ("gpu", "hybrid", "cpu"):
+        chosen = [i for i, case in enumerate(cases) if case.where == where and not case.doubt]
+        found[where] = quantiles([cases[i] for i in chosen], [residuals[i] for i in chosen])
+    return found
+
+
+def errors_of(cases: Sequence[Case], residuals: Sequence[list[float]]) -> dict[str, float]:
+    """Errors of the stated speeds (not of the other depths), doubtful ones included."""
+    stated = np.array([r[0] for r in residuals])
+    relative = np.abs(np.exp(-stated) - 1)
+    every = np.array([x for r in residuals for x in r])
+    inside = []
+    for i, case in enumerate(cases):
+        others = [j for j, c in enumerate(cases) if c.thread != case.thread]
+        ends = intervals([cases[j] for j in others], [residuals[j] for j in others])[case.where]
+        inside.append(ends[0] <= np.exp(residuals[i][0]) <= ends[1])
+    found = {
+        "n": float(len(cases)),
+        "median_error": np.median(relative),
+        "p90_error": np.quantile(relative, 0.9),
+        "bias": np.exp(-np.median(stated)) - 1,
+        "median_error_all_depths": np.median(np.abs(np.exp(-every) - 1)),
+        "coverage80": np.mean(inside),
+    }
+    return {name: float(f"{value:.3g}") for name, value in found.items()}
+
+
+def spread(cases: Sequence[Case], residuals: Sequence[list[float]]) -> dict[str, float]:
+    """Standard deviations (ln): between rigs, for GPUs and CPUs, and within a rig.
+
+    Within: half the median difference between two cases of one rig and runtime, made normal.
+    Between: what is left of the spread of all cases.
+    """
+    rigs: dict[tuple[str, str], list[float]] = {}
+    for case, rs in zip(cases, residuals, strict=True):
+        if not case.doubt:
+            rigs.setdefault((case.rig, case.runtime), []).append(rs[0])
+    pairs = [abs(a - b) for rs in rigs.values() for i, a in enumerate(rs) for b in rs[:i]]
+    within = float(np.median(pairs)) / 0.6745 / 2**0.5
+    found = {"noise": within}
+    for kind, where in (("gpu", ("gpu",)), ("cpu", ("cpu", "hybrid"))):
+        some = [rs[0] for c, rs in zip(cases, residuals, strict=True) if c.where in where]
+        total = float(np.median(np.abs(some))) / 0.6745
+        found[kind] = max(total**2 - within**2, 0.05**2) ** 0.5
+    # A prediction after one measurement carries the noise of both.
+    found["left"] = 2**0.5
+    return {name: float(f"{value:.3g}") for name, value in found.items()}
+
+
+def fit(
+    cases: Sequence[Case], errors: Errors, priors: dict[str, Any], operations: dict[str, Any]
+) -> tuple[Fit, dict[str, dict[str, float]], list[list[float]]]:
+    """Fits and cross-validates; returns the fit, the factors by runtime and the residuals."""
+    found = Fit(cases, errors, priors, operations)
+    logs = found.run(found.means)
+    return found, factors_from(found.names, logs), found.cross_validated(logs)
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    """Four significant digits."""
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
+
+
+def main() -> None:
+    """Fits, prints and writes the constants."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("cases", type=Path)
+    parser.add_argument("types_absolute", type=Path)
+    parser.add_argument("types_relative", type=Path)
+    arguments = parser.parse_args()
+    files = (arguments.cases, arguments.types_absolute, arguments.types_relative)
+    operations, type_errors = fit_operations(files[1], files[2], OVERLAP)
+    cases, unusable = read_cases(read_rows(files[0]))
+    decode, decode_factors, decode_left = fit(cases, decode_errors, DECODE, operations)
+    prefill, prefill_factors, prefill_left = fit(cases, prefill_errors, PREFILL, operations)
+    data = {
+        "about": "Constants of the speed model; quantplan/costs/factors.py says what each is.",
+        "date": datetime.date.today().isoformat(),
+        "made_by": "scripts/fit_speed.py",
+        "credit": CREDIT,
+        "data_sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
+        "cross_validation": {
+            "how": "each thread predicted by constants fitted without it; errors of the speed",
+            "unusable": len(unusable),
+            "decode": errors_of(decode.cases, decode_left),
+            "prefill": errors_of(prefill.cases, prefill_left),
+            "types_median_error": rounded(type_errors),
+        },
+        "measured_over_predicted": {
+            "decode": intervals(decode.cases, decode_left),
+            "prefill": intervals(prefill.cases, prefill_left),
+        },
+        "calibration": {
+            "decode": spread(decode.cases, decode_left),
+            "prefill": spread(prefill.cases, prefill_left),
+        },
+        "factors": {
+            runtime: {
+                "overlap": OVERLAP,
+                **rounded(decode_factors[runtime]),
+                **rounded(prefill_factors[runtime]),
+            }
+            for runtime in RUNTIMES
+        },
+        "operations_per_weight": operations,
+    }
+    print(json.dumps({k: data[k] for k in list(data)[5:9]}, indent=1))
+    TARGET.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
