@@ -8,7 +8,7 @@ import numpy as np
 
 from quantplan.costs import load_data
 from quantplan.costs.decode import decode_s
-from quantplan.costs.factors import shipped
+from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.traffic import Traffic
 from quantplan.hardware import Device, Machine
@@ -41,7 +41,11 @@ class Measurement:
 
 
 def calibrate(
-    machine: Machine, measurements: Sequence[Measurement], measured: Sequence[str] = ()
+    machine: Machine,
+    measurements: Sequence[Measurement],
+    measured: Sequence[str] = (),
+    *,
+    factors: Factors | None = None,
 ) -> Machine:
     """The machine with slowdowns that agree with what was measured.
 
@@ -55,6 +59,7 @@ def calibrate(
             centre.
         measurements: Decode and prefill speeds.
         measured: One sentence for each source of measurements.
+        factors: By default the fitted ones of each measurement's runtime.
     """
     prior = load_data("speed.json")["calibration"]
     decode = [m for m in measurements if m.n_tokens == 1]
@@ -62,7 +67,7 @@ def calibrate(
     found = machine
     for kind, some in (("decode", decode), ("prefill", prompts)):
         if some:
-            found = _slowed(found, kind, _most_probable(found, kind, some, prior[kind]))
+            found = _slowed(found, kind, _most_probable(found, kind, some, prior[kind], factors))
     log_sd = prior["decode"]["noise"] * prior["decode"]["left"] if decode else machine.speed_log_sd
     return found.model_copy(
         update={"measured": (*machine.measured, *measured), "speed_log_sd": log_sd}
@@ -70,7 +75,11 @@ def calibrate(
 
 
 def _most_probable(
-    machine: Machine, kind: str, measurements: Sequence[Measurement], prior: dict[str, float]
+    machine: Machine,
+    kind: str,
+    measurements: Sequence[Measurement],
+    prior: dict[str, float],
+    factors: Factors | None,
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """ln(slowdown) of the GPUs and of the CPU, by Gauss-Newton."""
     sds = np.array([prior["gpu"], prior["cpu"]])
@@ -79,7 +88,7 @@ def _most_probable(
 
     def errors(logs: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
         slowed = _slowed(machine, kind, logs)
-        return [math.log(_predicted_s(slowed, m) * m.tps) for m in measurements]
+        return [math.log(_predicted_s(slowed, m, factors or shipped(m.runtime)) * m.tps) for m in measurements]
 
     logs = np.zeros(2)
     for _ in range(_STEPS):
@@ -92,8 +101,7 @@ def _most_probable(
     return logs
 
 
-def _predicted_s(machine: Machine, m: Measurement) -> float:
-    factors = shipped(m.runtime)
+def _predicted_s(machine: Machine, m: Measurement, factors: Factors) -> float:
     if m.n_tokens == 1:
         return decode_s(m.traffic, machine, m.workload, m.depth, factors)
     seconds = prefill_s(
