@@ -61,6 +61,16 @@ def cpu_rates(name: str) -> tuple[int, float]:
     return cpu["cores"], rate
 
 
+def find_cpu(text: str) -> tuple[int, float] | None:
+    """`cpu_rates` of the known CPU whose name a text contains; None where there is none.
+
+    Args:
+        text: For example what the CPU calls itself, ``AMD Ryzen 9 7950X 16-Core Processor``.
+    """
+    found = [name for name in cpu_presets() if _key(name) in _key(text)]
+    return cpu_rates(max(found, key=len)) if found else None
+
+
 class _Described(Frozen):
     """A value that raises `MachineError` with every fault."""
 

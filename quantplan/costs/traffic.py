@@ -74,20 +74,34 @@ def output_read(tensor: Tensor, qtype_name: str) -> Read:
     return Read(qtype_name, False, False, n_bytes, n_weights, n_bytes, n_weights, 1)
 
 
-def crossing_share(inventory: Inventory, tensor: Tensor) -> float:
-    """Part of a hop to the CPU and back that a tensor in RAM causes in a layer of a GPU.
+def crossing_shares(inventory: Inventory) -> dict[str, float]:
+    """Part of a hop to the CPU and back that each tensor causes in RAM while its layer is on a GPU.
 
     A layer whose attention, or whose experts (feed-forward matrices in a dense layer), are in RAM
     costs one hop there and back; each tensor of these causes its equal part. So the time is linear
-    in the choices.
+    in the choices. Tensors that cause none are left out.
     """
-    block = _block(tensor)
-    if tensor.layer is None or block is None:
-        return 0.0
-    blocks = _blocks(inventory)[tensor.layer]
-    if block == "ffn" and "experts" in blocks:
-        return 0.0
-    return 1 / blocks[block]
+    blocks: dict[tuple[int, str], list[str]] = defaultdict(list)
+    for tensor in inventory.tensors:
+        block = _block(tensor)
+        if tensor.layer is not None and block is not None:
+            blocks[tensor.layer, block].append(tensor.name)
+    return {
+        name: 1 / len(names)
+        for (layer, block), names in blocks.items()
+        if not (block == "ffn" and (layer, "experts") in blocks)
+        for name in names
+    }
+
+
+def boundary_crossings(layers: Sequence[str], output: str) -> float:
+    """Hops where one device's layers end and the next one's begin; one way is half of one.
+
+    Args:
+        layers: Device name of each layer.
+        output: Device name of the output layer.
+    """
+    return sum(a != b for a, b in zip(layers, (*layers[1:], output), strict=True)) / 2
 
 
 def _block(tensor: Tensor) -> str | None:
@@ -96,22 +110,6 @@ def _block(tensor: Tensor) -> str | None:
     if tensor.role_class == "ffn":
         return "ffn"
     return "attention" if tensor.role_class in _ATTENTION_CLASSES else None
-
-
-_block_counts: dict[str, dict[int, Counter[str]]] = {}
-
-
-def _blocks(inventory: Inventory) -> dict[int, Counter[str]]:
-    """Tensors of each block of each layer; remembered by the header's hash."""
-    found = _block_counts.get(inventory.header_sha256)
-    if found is None:
-        found = defaultdict(Counter)
-        for tensor in inventory.tensors:
-            block = _block(tensor)
-            if tensor.layer is not None and block is not None:
-                found[tensor.layer][block] += 1
-        _block_counts[inventory.header_sha256] = found
-    return found
 
 
 @dataclass(frozen=True)
@@ -164,8 +162,9 @@ def collect(
         output: Device name of the output layer.
     """
     sums: dict[tuple[str, str, bool, bool], list[Read]] = defaultdict(list)
+    shares = crossing_shares(inventory)
     homes = tuple(layers)[: inventory.architecture.n_loaded_layers]
-    n_crossings = float(sum(a != b for a, b in zip(homes, (*homes[1:], output), strict=True)))
+    n_crossings = boundary_crossings(homes, output)
     for tensor in inventory.tensors:
         if tensor.name not in assignment or not inventory.is_loaded(tensor):
             continue
@@ -176,7 +175,7 @@ def collect(
         for place, read in found:
             sums[place, read.qtype, read.is_expert, read.is_prompt_work].append(read)
         if tensor.layer is not None and device == "CPU" != homes[tensor.layer]:
-            n_crossings += crossing_share(inventory, tensor)
+            n_crossings += shares.get(tensor.name, 0.0)
     reads: dict[str, list[Read]] = defaultdict(list)
     for (device, *_), found_reads in sums.items():
         reads[device].append(_total(found_reads))

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import pulp
 
-from quantplan.costs import speed
 from quantplan.hardware import Device
 from quantplan.planner.problem import Group, Option, Problem
 
@@ -54,6 +53,8 @@ class Model:
         scratch: What each GPU's compute buffer needs beside the activations, in MiB.
         caches: Caches in each pool, in MiB, by the name of its first device; empty but in a
             relaxation.
+        hops: Groups of a cohort that leave their layer's GPU, by cohort; empty but in a relaxation,
+            where layers have no device.
     """
 
     problem: Problem
@@ -63,11 +64,12 @@ class Model:
     x: dict[Choice, pulp.LpVariable] = field(default_factory=dict)
     scratch: dict[str, pulp.LpVariable] = field(default_factory=dict)
     caches: dict[str, pulp.LpVariable] = field(default_factory=dict)
+    hops: dict[int, pulp.LpVariable] = field(default_factory=dict)
 
     @property
     def base_decode_s(self) -> float:
         """Seconds per token that do not depend on the variables."""
-        return speed.fixed_s() if self.caches else self.problem.base_decode_s
+        return self.problem.fixed_decode_s if self.caches else self.problem.base_decode_s
 
     def option(self, choice: Choice) -> Option:
         """The option that a choice variable stands for."""
@@ -79,16 +81,22 @@ class Model:
 
     def decode_ms(self) -> pulp.LpAffineExpression:
         """Milliseconds per token that depend on the variables."""
-        problem = self.problem
+        problem, relaxed = self.problem, bool(self.caches)
         weights = [
-            _MILLI * problem.decode_s(self.group(c), self.option(c), c[2]) * count
+            _MILLI
+            * problem.decode_s(self.group(c), self.option(c), c[2], homeless=relaxed)
+            * count
             for c, count in self.x.items()
         ]
         caches = [
-            _MILLI * problem.cache_read_s(_MIB, problem.devices[name]) * size
+            _MILLI * _MIB * problem.least_cache_s_per_byte(problem.devices[name]) * size
             for name, size in self.caches.items()
         ]
-        return pulp.lpSum([*weights, *caches])
+        hops = [
+            _MILLI * problem.hop_s(problem.groups[self.cohorts[c].members[0]]) * count
+            for c, count in self.hops.items()
+        ]
+        return pulp.lpSum([*weights, *caches, *hops])
 
     def objective(self) -> pulp.LpAffineExpression:
         """Loss and the price of time, in thousandths of a nat, less what is constant."""
@@ -121,7 +129,7 @@ def form_cohorts(
         places_of.append(anywhere if relaxed and in_layer else problem.places(group))
         roles = tuple(tensor.role for tensor in group.tensors)
         names = tuple(device.name for device in places_of[g])
-        members[group.place, names, roles, offered[g]].append(g)
+        members[group.place, names, roles, offered[g], group.n_crossings].append(g)
     return tuple(
         Cohort(
             members=tuple(sorted(indices, key=lambda g: problem.groups[g].layer or 0)),
@@ -133,10 +141,11 @@ def form_cohorts(
 
 
 def gpu_pools(problem: Problem) -> tuple[tuple[Device, ...], ...]:
-    """GPUs of equal bandwidth, taken together."""
-    by_rate: dict[float, list[Device]] = defaultdict(list)
+    """GPUs that decode equally fast, taken together."""
+    by_rate: dict[tuple[float, ...], list[Device]] = defaultdict(list)
     for gpu in problem.machine.gpus:
-        by_rate[gpu.bandwidth_bytes_per_s].append(gpu)
+        rates = (gpu.bandwidth_bytes_per_s, gpu.vector_flops_per_s, gpu.decode_slowdown)
+        by_rate[rates].append(gpu)
     return tuple(tuple(pool) for pool in by_rate.values())
 
 
@@ -165,6 +174,7 @@ def _constrained(model: Model, *, relaxed: bool) -> Model:
     add_scratch(model)
     if relaxed:
         add_caches(model)
+        add_hops(model)
     add_memory(model)
     add_decode(model)
     return model
@@ -209,6 +219,32 @@ def add_caches(model: Model) -> None:
         model.caches[pool[0].name] = model.lp.add_variable(f"cache_{p}", lowBound=0)
     total = sum(model.problem.cache_bytes[: model.problem.n_layers])
     model.lp += pulp.lpSum(model.caches.values()) == total / _MIB
+
+
+def add_hops(model: Model) -> None:
+    """A group in RAM leaves a GPU, unless the rest of its layer is in RAM too.
+
+    hops[c] >= sum_o x[c,o,CPU] - sum_o x[a,o,CPU], hops[c] >= 0, for cohorts c that may leave and
+    every cohort a that may not and is in all of c's layers.
+    """
+    problem, ram = model.problem, model.problem.machine.ram.name
+    if not problem.machine.gpus:
+        return
+
+    def layers(cohort: Cohort) -> set[int | None]:
+        return {problem.groups[g].layer for g in cohort.members}
+
+    def in_ram(c: int) -> pulp.LpAffineExpression:
+        return pulp.lpSum(n for (d, _, name), n in model.x.items() if (d, name) == (c, ram))
+
+    places = [problem.groups[cohort.members[0]].place for cohort in model.cohorts]
+    staying = [c for c, place in enumerate(places) if place == "layer"]
+    for c, cohort in enumerate(model.cohorts):
+        same = [a for a in staying if layers(model.cohorts[a]) >= layers(cohort)]
+        if places[c] == "free" and problem.groups[cohort.members[0]].n_crossings and same:
+            model.hops[c] = model.lp.add_variable(f"hops_{c}", lowBound=0)
+            for a in same:
+                model.lp += model.hops[c] >= in_ram(c) - in_ram(a)
 
 
 def add_memory(model: Model) -> None:
