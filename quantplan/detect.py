@@ -15,8 +15,8 @@ from quantplan.errors import MachineError
 from quantplan.hardware import Device, Machine, cpu_presets, find_cpu
 
 # Larger than any cache in common use; three arrays of it per thread at most fill a quarter of RAM.
-_ARRAY_BYTES = 256 * 2**20
-_TRIAD_S = 2.0
+_ARRAY_BYTES = 192 * 2**20
+_TRIAD_S = 1.0
 _MIN_ROUNDS = 3
 
 

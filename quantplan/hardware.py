@@ -326,11 +326,30 @@ class Machine(_Described):
         except OSError as error:
             raise MachineError(f"the machine profile {path} cannot be written: {error}") from error
 
+    def summary(self) -> str:
+        """The devices, what was measured, and what that changed, in a few lines."""
+        slowed = [_slowdowns(device) for device in self.devices]
+        said = [f"  measured: {text}" for text in self.measured]
+        return "\n".join([self.describe(), *said, *(text for text in slowed if text)])
+
     def describe(self) -> str:
         """One line for people."""
         gpus = [f"{g.model} ({gib(g.capacity_bytes)})" for g in self.gpus]
         rate = gb_per_s(self.ram.bandwidth_bytes_per_s)
         return " + ".join([*gpus, f"RAM {gib(self.ram.capacity_bytes)} at {rate}"])
+
+
+def _slowdowns(device: Device) -> str:
+    """What calibration found, for people; empty where it found nothing."""
+    parts = [
+        f"{what} takes {factor:.2f} times as long as predicted"
+        for what, factor in (
+            ("decoding", device.decode_slowdown),
+            ("prefill", device.prefill_slowdown),
+        )
+        if factor != 1.0
+    ]
+    return f"  {device.name}: {', '.join(parts)}" if parts else ""
 
 
 def _parse_gpus(term: str, first_index: int) -> list[Device]:

@@ -19,7 +19,7 @@ from quantplan.costs.traffic import (
     read_of,
 )
 from quantplan.hardware import Device, Machine
-from quantplan.inventory import Inventory, Tensor
+from quantplan.inventory import Inventory, LayerCache, Tensor
 from quantplan.policy import Policy
 from quantplan.workload import Workload
 
@@ -163,25 +163,25 @@ class Problem:
         is_free = self.min_decode_tps is None
         return self.policy.decode_price_nats_per_s if is_free else 0.0
 
-    def cache_s(self, layer: int, device: Device) -> float:
-        """Seconds per token to attend to a layer's cache, with the context full.
+    @cached_property
+    def cache_kinds(self) -> tuple[LayerCache, ...]:
+        """The cache of each loaded layer; layers with equal ones take equal bytes and time."""
+        return self.inventory.architecture.caches[: self.n_layers]
+
+    def cache_s(self, kind: LayerCache, device: Device) -> float:
+        """Seconds per token to attend to the cache of one layer, with the context full.
 
         A cache that all slots share is read whole for each of them.
         """
         arch, depth = self.inventory.architecture, self.workload.context / self.workload.n_streams
-        return cache_s(device, arch, arch.caches[layer], self.workload, depth)
-
-    def least_cache_s_per_byte(self, device: Device) -> float:
-        """Seconds per token and byte of the cache that is cheapest to attend to."""
-        layers = [layer for layer in range(self.n_layers) if self.cache_bytes[layer]]
-        rates = (self.cache_s(layer, device) / self.cache_bytes[layer] for layer in layers)
-        return min(rates, default=0.0)
+        return cache_s(device, arch, kind, self.workload, depth)
 
     @cached_property
     def base_decode_s(self) -> float:
         """Seconds per token that no type changes: caches, with the context full, and the rest."""
         caches = sum(
-            self.cache_s(layer, self.devices[name]) for layer, name in enumerate(self.layer_devices)
+            self.cache_s(kind, self.devices[name])
+            for kind, name in zip(self.cache_kinds, self.layer_devices, strict=True)
         )
         n_crossings = boundary_crossings(self.layer_devices, self.output_device.name)
         return self.fixed_decode_s + caches + n_crossings * shipped().crossing_s
