@@ -59,7 +59,7 @@ def _short(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"[^a-z0-9+]", "", text.lower())
+    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def _ram(hardware: dict[str, Any], n_threads: int | None) -> Device | None:

@@ -410,7 +410,7 @@ def _capacity_and_rate(match: re.Match[str]) -> tuple[int, float]:
 def _key(name: str) -> str:
     """Compares names without case, spaces, hyphens and vendor words."""
     text = re.sub(r"\b(nvidia|geforce|amd|radeon|intel|apple)\b", "", name.lower())
-    return re.sub(r"[\s\-_]+", "", text)
+    return re.sub(r"[\s\-_+]+", "", text)
 
 
 def _gpu_preset(text: str) -> tuple[str, dict[str, Any]]:

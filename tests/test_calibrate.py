@@ -14,7 +14,7 @@ from quantplan.costs.calibration import Measurement, calibrate
 from quantplan.costs.decode import decode_s
 from quantplan.costs.traffic import Traffic, collect
 from quantplan.formats.llama_bench import parse_bench
-from tests.test_cli import run
+from tests.test_cli import quantplan as run
 
 HYBRID = Machine.parse("RTX 4090 + 128GiB@80GB/s")
 
