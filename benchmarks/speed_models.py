@@ -15,15 +15,16 @@ from quantplan import Inventory, Tensor
 from quantplan.inventory.catalog import catalog_names, read_catalog
 
 _DIMENSIONS = Path(__file__).parent / "speed_models.json"
-# The first pattern found in a model's name, without punctuation, decides.
+# For names that the catalog does not take: the first pattern found in a model's name, without punctuation, decides.
 _NAMES = (
-    (r"distill.*70b", "Llama-3.1-70B"),
+    (r"draft", "a draft model"),
+    (r"distill.*70b", "Llama-3.3-70B-Instruct"),
     (r"distill.*qwen.*32b", "Qwen2.5-32B"),
     (r"r10528qwen38b", "Qwen3-8B"),
     (r"gptoss120b", "gpt-oss-120b"),
     (r"gptoss20b", "gpt-oss-20b"),
-    (r"coder.*480b", "Qwen3-Coder-480B-A35B"),
-    (r"qwen3.*235b", "Qwen3-VL-235B-A22B-Instruct"),
+    (r"coder.*480b", "Qwen3-Coder-480B-A35B-Instruct"),
+    (r"qwen3.*235b", "Qwen3-235B-A22B"),
     (r"qwen3.*30ba3b", "Qwen3-30B-A3B"),
     (r"deepseek(coder)?v2(coder)?lite", "DeepSeek-V2-Lite"),
     (r"moonlight16b", "Moonlight-16B-A3B"),
@@ -36,25 +37,25 @@ _NAMES = (
     (r"glm46", "GLM-4.6"),
     (r"glm47", "GLM-4.7"),
     (r"glm5", "GLM-5.1"),
-    (r"glm(z1|4)(0414)?32b", "GLM-4-32B"),
+    (r"glm(z1|4)(0414)?32b", "GLM-Z1-32B-0414"),
     (r"lingmini", "Ling-mini-2.0"),
     (r"(ling|ring)flash", "Ling-flash-2.0"),
     (r"(ling|ring)1t", "Ling-1T"),
-    (r"llama4.*scout", "Llama-4-Scout"),
-    (r"llama4.*maverick", "Llama-4-Maverick"),
+    (r"llama4.*scout", "Llama-4-Scout-17B-16E-Instruct"),
+    (r"llama4.*maverick", "Llama-4-Maverick-17B-128E-Instruct"),
     (r"(llama|codellama)v?2?7b", "Llama-2-7B"),
     (r"llama(v2|2)?13b|^llamav2$", "Llama-2-13B"),
-    (r"llama31?8b|nemotronnano8b", "Llama-3.1-8B"),
-    (r"llama3[13]?(instruct)?70b", "Llama-3.1-70B"),
+    (r"llama31?8b|nemotronnano8b", "Llama-3.1-8B-Instruct"),
+    (r"llama3[13]?(instruct)?70b", "Llama-3.3-70B-Instruct"),
     (r"llama32(instruct)?1b", "Llama-3.2-1B"),
     (r"llama32(instruct)?3b", "Llama-3.2-3B"),
     (r"mistralsmall|magistral|devstral", "Mistral-Small-24B"),
     (r"mixtral8x7b", "Mixtral-8x7B"),
     (r"mistral7b", "Mistral-7B"),
-    (r"gemma327b", "gemma-3-27b"),
-    (r"gemma312b", "gemma-3-12b"),
+    (r"gemma327b", "gemma-3-27b-it"),
+    (r"gemma312b", "gemma-3-12b-it"),
     (r"gemma431b", "gemma-4-31B-it"),
-    (r"commanda|agatha111b", "Command-A-111B"),
+    (r"commanda|agatha111b", "c4ai-command-a-03-2025"),
     (r"qwen3[56]35ba3b", "Qwen3.5-35B-A3B"),
     (r"qwen3[5678]27b", "Qwen3.5-27B"),
     (r"qwen35122b", "Qwen3.5-122B-A10B"),
@@ -75,6 +76,9 @@ _NAMES = (
 
 def model_named(text: str) -> Inventory | None:
     """The inventory of a model, by whatever name a person gave it; None where it is unknown."""
+    known = read_catalog(text)
+    if known is not None:
+        return known
     plain = re.sub(r"[^a-z0-9]", "", text.lower())
     name = next((name for pattern, name in _NAMES if re.search(pattern, plain)), None)
     return None if name is None else _inventory(name)

@@ -34,6 +34,10 @@ TIED = {
     "Qwen3.5-0.8B",
     "Qwen3.5-2B",
     "Qwen3.5-4B",
+    "c4ai-command-a-03-2025",
+    "c4ai-command-r-v01",
+    "gemma-3-12b-it",
+    "gemma-3-27b-it",
     "gemma-4-31B-it",
 }
 
@@ -404,9 +408,9 @@ def test_catalog_entries_are_told_apart() -> None:
     [
         ("GLM-4.5-Ai", "GLM-4.5-Air"),
         ("glm45air", "GLM-4.5-Air"),
-        ("Kimi-K2", "Kimi-K2-Thinking"),
+        ("Kimi-K2-Think", "Kimi-K2-Thinking"),
         ("qwen3.5-122b", "Qwen3.5-122B-A10B"),
-        ("deepseek-v3.1", "DeepSeek-V3.1-Terminus"),
+        ("deepseek-v3.1-term", "DeepSeek-V3.1-Terminus"),
     ],
 )
 def test_near_names_are_suggested(name: str, near: str) -> None:
@@ -484,10 +488,26 @@ def test_dimensions_can_be_derived(name: str) -> None:
     assert layers == set(range(arch.n_layers))
     assert len(arch.caches) == arch.n_layers
     assert arch.n_embd == inventory.by_name["token_embd.weight"].shape_ne[0]
-    assert arch.context_length >= 131072
+    assert arch.context_length >= 4096
     depths = {t.shape_ne[2] for t in inventory.tensors if t.role.endswith("_exps")}
     assert depths == ({arch.n_expert} if arch.n_expert else set())
     assert arch.active_share == (arch.n_expert_used / arch.n_expert if arch.n_expert else 1)
+
+
+def projected_widths(rows: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Widths of a layer's K and V rows, from the matrices that make them or read them."""
+    if "attn_qkv" in rows:
+        q_width = rows["attn_output"][0]
+        k_width = (rows["attn_qkv"][1] - q_width) // 2
+        return k_width, k_width
+    if "attn_kv_b" in rows:  # expanded, so there are as many keys and values as there are queries
+        return rows.get("attn_q_b", rows.get("attn_q", ()))[1], rows["attn_output"][0]
+    if "attn_kv_a_mqa" in rows:
+        return rows["attn_kv_a_mqa"][1], 0
+    if "attn_k" not in rows:
+        return 0, 0
+    # Gemma's full-attention layers take the keys for values.
+    return rows["attn_k"][1], rows.get("attn_v", rows["attn_k"])[1]
 
 
 @every_model
@@ -495,16 +515,10 @@ def test_caches_are_as_wide_as_their_projections(name: str) -> None:
     """Each layer's cache rows are as wide as the matrices that fill them."""
     inventory = model(name)
     for layer, kept in enumerate(inventory.architecture.caches):
-        rows = {
-            role: found.shape_ne[1]
-            for role in ("attn_k", "attn_v", "attn_kv_a_mqa", "indexer.attn_k")
-            if (found := inventory.by_name.get(f"blk.{layer}.{role}.weight"))
-        }
-        k_width = rows.get("attn_k", rows.get("attn_kv_a_mqa", 0))
-        assert kept.k_width == k_width
-        # Gemma's full-attention layers take the keys for values.
-        assert kept.v_width == rows.get("attn_v", rows.get("attn_k", 0))
-        assert kept.indexer_k_width == rows.get("indexer.attn_k", 0)
+        shapes = {t.role: t.shape_ne for t in inventory.tensors if t.layer == layer}
+        k_width, v_width = (0, 0) if kept.state_elements else projected_widths(shapes)
+        assert (kept.k_width, kept.v_width) == (k_width, v_width)
+        assert kept.indexer_k_width == shapes.get("indexer.attn_k", (0, 0))[1]
         assert (kept.state_elements > 0) == (k_width == 0)
 
 

@@ -92,16 +92,20 @@ def test_candidates_can_be_written(inventory: Inventory) -> None:
 def test_what_no_quantizer_touches_keeps_its_type(inventory: Inventory) -> None:
     """Tensors that llama-quantize leaves alone have their source's type for only candidate."""
     untouched = [t for t in inventory.tensors if not t.is_quantizable]
-    assert len(untouched) > len(inventory.tensors) // 4
+    assert len(untouched) > len(inventory.tensors) // 8
     for tensor in untouched:
         assert policy().candidates_for(tensor, is_loaded=True) == (tensor.qtype,)
 
 
 def test_matrices_of_a_loaded_layer_have_a_choice(inventory: Inventory) -> None:
-    """Every matrix may stay as it is or become smaller, experts in at least four steps."""
+    """Every matrix may stay as it is or become smaller, experts in at least four steps; only what
+    is published quantized stays as it is.
+    """
     for tensor in inventory.tensors:
         found = policy().candidates_for(tensor, is_loaded=True)
-        if tensor.is_quantizable:
+        if tensor.qtype == "MXFP4":
+            assert found == ("MXFP4",)
+        elif tensor.is_quantizable:
             assert found[0] == "BF16"
             is_expert = tensor.role_class in ("down_experts", "up_gate_experts")
             assert len(found) > (4 if is_expert else 1)

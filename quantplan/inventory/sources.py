@@ -120,7 +120,7 @@ def read_inventory(source: str | Path) -> Inventory:
 
     Args:
         source: A GGUF file, any shard of a split GGUF, or a name of the catalog such as
-            ``GLM-4.5-Air`` (in any case).
+            ``GLM-4.5-Air``, in any spelling that `read_named` takes.
 
     Raises:
         SourceError: The file is missing, no regular file, no GGUF, truncated or damaged, a shard
@@ -141,6 +141,30 @@ def read_inventory(source: str | Path) -> Inventory:
     if text.lower().endswith(".gguf") or len(path.parts) > 1:
         raise SourceError(f"{text}: no such file")
     raise SourceError(_unknown_name(text))
+
+
+def read_named(name: str, n_tensors: int | None = None) -> Inventory:
+    """Reads the inventory of a model that is known by name only, as from a log.
+
+    Args:
+        name: A name of the catalog, or of a model with the same shapes. Case, spaces, ``-`` and
+            ``_``, publishers, formats and remarks in parentheses do not matter.
+        n_tensors: The tensors that the log counts, where it does. Files of one model may differ:
+            those of DeepSeek from before llama.cpp's latent attention have another layout.
+
+    Raises:
+        SourceError: The catalog has no such model, or no layout of it with as many tensors.
+    """
+    found = read_catalog(name, n_tensors)
+    if found is not None:
+        return found
+    usual = read_catalog(name)
+    if usual is None:
+        raise SourceError(_unknown_name(name))
+    raise SourceError(
+        f"{name}: no known layout of this model has {n_tensors} tensors; {usual.name} has "
+        f"{len(usual.tensors)}. Leave the number out to take that one"
+    )
 
 
 def _unknown_name(name: str) -> str:
