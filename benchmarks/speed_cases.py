@@ -120,7 +120,9 @@ def read_case(row: dict[str, Any]) -> Case:
     inventory = model_named(str(row.get("model")))
     if inventory is None:
         raise UnusableError(f"unknown model {row.get('model')!r}")
-    words = {key: str(row.get(key) or "") for key in ("engine", "flags", "placement", "note", "quant")}
+    words = {
+        key: str(row.get(key) or "") for key in ("engine", "flags", "placement", "note", "quant")
+    }
     hardware = row.get("hardware") or {}
     runtime: Runtime = "ik_llama.cpp" if "ik_llama" in words["engine"] else "llama.cpp"
     n_step = (row.get("pp") or {}).get("n") if row.get("sweep") else None
@@ -157,7 +159,7 @@ def read_case(row: dict[str, Any]) -> Case:
 def thread_of(source: str) -> str:
     """The thread or page that a case is from."""
     issue = re.match(r"([\w.-]+/[\w.-]+)#(\d+)", source)
-    return issue[0] if issue else source.split(" ")[0]
+    return issue[0] if issue else source.split(" ", maxsplit=1)[0]
 
 
 def _doubt(row: dict[str, Any], words: dict[str, str]) -> str:
@@ -189,9 +191,9 @@ def launch_of(
         n_gpu_layers = int(whole[1])
     elif not has_gpus or "cpu only" in lower or re.search(r"offloaded 0/", lower):
         n_gpu_layers, overrides = 0, []
-    elif not overrides and not (lower.startswith("all on") or layers or "offloaded" in lower):
-        raise UnusableError(f"the placement is not known: {said!r}")
-    elif not overrides and re.search(r"not stated|expert|hybrid", lower):
+    elif (not overrides and not (lower.startswith("all on") or layers or "offloaded" in lower)) or (
+        not overrides and re.search(r"not stated|expert|hybrid", lower)
+    ):
         raise UnusableError(f"the placement is not known: {said!r}")
     if n_gpu_layers is not None and n_gpu_layers >= inventory.architecture.n_loaded_layers:
         n_gpu_layers = None
@@ -287,7 +289,7 @@ def _traffic(
     counts = row.get("tensor_types")
     types = types_from_counts(inventory, counts) if counts else None
     types = types or types_from_name(inventory, words["quant"])
-    types = types or types_from_name(inventory, words["flags"])
+    types = types or types_from_name(inventory, _file_name(words["flags"]))
     if types is None:
         raise UnusableError(f"the quant is not known: {words['quant']!r}")
     placement = place(inventory, machine, launch)
@@ -307,6 +309,12 @@ def _traffic(
             f"{held / _GIB:.0f} GiB of weights do not fit {capacity / _GIB:.0f} GiB of GPU memory"
         )
     return traffic
+
+
+def _file_name(flags: str) -> str:
+    """Name of the model's file in a command line."""
+    match = re.search(r"(?:-m|--model)[ =]+(\S+)", flags)
+    return match[1].rpartition("/")[2] if match else ""
 
 
 def _scaled(traffic: Traffic, experts: float, rest: float) -> Traffic:
@@ -335,7 +343,11 @@ def _measured(
         prefill.append(Measured((pp.get("depth") or 0) + before, float(pp["tps"]), n_tokens))
     sweep = [point for point in row.get("sweep") or [] if point[0] is not None]
     last = len(sweep) - 1
-    picked = sorted({round(last * i / (_CURVE_POINTS - 1)) for i in range(1, _CURVE_POINTS)}) if last > 0 else []
+    picked = (
+        sorted({round(last * i / (_CURVE_POINTS - 1)) for i in range(1, _CURVE_POINTS)})
+        if last > 0
+        else []
+    )
     for index in picked:
         depth, pp_tps, tg_tps = sweep[index][:3]
         if tg_tps:

@@ -32,7 +32,8 @@ def machine_of(
     ram = _ram(hardware, n_threads)
     if ram is None:
         if needs_ram:
-            return f"the RAM's bandwidth is not known: {hardware.get('cpu')!r}, {hardware.get('ram')!r}"
+            said = f"{hardware.get('cpu')!r}, {hardware.get('ram')!r}"
+            return f"the RAM's bandwidth is not known: {said}"
         ram = Device.ram(_ENOUGH_RAM, 60e9)
     return Machine(gpus=tuple(gpus), ram=ram)
 
@@ -41,7 +42,12 @@ def _gpus(term: str, first: int) -> list[Device] | None:
     text = re.sub(_NOISE, "", term, flags=re.IGNORECASE).strip()
     count = re.match(r"(\d+)\s*x\s+", text, re.IGNORECASE)
     name = text[count.end() :] if count else text
-    for candidate in (name, re.sub(r"\s*\d+ ?GB\b", "", name), re.sub(r"s$", "", name), _short(name)):
+    for candidate in (
+        name,
+        re.sub(r"\s*\d+ ?GB\b", "", name),
+        re.sub(r"s$", "", name),
+        _short(name),
+    ):
         try:
             found = Machine.parse(f"{candidate} + 1GiB@1GB/s").gpus
         except MachineError:
@@ -88,7 +94,7 @@ def _ram(hardware: dict[str, Any], n_threads: int | None) -> Device | None:
 
 def _model_number(name: str) -> str:
     """The part of a CPU's name that people always write, such as ``7965wx``."""
-    numbers = re.findall(r"[a-z]*\d{4,}[a-z]*\d?[a-z]*", _plain(name.split()[-1]))
+    numbers = re.findall(r"[a-z]*\d{4,}[a-z]*\d?[a-z]*", _plain(name.rsplit(maxsplit=1)[-1]))
     return numbers[-1] if numbers else ""
 
 

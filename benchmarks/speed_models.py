@@ -14,8 +14,9 @@ from typing import Any
 from quantplan import Inventory, Tensor
 from quantplan.inventory.catalog import catalog_names, read_catalog
 
+Shapes = dict[str, tuple[int, ...]]
 _DIMENSIONS = Path(__file__).parent / "speed_models.json"
-# For names that the catalog does not take: the first pattern found in a model's name, without punctuation, decides.
+# For names that the catalog does not take: the first pattern that is found decides.
 _NAMES = (
     (r"draft", "a draft model"),
     (r"distill.*70b", "Llama-3.3-70B-Instruct"),
@@ -118,7 +119,7 @@ def from_dimensions(name: str, d: dict[str, Any]) -> Inventory:
             f"{arch}.attention.key_length_mla": d["head_width"],
             f"{arch}.attention.value_length_mla": d["v_head_width"],
         }
-    shapes = {"token_embd.weight": (d["n_embd"], d["n_vocab"])}
+    shapes: Shapes = {"token_embd.weight": (d["n_embd"], d["n_vocab"])}
     for layer in range(d["n_layers"]):
         for role, shape in {**_attention(d), **_feed_forward(d, layer)}.items():
             shapes[f"blk.{layer}.{role}.weight"] = shape
@@ -134,44 +135,42 @@ def from_dimensions(name: str, d: dict[str, Any]) -> Inventory:
     )
 
 
-def _attention(d: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _attention(d: dict[str, Any]) -> Shapes:
     n_embd, heads = d["n_embd"], d["n_head"]
     q_width = heads * d["head_width"]
-    output = {"attn_output": (heads * d["v_head_width"], n_embd)}
+    output: Shapes = {"attn_output": (heads * d["v_head_width"], n_embd)}
     rank = d["kv_lora_rank"]
     if not rank:
         kv = d["n_head_kv"]
-        return {
+        plain: Shapes = {
             "attn_q": (n_embd, q_width),
             "attn_k": (n_embd, kv * d["head_width"]),
             "attn_v": (n_embd, kv * d["v_head_width"]),
-        } | output
+        }
+        return plain | output
     plain_width = d["head_width"] - d["rope_width"]
-    query = {"attn_q": (n_embd, q_width)}
+    query: Shapes = {"attn_q": (n_embd, q_width)}
     if d["q_lora_rank"]:
         query = {"attn_q_a": (n_embd, d["q_lora_rank"]), "attn_q_b": (d["q_lora_rank"], q_width)}
-    return (
-        query
-        | {
-            "attn_kv_a_mqa": (n_embd, rank + d["rope_width"]),
-            "attn_k_b": (plain_width, rank, heads),
-            "attn_v_b": (rank, d["v_head_width"], heads),
-        }
-        | output
-    )
+    latent: Shapes = {
+        "attn_kv_a_mqa": (n_embd, rank + d["rope_width"]),
+        "attn_k_b": (plain_width, rank, heads),
+        "attn_v_b": (rank, d["v_head_width"], heads),
+    }
+    return query | latent | output
 
 
-def _feed_forward(d: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+def _feed_forward(d: dict[str, Any], layer: int) -> Shapes:
     n_embd, n_expert = d["n_embd"], d["n_expert"]
     is_sparse = layer >= d["n_dense_lead"] and (layer + 1) % d["expert_period"] == 0
     if not n_expert or not is_sparse:
         up = (n_embd, d["n_ff"])
         return {"ffn_gate": up, "ffn_up": up, "ffn_down": up[::-1]}
-    up = (n_embd, d["n_ff_expert"], n_expert)
-    found: dict[str, tuple[int, ...]] = {
+    experts = (n_embd, d["n_ff_expert"], n_expert)
+    found: Shapes = {
         "ffn_gate_inp": (n_embd, n_expert),
-        "ffn_gate_exps": up,
-        "ffn_up_exps": up,
+        "ffn_gate_exps": experts,
+        "ffn_up_exps": experts,
         "ffn_down_exps": (d["n_ff_expert"], n_embd, n_expert),
     }
     if d["n_ff_shared"]:

@@ -123,6 +123,7 @@ def size_factor(
     Returns:
         Factor of the experts and factor of the rest.
     """
+
     def total(tensors: Iterable[Tensor]) -> float:
         return float(sum(t.bytes_as(types[t.name]) for t in tensors))
 

@@ -1,10 +1,10 @@
 """How wrong the speed model is on published measurements.
 
-Usage: python -m benchmarks.validate_speed --cases FILE [--cross-validate]
+Usage: python benchmarks/validate_speed.py --cases FILE [--cross-validate]
 
 Predicts every case with the shipped constants; with --cross-validate with constants fitted without
-the case's thread (the type table stays as shipped). Prints each case, totals by kind of case, and as
-the last line one JSON object. A case that cannot be used is listed with its reason.
+the case's thread (the type table stays as shipped). Prints each case, totals by kind of case, and
+as the last line one JSON object. A case that cannot be used is listed with its reason.
 
 Errors are |predicted / measured speed - 1| of the speed that a case states; the speeds at other
 depths of its sweep are summed up apart. Doubtful cases (paging, outliers in the words of those who
@@ -14,12 +14,15 @@ collected them) count like all others.
 import argparse
 import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.speed_cases import Case, Measured, read_cases, read_rows
 from quantplan.costs import load_data
@@ -28,14 +31,16 @@ from quantplan.costs.decode import decode_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.speed import interval
-from quantplan.hardware import Machine
+from quantplan.hardware import Device, Machine
 
 Array = NDArray[np.float64]
 Choose = Callable[[Case], Factors]
 _MIN_ALTERNATIVES = 4
 
 
-def predicted_tps(case: Case, m: Measured, factors: Factors, machine: Machine | None = None) -> float:
+def predicted_tps(
+    case: Case, m: Measured, factors: Factors, machine: Machine | None = None
+) -> float:
     """Predicted tokens per second of one measurement."""
     devices = machine or case.machine
     if m.n_tokens == 1:
@@ -73,13 +78,15 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 def relative(errors: Sequence[float]) -> Array:
     """|predicted / measured - 1| from logarithms."""
-    return np.abs(np.exp(np.asarray(errors, dtype=float)) - 1)
+    found: Array = np.abs(np.exp(np.asarray(errors, dtype=float)) - 1)
+    return found
 
 
 def print_cases(cases: Sequence[Case], choose: Choose) -> None:
     """One line per case: predicted and measured, at the depth that is stated."""
-    header = f"{'case':<6}{'kind':<8}{'model and quant':<44}{'depth':>7}"
-    print(f"{header}{'decode':>9}{'measured':>9}{'ratio':>7}  in{'prefill':>9}{'measured':>9}{'ratio':>7}")
+    ratio = f"{'measured':>9}{'ratio':>7}"
+    header = f"{'case':<6}{'kind':<8}{'model and quant':<44}{'depth':>7}{'decode':>9}"
+    print(f"{header}{ratio}  in{'prefill':>9}{ratio}")
     for case in cases:
         factors = choose(case)
         line = f"{case.id:<6}{case.where:<8}{case.model + ' ' + case.quant:<44.43}"
@@ -103,7 +110,7 @@ def is_inside(case: Case, tps: float) -> bool:
     return ends.low <= case.decode[0].tps <= ends.high
 
 
-def totals(cases: Sequence[Case], choose: Choose) -> dict[str, float]:
+def totals(cases: Sequence[Case], choose: Choose) -> dict[str, float | None]:
     """The figures of the last line, for some cases."""
     decode = [c for c in cases if c.decode]
     predicted = [predicted_tps(c, c.decode[0], choose(c)) for c in decode]
@@ -113,17 +120,21 @@ def totals(cases: Sequence[Case], choose: Choose) -> dict[str, float]:
     inside = [is_inside(c, p) for c, p in zip(decode, predicted, strict=True)]
     return {
         "n_decode": len(decode),
-        "decode_median_err": _rounded(np.median(relative(errors)) if errors else math.nan),
-        "decode_p90_err": _rounded(np.quantile(relative(errors), 0.9) if errors else math.nan),
+        "decode_median_err": _rounded(float(np.median(relative(errors))) if errors else math.nan),
+        "decode_p90_err": _rounded(
+            float(np.quantile(relative(errors), 0.9)) if errors else math.nan
+        ),
         "decode_bias": _rounded(math.exp(np.median(errors)) - 1 if errors else math.nan),
-        "decode_coverage80": _rounded(np.mean(inside) if inside else math.nan),
+        "decode_coverage80": _rounded(float(np.mean(inside)) if inside else math.nan),
         "decode_spearman": _rounded(spearman(predicted, measured)),
         "n_prefill": len(prompts),
-        "prefill_median_err": _rounded(np.median(relative(prompts)) if prompts else math.nan),
+        "prefill_median_err": _rounded(
+            float(np.median(relative(prompts))) if prompts else math.nan
+        ),
     }
 
 
-def _rounded(value: float | np.floating) -> float | None:
+def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 4)
 
 
@@ -198,17 +209,17 @@ def print_calibrated(cases: Sequence[Case], choose: Choose) -> None:
                 for key in ("all", "same kind" if other.where == known.where else "other kind"):
                     before[key].append(logs(other, [m], choose(other))[0])
                     after[key].append(math.log(tps / m.tps))
-    for key in before:
+    for key, errors in before.items():
         print(
             f"one calibrating case on the same rig, {key}: {len(after[key])} pairs, median error "
-            f"{np.median(relative(before[key])):.3f} before, {np.median(relative(after[key])):.3f} "
+            f"{np.median(relative(errors)):.3f} before, {np.median(relative(after[key])):.3f} "
             "after"
         )
     if inside:
         print(f"inside the calibrated 80 % interval: {np.mean(inside):.3f}")
 
 
-def _like(machine: Machine, case: Case) -> tuple:  # type: ignore[type-arg]
+def _like(machine: Machine, case: Case) -> tuple[Device, ...]:
     """The case's GPUs, slowed down as those of a calibrated machine."""
     slowdown = machine.gpus[0].decode_slowdown if machine.gpus else 1.0
     return tuple(g.model_copy(update={"decode_slowdown": slowdown}) for g in case.machine.gpus)

@@ -23,9 +23,9 @@ _MIN_ROUNDS = 3
 def detect(*, measure: bool = True) -> Machine:
     """Describes the machine that this runs on.
 
-    NVIDIA GPUs are found through NVML (the package ``nvidia-ml-py``), if it is installed and a driver
-    is there; other GPUs have to be added by hand. Bandwidth and arithmetic rates of a GPU come from
-    the table of known ones, else from its memory bus and clock.
+    NVIDIA GPUs are found through NVML (the package ``nvidia-ml-py``), if it is installed and a
+    driver is there; other GPUs have to be added by hand. Bandwidth and arithmetic rates of a GPU
+    come from the table of known ones, else from its memory bus and clock.
 
     Args:
         measure: Measure the RAM's bandwidth (some seconds on all cores); else take that of the CPU
@@ -75,8 +75,8 @@ def ram_bytes_per_s() -> float:
     """Measures the rate at which all cores stream through memory together.
 
     The triad a = b + s c of the STREAM benchmark, with one slice per thread; numpy takes two passes
-    for it, which are counted as what they move. Reading, which decoding does, is as fast or a little
-    faster.
+    for it, which are counted as what they move. Reading alone, which decoding does, is as fast or a
+    little faster.
 
     Returns:
         Bytes per second of the best round, as STREAM reports it.
@@ -109,7 +109,7 @@ def _triad(
     b: "np.ndarray[tuple[int], np.dtype[np.float64]]",
     c: "np.ndarray[tuple[int], np.dtype[np.float64]]",
 ) -> None:
-    """a = 3 b + c in place; numpy releases the interpreter lock while it works."""
+    """A = 3 b + c in place; numpy releases the interpreter lock while it works."""
     barrier.wait()
     np.multiply(b, 3.0, out=a)
     np.add(a, c, out=a)
@@ -146,6 +146,4 @@ def _nvidia_gpu(pynvml: object, index: int) -> Device:
         clock_mhz = int(str(call("MaxClockInfo", handle, memory_clock)))
         # Two transfers per clock of the rate that NVML states.
         known = Device.gpu(0, capacity, 2e6 * clock_mhz * bus_bits / 8, model=name)
-    return known.model_copy(
-        update={"name": f"GPU{index}", "capacity_bytes": capacity}
-    )
+    return known.model_copy(update={"name": f"GPU{index}", "capacity_bytes": capacity})

@@ -1,6 +1,6 @@
 """Fits the speed model's constants to published measurements, and says how wrong it is.
 
-Usage: python -m scripts.fit_speed CASES TYPES_ABSOLUTE TYPES_RELATIVE
+Usage: python scripts/fit_speed.py CASES TYPES_ABSOLUTE TYPES_RELATIVE
 
 CASES are measured speeds of whole models (see ``benchmarks/speed_cases.py``), TYPES_ABSOLUTE and
 TYPES_RELATIVE speeds of one model in many types on one machine. Writes
@@ -18,6 +18,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.speed_cases import Case, read_cases, read_rows
 from quantplan.costs.decode import decode_s
@@ -37,8 +40,8 @@ TARGET = Path(__file__).parent.parent / "quantplan" / "costs" / "data" / "speed.
 OVERLAP = 6.0
 RUNTIMES = ("llama.cpp", "ik_llama.cpp")
 CREDIT = (
-    "Measurements published by the users and authors of llama.cpp and ik_llama.cpp in the projects' "
-    "public threads, and by Thireus and contributors (GGUF-Tool-Suite)"
+    "Measurements published by the users and authors of llama.cpp and ik_llama.cpp in the "
+    "projects' public threads, and by Thireus and contributors (GGUF-Tool-Suite)"
 )
 # Name: (plausible value, standard deviation of its logarithm, of the runtimes' difference).
 DECODE = {
@@ -175,15 +178,13 @@ class Fit:
         """Residuals of all cases, one after the other."""
         return np.array([r for case in self.cases for r in self.residuals_of(case, logs)])
 
-    def run(
-        self, start: Array, leave_out: str | None = None, steps: int = 12
-    ) -> Array:
+    def run(self, start: Array, leave_out: str | None = None, steps: int = 12) -> Array:
         """Fits, without the cases of a thread if one is named."""
         weights = self.weights.copy()
         if leave_out is not None:
             left = np.array([c.thread == leave_out for c in self.cases])
             weights[left[self.owner]] = 0.0
-        return fit_logs(self.residuals, start, self.means, self.sds, weights, steps)
+        return fit_logs(self.residuals, start, self.means, self.sds, weights=weights, steps=steps)
 
     def cross_validated(self, fitted: Array) -> list[list[float]]:
         """Residuals of each case by constants that were fitted without its thread."""

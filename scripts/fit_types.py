@@ -1,4 +1,4 @@
-"""Fits how many operations each tensor type costs per weight, from speeds of one model in many types.
+"""Fits how many operations each type costs per weight, from speeds of a model in many types.
 
 t = read (+) unpack + rest for every host, where (+) is the p-norm of the speed model, read is bytes
 over the host's reading rate, unpack is weights * operations(type) over the host's vector rate, and
@@ -138,7 +138,7 @@ def fit_kind(speeds: Sequence[Speed], kind: str, overlap: float) -> tuple[dict[s
     # From above: what is hidden behind reading has no slope, and would stay where it starts.
     start = means.copy()
     start[3 * n :] += np.log(4)
-    x = fit_logs(residuals, start, means, sds, np.ones(len(speeds)), 60)
+    x = fit_logs(residuals, start, means, sds, weights=np.ones(len(speeds)), steps=60)
     table = {name: float(np.exp(x[3 * n + i])) for i, name in enumerate(names)}
     return table, residuals(x)
 

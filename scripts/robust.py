@@ -18,6 +18,7 @@ def fit_logs(
     start: Array,
     means: Array,
     sds: Array,
+    *,
     weights: Array,
     steps: int,
 ) -> Array:

@@ -120,7 +120,7 @@ def test_every_output_of_the_tools_is_read(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "nothing", "[1]", "{", '{"avg_ts": 1}', "| test | t/s |"])
 def test_other_text_is_refused(text: str) -> None:
     """What is no benchmark's output is an error that says what to give."""
-    with pytest.raises(InputError, match="benchmark's output|llama-bench"):
+    with pytest.raises(InputError, match=r"benchmark's output|llama-bench"):
         parse_bench(text)
 
 

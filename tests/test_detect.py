@@ -14,7 +14,7 @@ from tests.test_cli import quantplan
 
 
 def test_this_machine_is_described_in_a_few_seconds() -> None:
-    """The RAM is the system's, its rate is measured on all threads, and a second is about enough."""
+    """The RAM is the system's, its rate is measured on all threads, in about a second."""
     start = time.monotonic()
     found = detect.detect()
     assert time.monotonic() - start < 20  # 5 s on a machine that does nothing else

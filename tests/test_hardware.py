@@ -128,7 +128,7 @@ def test_a_name_with_another_capacity_is_that_card_with_that_much_memory() -> No
 
 
 def test_profiles_are_machines(tmp_path: Path) -> None:
-    """A saved profile is read back equal, also where a machine is written; a broken one is named."""
+    """A saved profile is read back equal, also as the text of a machine; a broken one is named."""
     machine = Machine.parse(f"RTX 4090 + {RAM}").model_copy(update={"measured": ("a run",)})
     path = tmp_path / "my machine.json"
     machine.save(path)
@@ -315,7 +315,7 @@ def test_devices_cannot_change() -> None:
 
 
 def test_numbers_of_the_table_come_with_a_source() -> None:
-    """The table says of every GPU and CPU where its numbers are from, and when they were looked up."""
+    """The table says of every GPU and CPU where its numbers are from, and when they were read."""
     table = json.loads(files("quantplan").joinpath("data/hardware.json").read_text())
     assert table["source"]
     assert table["date"]

@@ -244,9 +244,7 @@ def boundary_seconds(layers: Sequence[str], last: str) -> float:
     return float(FACTORS["crossing_s"]) * sum(map(ne, layers, ends)) / 2
 
 
-def hop_seconds(
-    inventory: Inventory, tensor: Tensor, home: Device, layers: Sequence[str]
-) -> float:
+def hop_seconds(inventory: Inventory, tensor: Tensor, home: Device, layers: Sequence[str]) -> float:
     """A hop to the CPU, shared by a layer's experts, or by its other matrices of one kind."""
     if tensor.layer is None or home.name == layers[tensor.layer]:
         return 0.0

@@ -1,4 +1,4 @@
-"""Seconds per token and per prompt: what is read, unpacked and attended to, and how sure that is."""
+"""Seconds per token and per prompt: reading, unpacking, attention, and how sure that is."""
 
 import math
 from dataclasses import replace
@@ -61,7 +61,7 @@ def placed(inventory: Inventory, *, experts_on: str, rest_on: str, qtype: str = 
 
 
 def test_a_layer_whose_experts_are_in_ram_costs_one_hop() -> None:
-    """Every layer with experts, or a dense feed-forward network, in RAM is one hop there and back."""
+    """A layer with its experts, or its dense feed-forward network, in RAM is one hop and back."""
     assert placed(AIR, experts_on="CPU", rest_on="GPU0").n_crossings == pytest.approx(46)
     assert placed(AIR, experts_on="GPU0", rest_on="GPU0").n_crossings == 0
     shares = crossing_shares(AIR)
@@ -97,19 +97,13 @@ def test_types_that_are_slow_to_unpack_are_slow_on_few_cores() -> None:
     assert read_s(many, iq3) < 1.05 * read_s(many, q4)
 
 
-@pytest.mark.parametrize(
-    ("machine", "kind"), [("RTX 4080", "gpu"), ("RTX 3090", "gpu"), (None, "cpu")]
-)
-def test_an_8b_model_in_q4_k_is_as_fast_as_published(machine: str | None, kind: str) -> None:
-    """Llama-3.1-8B in Q4_K: 124 tokens/s on an RTX 4080, 138 on a 3090, 9.6 on two Zen 4 cores."""
-    published = {"RTX 4080": 123.71, "RTX 3090": 138.0, None: 9.57}[machine]
+@pytest.mark.parametrize(("gpu", "tps"), [("RTX 4080", 123.71), ("RTX 3090", 138.01)])
+def test_an_8b_model_in_q4_k_is_as_fast_as_published(gpu: str, tps: float) -> None:
+    """Llama-3.1-8B in Q4_K decodes at 124 tokens/s on an RTX 4080 and at 138 on a 3090."""
     # 7.5e9 weights in 225 matrices.
     read = replace(matrix("Q4_K", 7.5e9, 4.5), n_matrices=225)
-    device = Device.ram(2**36, 67e9, cores=2)
-    if machine:
-        device = Machine.parse(f"{machine} + 1GiB@1GB/s").gpus[0]
-    assert device.kind == kind
-    assert 1 / (read_s(device, read) + shipped().fixed_s) == pytest.approx(published, rel=0.2)
+    (device,) = Machine.parse(f"{gpu} + 1GiB@1GB/s").gpus
+    assert 1 / (read_s(device, read) + shipped().fixed_s) == pytest.approx(tps, rel=0.1)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -213,7 +207,7 @@ def test_the_curve_goes_through_the_model() -> None:
 
 
 def test_intervals_surround_the_prediction_and_calibration_narrows_them() -> None:
-    """The interval holds the prediction, and a calibrated machine's is inside that of the others."""
+    """The interval holds the prediction; a calibrated machine's is inside that of the others."""
     found = predicted().decode_tps(0)
     assert found.low < found.expected < found.high
     known = HYBRID.model_copy(update={"speed_log_sd": 0.02})
@@ -246,7 +240,7 @@ def test_a_plans_speed_is_the_models() -> None:
         if name.endswith("attn_norm.weight")
     }
     layers = [homes[layer] for layer in range(AIR.architecture.n_loaded_layers)]
-    found = predict_speed(AIR, assignment, layers, "GPU0", HYBRID, workload)
+    found = predict_speed(AIR, assignment, layers, "GPU0", machine=HYBRID, workload=workload)
     assert found.points[-1].depth == 16384
     assert made.predicted.decode_tps == pytest.approx(found.points[-1].decode_tps.expected)
     assert made.predicted.prefill_tps == pytest.approx(found.points[0].prefill_tps.expected)

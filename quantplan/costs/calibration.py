@@ -88,7 +88,10 @@ def _most_probable(
 
     def errors(logs: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
         slowed = _slowed(machine, kind, logs)
-        return [math.log(_predicted_s(slowed, m, factors or shipped(m.runtime)) * m.tps) for m in measurements]
+        return [
+            math.log(_predicted_s(slowed, m, factors or shipped(m.runtime)) * m.tps)
+            for m in measurements
+        ]
 
     logs = np.zeros(2)
     for _ in range(_STEPS):

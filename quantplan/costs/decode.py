@@ -42,7 +42,8 @@ def read_s(device: Device, read: Read, factors: Factors | None = None) -> float:
 
 def cpu_read_share(device: Device, f: Factors) -> float:
     """Time of reading from RAM over that at its full bandwidth."""
-    return f.cpu_read * (device.bandwidth_bytes_per_s / _COMMON_BANDWIDTH) ** f.cpu_read_growth
+    growth = (device.bandwidth_bytes_per_s / _COMMON_BANDWIDTH) ** f.cpu_read_growth
+    return float(f.cpu_read * growth)
 
 
 def cached_cells(cache: LayerCache, workload: Workload, depth: float) -> float:
@@ -79,6 +80,7 @@ def cache_s(
     cache: LayerCache,
     workload: Workload,
     depth: float,
+    *,
     factors: Factors | None = None,
 ) -> float:
     """Seconds per token to attend to one layer's cache, or to update its state.
@@ -130,6 +132,6 @@ def decode_s(
     for name, reads in traffic.reads.items():
         seconds += sum(read_s(devices[name], read, f) for read in reads)
     for name, cache, n_layers in traffic.caches:
-        per_layer = cache_s(devices[name], traffic.architecture, cache, workload, depth, f)
+        per_layer = cache_s(devices[name], traffic.architecture, cache, workload, depth, factors=f)
         seconds += n_layers * per_layer
     return seconds

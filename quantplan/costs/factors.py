@@ -18,8 +18,8 @@ class Factors:
             the longer of the two counts.
         gpu_read: Weights over the GPU's bandwidth.
         cpu_read: Weights over the RAM's bandwidth, of a machine that reads 100 GB/s.
-        cpu_read_growth: Exponent g of (bandwidth / 100 GB/s)^g by which that grows: the more channels
-            and chiplets, the smaller the share of their bandwidth that decoding reaches.
+        cpu_read_growth: Exponent g of (bandwidth / 100 GB/s)^g by which that grows: the more
+            channels and chiplets, the smaller the share of the bandwidth that decoding reaches.
         gpu_expert_read: The same for experts, on top.
         cpu_expert_read: The same for experts, on top.
         gpu_unpack: Operations of a type over the GPU's vector rate.
@@ -81,7 +81,6 @@ class Factors:
     cpu_latent_prompt_attention: float
     ubatch_launch_s: float
 
-
     def operations_of(self, kind: str, qtype_name: str) -> float:
         """Operations per weight that a type costs, in units of the nominal rate.
 
@@ -90,7 +89,7 @@ class Factors:
             qtype_name: The type; interleaved variants (``_R4``, ``_R8``) count as the plain one.
         """
         table = self.operations[kind]
-        return table.get(qtype_name.split("_R")[0], table["default"])
+        return table.get(qtype_name.split("_R", maxsplit=1)[0], table["default"])
 
 
 @cache

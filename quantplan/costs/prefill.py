@@ -70,9 +70,7 @@ def _used_share(read: Read, n_tokens: int, active_share: float) -> float:
     return 1 - (1 - active_share) ** n_tokens if read.is_expert else 1.0
 
 
-def _matrix_s(
-    device: Device, read: Read, n_tokens: int, active_share: float, f: Factors
-) -> float:
+def _matrix_s(device: Device, read: Read, n_tokens: int, active_share: float, f: Factors) -> float:
     """Seconds to multiply a batch with matrices."""
     if device.kind == "cpu":
         operations = f.cpu_matrix * f.operations_of("cpu_prompt", read.qtype)

@@ -88,7 +88,7 @@ class SpeedPrediction(Frozen):
 
     def _seconds_per_token(self, kind: str, end: str, depth: float) -> float:
         depths = [point.depth for point in self.points]
-        seconds = [1 / getattr(getattr(point, kind), end) for point in self.points]
+        seconds = [1 / float(getattr(getattr(point, kind), end)) for point in self.points]
         if len(depths) == 1:
             return seconds[0]
         right = min(max(bisect_right(depths, depth), 1), len(depths) - 1)
@@ -118,9 +118,9 @@ def predict_speed(
     assignment: Mapping[str, tuple[str, str]],
     layers: Sequence[str],
     output: str,
+    *,
     machine: Machine,
     workload: Workload,
-    *,
     runtime: Runtime = "llama.cpp",
     op_offload: bool = True,
 ) -> SpeedPrediction:

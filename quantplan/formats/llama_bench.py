@@ -121,7 +121,12 @@ def _from_row(row: dict[str, str]) -> list[BenchResult]:
     if match is None:
         return []
     flags: list[str] = []
-    for name, flag in (("ngl", "-ngl"), ("n_ubatch", "-ub"), ("type_k", "-ctk"), ("type_v", "-ctv")):
+    for name, flag in (
+        ("ngl", "-ngl"),
+        ("n_ubatch", "-ub"),
+        ("type_k", "-ctk"),
+        ("type_v", "-ctv"),
+    ):
         if row.get(name):
             flags += [flag, row[name]]
     return [
