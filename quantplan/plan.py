@@ -5,8 +5,10 @@ from collections import Counter
 from dataclasses import replace
 from typing import Literal
 
-from quantplan.costs import data_hashes, speed
+from quantplan.costs import data_hashes
 from quantplan.costs.memory import pad
+from quantplan.costs.prefill import prefill_s
+from quantplan.costs.traffic import collect
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import placement_flags, server_command, workload_flags
 from quantplan.hardware import Machine
@@ -268,21 +270,15 @@ def _devices(machine: Machine, solution: Solution) -> tuple[DeviceUse, ...]:
 def _prediction(
     problem: Problem, solution: Solution, assignments: tuple[RecipeTensor, ...]
 ) -> Prediction:
-    inventory = problem.inventory
-    weights_on: dict[str, float] = {}
-    streamed_bytes = 0.0
-    for group, (option, name) in zip(problem.groups, solution.choices, strict=True):
-        active = sum(speed.active_weights(inventory, tensor) for tensor in group.tensors)
-        weights_on[name] = weights_on.get(name, 0.0) + active
-        if problem.is_streamed(group) and name == problem.machine.ram.name:
-            streamed_bytes += option.n_bytes
+    inventory, workload = problem.inventory, problem.workload
+    placed = {a.tensor: (a.qtype, a.device) for a in assignments if a.device is not None}
+    traffic = collect(inventory, placed, solution.layer_devices, problem.output_device.name)
+    prompt_s = prefill_s(traffic, problem.machine, workload, 0)
     by_name = inventory.by_name
     file_bytes = sum(pad(by_name[a.tensor].bytes_as(a.qtype), _DATA_ALIGNMENT) for a in assignments)
     return Prediction(
         decode_tps=1 / solution.decode_s,
-        prefill_tps=speed.prefill_tps(
-            problem.machine, problem.workload, weights_on, streamed_bytes
-        ),
+        prefill_tps=workload.ubatch / prompt_s,
         loss_nats=solution.loss_nats,
         file_bytes=file_bytes,
         bpw=file_bytes * 8 / inventory.n_weights,

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from quantplan.errors import MachineError
-from quantplan.hardware import Device, Machine, gpu_presets
+from quantplan.hardware import Device, Machine, cpu_presets, cpu_rates, find_cpu, gpu_presets
 
 GIB = 2**30
 RAM = "64GiB@80GB/s"
+RATES = ["bandwidth_bytes_per_s", "flops_per_s", "vector_flops_per_s"]
 
 
 @pytest.mark.parametrize("name", gpu_presets())
@@ -21,10 +23,11 @@ def test_presets_are_understood_by_name(name: str) -> None:
     """Every preset makes a GPU of plausible size, speed and margin, called by its name."""
     (gpu,) = Machine.parse(f"{name} + {RAM}").gpus
     assert (gpu.name, gpu.kind, gpu.model) == ("GPU0", "gpu", name)
-    assert 3 * GIB < gpu.capacity_bytes <= 96 * GIB
-    assert 150e9 <= gpu.bandwidth_bytes_per_s <= 2000e9
-    assert 10e12 <= gpu.flops_per_s <= 400e12
-    assert 10e9 <= gpu.link_bytes_per_s <= 64e9
+    assert 3 * GIB < gpu.capacity_bytes <= 384 * GIB
+    assert 60e9 <= gpu.bandwidth_bytes_per_s <= 6000e9
+    assert 5e12 <= gpu.flops_per_s <= 1400e12
+    assert gpu.vector_flops_per_s <= gpu.flops_per_s <= 64 * gpu.vector_flops_per_s
+    assert 10e9 <= gpu.link_bytes_per_s <= 100e9
     assert gpu.usable_bytes == gpu.capacity_bytes - gpu.margin_bytes
 
 
@@ -94,10 +97,48 @@ def test_gpus_from_plain_numbers() -> None:
     machine = Machine.parse("2x 24GiB@936GB/s + 128 GiB @ 200 GB/s")
     assert [g.capacity_bytes for g in machine.gpus] == [24 * GIB] * 2
     assert [g.bandwidth_bytes_per_s for g in machine.gpus] == [936e9] * 2
-    assert machine.gpus[1].flops_per_s == pytest.approx(71e12, rel=0.01)
+    assert machine.gpus[1].flops_per_s == pytest.approx(142e12, rel=0.01)
     assert machine.gpus[1].link_bytes_per_s == 25e9
     assert machine.ram.capacity_bytes == 128 * GIB
     assert machine.ram.bandwidth_bytes_per_s == 200e9
+
+
+@pytest.mark.parametrize("name", cpu_presets())
+def test_cpus_are_understood_by_name(name: str) -> None:
+    """A capacity with the name of a CPU is RAM that reads as fast as that CPU does."""
+    ram = Machine.parse(f"96GiB {name}").ram
+    cores, rate = cpu_rates(name)
+    assert (ram.capacity_bytes, ram.bandwidth_bytes_per_s, ram.model) == (96 * GIB, rate, name)
+    assert ram.flops_per_s == pytest.approx(cores * 134e9)
+    assert 25e9 <= rate <= 620e9
+    assert find_cpu(f"AMD {name} 16-Core Processor") is not None
+
+
+def test_an_unknown_cpu_comes_with_near_ones() -> None:
+    """A CPU that is not known is refused with similar names, or with how to give numbers."""
+    with pytest.raises(MachineError, match=r"unknown CPU 'Ryzen 9 9950Y': did you mean .*9950X"):
+        Machine.parse("96GiB Ryzen 9 9950Y")
+
+
+def test_a_name_with_another_capacity_is_that_card_with_that_much_memory() -> None:
+    """A GPU of one name and several sizes, or unified memory, takes the size that is written."""
+    (gpu,) = Machine.parse(f"M2 Max 32GiB + {RAM}").gpus
+    assert (gpu.model, gpu.capacity_bytes, gpu.bandwidth_bytes_per_s) == ("M2 Max", 32 * GIB, 400e9)
+    assert Machine.parse(f"RTX 5060 Ti 16GB + {RAM}").gpus[0].capacity_bytes == 16311 * 2**20
+
+
+def test_profiles_are_machines(tmp_path: Path) -> None:
+    """A saved profile is read back equal, also as the text of a machine; a broken one is named."""
+    machine = Machine.parse(f"RTX 4090 + {RAM}").model_copy(update={"measured": ("a run",)})
+    path = tmp_path / "my machine.json"
+    machine.save(path)
+    assert Machine.load(path) == Machine.parse(str(path)) == machine
+    assert "measured: a run" in machine.summary()
+    path.write_text('{"gpus": []}', encoding="utf-8")
+    with pytest.raises(MachineError, match="ram"):
+        Machine.load(path)
+    with pytest.raises(MachineError, match="cannot be read"):
+        Machine.parse(str(tmp_path / "none.json"))
 
 
 def test_ram_alone_is_a_machine_without_gpu() -> None:
@@ -205,8 +246,8 @@ def test_devices_in_the_wrong_place_are_all_named() -> None:
         (lambda: Device.gpu(0, -5, 1e9), ["capacity_bytes"]),
         (lambda: Device.gpu(0, -GIB, 1e9, margin_bytes=-1), ["capacity_bytes", "margin_bytes"]),
         (lambda: Device.gpu(0, GIB, 1e9, link_bytes_per_s=-1.0), ["link_bytes_per_s"]),
-        (lambda: Device.ram(GIB, float("inf")), ["bandwidth_bytes_per_s", "flops_per_s"]),
-        (lambda: Device.ram(GIB, float("nan")), ["bandwidth_bytes_per_s", "flops_per_s"]),
+        (lambda: Device.ram(GIB, float("inf")), RATES),
+        (lambda: Device.ram(GIB, float("nan")), RATES),
     ],
 )
 def test_numbers_out_of_range_are_all_named(make: Callable[[], Device], names: list[str]) -> None:
@@ -282,8 +323,11 @@ def test_devices_cannot_change() -> None:
 
 
 def test_numbers_of_the_table_come_with_a_source() -> None:
-    """The table of GPUs says where its numbers are from and when they were looked up."""
+    """The table says of every GPU and CPU where its numbers are from, and when they were read."""
     table = json.loads(files("quantplan").joinpath("data/hardware.json").read_text())
     assert table["source"]
     assert table["date"]
+    for entry in (*table["gpus"].values(), *table["cpus"].values()):
+        assert entry["source"]
+        assert entry["date"]
     assert (*table["gpus"], *table["classes"]) == gpu_presets()

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
+from operator import ne
 
 import gguf
 import numpy as np
@@ -46,6 +47,7 @@ HELD_BACK_BYTES = 8192
 HELD_BACK_TIME = 1 + 1e-5
 OFFLOAD_MIN_BATCH = 32
 SPEED = load_data("speed.json")
+FACTORS = SPEED["factors"]["llama.cpp"]
 solving = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -77,18 +79,39 @@ def is_expert(tensor: Tensor) -> bool:
 
 
 def seconds(inventory: Inventory, tensor: Tensor, qtype: str, home: Device, last: Device) -> float:
-    """Seconds per token to read a tensor, the output's copy of a tied embedding included."""
-    share, kind = 1.0, f"{home.kind}_bandwidth_share"
+    """Seconds per token for a tensor, the output's copy of a tied embedding included."""
+    share = 1.0
     if is_expert(tensor):
         share = inventory.architecture.n_expert_used / inventory.architecture.n_expert
-        kind = "cpu_expert_bandwidth_share" if home.kind == "cpu" else kind
     if tensor.name == "token_embd.weight":
-        share = 1 / tensor.shape_ne[1]
-    found = raw_bytes(tensor, qtype) * share / home.bandwidth_bytes_per_s / SPEED[kind]
-    if is_tied(inventory, tensor):
-        rate = last.bandwidth_bytes_per_s * SPEED[f"{last.kind}_bandwidth_share"]
-        found += bytes_on("cpu", tensor, qtype) / rate
-    return found
+        found = raw_bytes(tensor, qtype) / tensor.shape_ne[1] * read_factor(home, experts=False)
+        found /= home.bandwidth_bytes_per_s
+        copied = is_tied(inventory, tensor)
+        return found + (product_s(tensor, qtype, last, 1.0) if copied else 0.0)
+    return product_s(tensor, qtype, home, share)
+
+
+def read_factor(home: Device, *, experts: bool) -> float:
+    """Seconds to read a byte, in units of those at the device's bandwidth."""
+    found = float(FACTORS[f"{home.kind}_read"])
+    if home.kind == "cpu":
+        found *= (home.bandwidth_bytes_per_s / 100e9) ** FACTORS["cpu_read_growth"]
+    return found * (FACTORS[f"{home.kind}_expert_read"] if experts else 1.0)
+
+
+def product_s(tensor: Tensor, qtype: str, home: Device, share: float) -> float:
+    """Seconds for the product with a matrix, or with a share of its experts."""
+    kind, p = home.kind, FACTORS["overlap"]
+    table = SPEED["operations_per_weight"]["llama.cpp"][kind]
+    read = raw_bytes(tensor, qtype) * share / home.bandwidth_bytes_per_s
+    read *= read_factor(home, experts=is_expert(tensor))
+    unpack = tensor.n_weights * share * table.get(qtype, table["default"])
+    unpack *= FACTORS[f"{kind}_unpack"] / home.vector_flops_per_s
+    launch = 0.0
+    if len(tensor.shape_ne) > 1 and "norm" not in tensor.name:
+        launch = FACTORS[f"{kind}_launch_s"]
+        launch += FACTORS[f"{kind}_expert_launch_s"] if is_expert(tensor) else 0.0
+    return float((read**p + unpack**p) ** (1 / p) + launch)
 
 
 def is_tied(inventory: Inventory, tensor: Tensor) -> bool:
@@ -170,6 +193,7 @@ def every_choice(task: Task, only: dict[str, str] | None = None) -> Everything:
                 for tensor in tensors:
                     row[0] += losses.loss_nats(tensor, qtype)
                     row[1] += seconds(task.inventory, tensor, qtype, home, task.last)
+                    row[1] += hop_seconds(task.inventory, tensor, home, task.layers)
                     copies = {home, task.last} if is_tied(task.inventory, tensor) else {home}
                     for d, device in enumerate(devices):
                         if device in copies:
@@ -180,7 +204,7 @@ def every_choice(task: Task, only: dict[str, str] | None = None) -> Everything:
         sums = (sums[:, None, :] + np.array(rows)[None]).reshape(-1, sums.shape[1])
         streamed = np.maximum(streamed[:, None], np.array(largest)[None]).reshape(-1)
         assert len(sums) < 2e6, "too many choices to count out"
-    time = sums[:, 1] + SPEED["fixed_s_per_token"] + cache_seconds(task)
+    time = sums[:, 1] + base_seconds(task)
     room = [
         device.usable_bytes - cache_bytes(task).get(device.name, 0) - sums[:, 2 + d]
         - np.array([compute_bytes(task, device, 0)])
@@ -206,13 +230,42 @@ def cache_bytes(task: Task) -> dict[str, int]:
     return found
 
 
-def cache_seconds(task: Task) -> float:
-    """Seconds per token for the cache of one slot."""
-    return sum(
-        cache_bytes(task).get(d.name, 0) / task.workload.n_streams
-        / (d.bandwidth_bytes_per_s * SPEED[f"{d.kind}_bandwidth_share"])
-        for d in task.machine.devices
-    )  # fmt: skip
+def base_seconds(task: Task) -> float:
+    """Seconds per token that no type changes."""
+    devices = {d.name: d for d in task.machine.devices}
+    found = FACTORS["fixed_s"] + boundary_seconds(task.layers, task.last.name)
+    depth = task.workload.context / task.workload.n_streams
+    return float(found + sum(attention_s(task.inventory, devices[n], depth) for n in task.layers))
+
+
+def boundary_seconds(layers: Sequence[str], last: str) -> float:
+    """Half a hop wherever the next layer, or the output, is on another device."""
+    ends = (*layers[1:], last)
+    return float(FACTORS["crossing_s"]) * sum(map(ne, layers, ends)) / 2
+
+
+def hop_seconds(inventory: Inventory, tensor: Tensor, home: Device, layers: Sequence[str]) -> float:
+    """A hop to the CPU, shared by a layer's experts, or by its other matrices of one kind."""
+    if tensor.layer is None or home.name == layers[tensor.layer]:
+        return 0.0
+    of_layer = [t.name for t in inventory.tensors if t.layer == tensor.layer]
+    experts = [name for name in of_layer if "_exps" in name]
+    kind = "_exps" if is_expert(tensor) else tensor.name.split(".")[2].split("_")[0] + "_"
+    if kind == "ffn_" and experts:
+        return 0.0
+    same = [n for n in of_layer if kind in n and "norm" not in n and len(n.split(".")) > 3]
+    assert same
+    return float(FACTORS["crossing_s"]) / len(same)
+
+
+def attention_s(inventory: Inventory, device: Device, depth: float, width: int = 128) -> float:
+    """Seconds to attend to one layer's F16 cache of so many elements per row of K and of V."""
+    flops = 4 * inventory.architecture.q_width * depth
+    read = depth * 2 * 2 * width / device.bandwidth_bytes_per_s
+    return float(
+        read * FACTORS[f"{device.kind}_cache_read"]
+        + flops / device.vector_flops_per_s * FACTORS[f"{device.kind}_attention"]
+    )
 
 
 def compute_bytes(task: Task, device: Device, streamed: int) -> int:
@@ -458,16 +511,19 @@ def decode_s(made: Plan, inventory: Inventory) -> float:
     """Seconds per token of a plan, recomputed from its assignments."""
     devices = {device.name: device for device in made.machine.devices}
     last = (made.machine.gpus or (made.machine.ram,))[-1]
-    total = float(SPEED["fixed_s_per_token"])
-    caches = memory.cache_bytes(inventory.architecture, made.workload)
+    depth = made.workload.context / made.workload.n_streams
+    layers = [a.device for a in made.assignments if a.tensor.endswith("attn_norm.weight")]
+    assert all(layers)
+    names = [str(name) for name in layers]
+    total = float(FACTORS["fixed_s"]) + boundary_seconds(names, last.name)
     for assignment in made.assignments:
         tensor = inventory.by_name[assignment.tensor]
         if assignment.device is not None:
             home = devices[assignment.device]
             total += seconds(inventory, tensor, assignment.qtype, home, last)
+            total += hop_seconds(inventory, tensor, home, names)
             if tensor.layer is not None and tensor.role == "attn_norm":
-                rate = home.bandwidth_bytes_per_s * SPEED[f"{home.kind}_bandwidth_share"]
-                total += caches[tensor.layer] / made.workload.n_streams / rate
+                total += attention_s(inventory, home, depth)
     return total
 
 
@@ -703,7 +759,7 @@ def test_layers_stay_on_the_gpus_if_some_split_fits() -> None:
     output = 256 * 136 * 34 // 32 + 1024
     # The second GPU takes nine tenths of a layer beside the output, the first one both layers.
     first, second = activations + 2 * layer + 2**15, activations + output + layer * 9 // 10
-    machine = plain_machine((first, 1e12), (second, 1e12), ram=(2**28, 1e10))
+    machine = plain_machine((first, 1e12), (second, 1e12), ram=(2**28, 1e8))
     for layers in (("GPU0", "GPU0"), ("CPU", "GPU0")):
         task = Task(inventory, machine, workload, rules, layers)
         assert every_choice(task).fits_easily.any()

@@ -1,72 +1,193 @@
-"""Seconds per token: bytes read over bandwidth for decoding, matrix work for prefill.
+"""Speed as a curve over context depth, with an interval, and what a person waits for."""
 
-A first model: every rate is a constant share of the nominal one (``data/speed.json``), whatever the
-tensor type.
-"""
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 
 from quantplan.costs import load_data
-from quantplan.hardware import Device, Machine
-from quantplan.inventory import Inventory, Tensor
-from quantplan.qtypes import qtype
+from quantplan.costs.decode import decode_s
+from quantplan.costs.factors import shipped
+from quantplan.costs.prefill import prefill_s
+from quantplan.costs.traffic import Traffic, Where, collect
+from quantplan.hardware import Machine
+from quantplan.inventory import Inventory
+from quantplan.qtypes import Runtime
+from quantplan.schema import Frozen
 from quantplan.workload import Workload
 
-_EXPERT_CLASSES = ("up_gate_experts", "down_experts")
+# 80 % of a normal distribution is within so many standard deviations.
+_Z80 = 1.2816
+_DEPTHS = 9
 
 
-def is_expert(tensor: Tensor) -> bool:
-    """Whether only some of the tensor's matrices are read per token."""
-    return tensor.role_class in _EXPERT_CLASSES
+class Estimate(Frozen):
+    """A number with its 80 % interval.
+
+    Attributes:
+        low: Lower end.
+        expected: The prediction.
+        high: Upper end.
+    """
+
+    low: float
+    expected: float
+    high: float
 
 
-def active_bytes(inventory: Inventory, tensor: Tensor, qtype_name: str) -> float:
-    """Bytes read for one token: active experts only, one row of the embedding, else everything."""
-    if is_expert(tensor):
-        return tensor.bytes_as(qtype_name) * inventory.architecture.active_share
-    if tensor.role_class == "embedding":
-        return float(qtype(qtype_name).row_bytes(tensor.shape_ne[0]))
-    return float(tensor.bytes_as(qtype_name))
+class SpeedPoint(Frozen):
+    """Speed at one depth.
+
+    Attributes:
+        depth: Tokens in the context.
+        decode_tps: Tokens per second of one request.
+        prefill_tps: Prompt tokens per second in whole ubatches.
+    """
+
+    depth: int
+    decode_tps: Estimate
+    prefill_tps: Estimate
 
 
-def active_weights(inventory: Inventory, tensor: Tensor) -> float:
-    """Weights multiplied for one token."""
-    if is_expert(tensor):
-        return tensor.n_weights * inventory.architecture.active_share
-    return 0.0 if tensor.role_class == "embedding" else float(tensor.n_weights)
+class SpeedPrediction(Frozen):
+    """Decode and prefill speed over the depth of the context.
+
+    Attributes:
+        where: Whether GPUs, the CPU or both multiply weights.
+        runtime: The program whose constants were used.
+        points: Speeds at rising depths, from an empty context to a full one; between them the
+            seconds per token are linear.
+    """
+
+    where: Where
+    runtime: Runtime
+    points: tuple[SpeedPoint, ...]
+
+    def decode_tps(self, depth: int) -> Estimate:
+        """Decode speed with so many tokens in the context."""
+        return self._at("decode_tps", depth)
+
+    def prefill_tps(self, depth: int) -> Estimate:
+        """Speed at which a prompt is processed behind so many tokens."""
+        return self._at("prefill_tps", depth)
+
+    def turn_s(self, prompt: int, answer: int, depth: int = 0) -> Estimate:
+        """Seconds that a person waits for a whole answer.
+
+        Args:
+            prompt: New tokens of the prompt.
+            answer: Tokens of the answer.
+            depth: Tokens that are in the context already, and cached.
+        """
+        parts = []
+        for end in ("low", "expected", "high"):
+            prefill = self._seconds("prefill_tps", end, depth, depth + prompt)
+            decode = self._seconds("decode_tps", end, depth + prompt, depth + prompt + answer)
+            parts.append(prefill + decode)
+        slow, expected, fast = parts
+        return Estimate(low=fast, expected=expected, high=slow)
+
+    def _seconds_per_token(self, kind: str, end: str, depth: float) -> float:
+        depths = [point.depth for point in self.points]
+        seconds = [1 / float(getattr(getattr(point, kind), end)) for point in self.points]
+        if len(depths) == 1:
+            return seconds[0]
+        right = min(max(bisect_right(depths, depth), 1), len(depths) - 1)
+        left = right - 1
+        slope = (seconds[right] - seconds[left]) / (depths[right] - depths[left])
+        return seconds[left] + slope * (depth - depths[left])
+
+    def _seconds(self, kind: str, end: str, first: int, last: int) -> float:
+        """Seconds for the tokens from one depth to another, by the trapezoidal rule."""
+        inner = [float(p.depth) for p in self.points if first < p.depth < last]
+        bounds = [float(first), *inner, float(last)]
+        rates = [self._seconds_per_token(kind, end, depth) for depth in bounds]
+        return sum(
+            (b - a) * (x + y) / 2
+            for a, b, x, y in zip(bounds, bounds[1:], rates, rates[1:], strict=False)
+        )
+
+    def _at(self, kind: str, depth: int) -> Estimate:
+        low, expected, high = (
+            1 / self._seconds_per_token(kind, end, depth) for end in ("low", "expected", "high")
+        )
+        return Estimate(low=low, expected=expected, high=high)
 
 
-def read_rate(device: Device, *, experts: bool) -> float:
-    """Bytes per second at which a device reads weights while decoding."""
-    data = load_data("speed.json")
-    if device.kind == "gpu":
-        share = data["gpu_bandwidth_share"]
-    else:
-        share = data["cpu_expert_bandwidth_share" if experts else "cpu_bandwidth_share"]
-    return float(device.bandwidth_bytes_per_s * share)
-
-
-def fixed_s() -> float:
-    """Seconds per token that depend on nothing else."""
-    return float(load_data("speed.json")["fixed_s_per_token"])
-
-
-def prefill_tps(
-    machine: Machine, workload: Workload, weights_on: dict[str, float], streamed_bytes: float
-) -> float:
-    """Prompt tokens per second for whole ubatches at an empty context.
+def predict_speed(
+    inventory: Inventory,
+    assignment: Mapping[str, tuple[str, str]],
+    layers: Sequence[str],
+    output: str,
+    *,
+    machine: Machine,
+    workload: Workload,
+    runtime: Runtime = "llama.cpp",
+    op_offload: bool = True,
+) -> SpeedPrediction:
+    """Predicts the speed of a model whose tensors have given types and places.
 
     Args:
+        inventory: The model.
+        assignment: Type and device name of each loaded tensor.
+        layers: Device name of each layer.
+        output: Device name of the output layer.
         machine: The devices.
-        workload: Its ubatch is what one pass processes.
-        weights_on: Weights multiplied per token, by the name of the device that holds them.
-        streamed_bytes: Bytes of weights held in RAM that llama.cpp copies to a GPU once per ubatch
-            (``op offload``), where their matrix work happens then.
+        workload: Context, ubatch and cache types.
+        runtime: The program that will run.
+        op_offload: Whether weights in RAM may be streamed to a GPU for prompts.
     """
-    share = load_data("speed.json")["matrix_share"]
-    seconds = 0.0
-    for device in machine.devices:
-        worker = machine.gpus[0] if streamed_bytes and device.kind == "cpu" else device
-        flops = 2 * weights_on.get(device.name, 0.0) * workload.ubatch
-        seconds += flops / (worker.flops_per_s * share)
-    if streamed_bytes:
-        seconds += streamed_bytes / machine.gpus[0].link_bytes_per_s
-    return workload.ubatch / seconds if seconds else 0.0
+    traffic = collect(inventory, assignment, layers, output)
+    return predict_traffic(traffic, machine, workload, runtime=runtime, op_offload=op_offload)
+
+
+def predict_traffic(
+    traffic: Traffic,
+    machine: Machine,
+    workload: Workload,
+    *,
+    runtime: Runtime = "llama.cpp",
+    op_offload: bool = True,
+) -> SpeedPrediction:
+    """`predict_speed` from what a token needs where."""
+    factors = shipped(runtime)
+    points = []
+    for depth in _depths(traffic, workload):
+        decode = decode_s(traffic, machine, workload, depth, factors)
+        prompt = prefill_s(
+            traffic, machine, workload, depth, op_offload=op_offload, factors=factors
+        )
+        points.append(
+            SpeedPoint(
+                depth=depth,
+                decode_tps=interval("decode", traffic.where, machine, 1 / decode),
+                prefill_tps=interval("prefill", traffic.where, machine, workload.ubatch / prompt),
+            )
+        )
+    return SpeedPrediction(where=traffic.where, runtime=runtime, points=tuple(points))
+
+
+def interval(what: str, where: Where, machine: Machine, tps: float) -> Estimate:
+    """The 80 % interval of a speed.
+
+    Its ends are quantiles of measured over predicted speed among published measurements of the same
+    kind, each predicted without those of its own thread; on a calibrated machine, what calibration
+    leaves.
+
+    Args:
+        what: ``decode`` or ``prefill``.
+        where: Whether GPUs, the CPU or both multiply weights.
+        machine: Calibrated or not.
+        tps: Predicted tokens per second.
+    """
+    low, high = load_data("speed.json")["measured_over_predicted"][what][where]
+    if what == "decode" and machine.speed_log_sd is not None:
+        spread = math.exp(_Z80 * machine.speed_log_sd)
+        low, high = max(low, 1 / spread), min(high, spread)
+    return Estimate(low=tps * low, expected=tps, high=tps * high)
+
+
+def _depths(traffic: Traffic, workload: Workload) -> list[int]:
+    """Depths at which to predict: evenly spaced, and where sliding windows are full."""
+    even = {round(workload.context * i / (_DEPTHS - 1)) for i in range(_DEPTHS)}
+    windows = {cache.window for _, cache, _ in traffic.caches if cache.window < workload.context}
+    return sorted(even | windows)

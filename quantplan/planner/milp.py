@@ -6,14 +6,14 @@ which choice form one cohort: layers of equal shape would otherwise give the sol
 answers as there are ways to permute them. Which layer is on which device is settled before.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pulp
 
-from quantplan.costs import speed
 from quantplan.hardware import Device
+from quantplan.inventory import LayerCache
 from quantplan.planner.problem import Group, Option, Problem
 
 _MIB = 2**20
@@ -49,25 +49,30 @@ class Model:
         problem: What it was built from.
         cohorts: Interchangeable groups.
         lp: The PuLP problem.
+        relaxed: Whether layers have no device, so that the optimum bounds that of every split.
         pools: Devices whose memory is counted together; each device alone but in a relaxation.
         x: Counts by choice.
         compute: Each GPU's compute buffer, in MiB.
-        caches: Caches in each pool, in MiB, by the name of its first device; empty but in a
-            relaxation.
+        caches: Caches of each kind of layer in each pool, in MiB, by the kind and the name of the
+            pool's first device; empty but in a relaxation.
+        hops: Groups of a cohort that leave their layer's GPU, by cohort; empty but in a relaxation,
+            where layers have no device.
     """
 
     problem: Problem
     cohorts: tuple[Cohort, ...]
     lp: pulp.LpProblem
     pools: tuple[tuple[Device, ...], ...]
+    relaxed: bool
     x: dict[Choice, pulp.LpVariable] = field(default_factory=dict)
     compute: dict[str, pulp.LpVariable] = field(default_factory=dict)
-    caches: dict[str, pulp.LpVariable] = field(default_factory=dict)
+    caches: dict[tuple[LayerCache, str], pulp.LpVariable] = field(default_factory=dict)
+    hops: dict[int, pulp.LpVariable] = field(default_factory=dict)
 
     @property
     def base_decode_s(self) -> float:
         """Seconds per token that do not depend on the variables."""
-        return speed.fixed_s() if self.caches else self.problem.base_decode_s
+        return self.problem.fixed_decode_s if self.relaxed else self.problem.base_decode_s
 
     def option(self, choice: Choice) -> Option:
         """The option that a choice variable stands for."""
@@ -81,14 +86,20 @@ class Model:
         """Milliseconds per token that depend on the variables."""
         problem = self.problem
         weights = [
-            _MILLI * problem.decode_s(self.group(c), self.option(c), c[2]) * count
+            _MILLI
+            * problem.decode_s(self.group(c), self.option(c), c[2], homeless=self.relaxed)
+            * count
             for c, count in self.x.items()
         ]
         caches = [
-            _MILLI * problem.cache_read_s(_MIB, problem.devices[name]) * size
-            for name, size in self.caches.items()
+            _MILLI * problem.cache_s(kind, problem.devices[name]) / _cache_mib(problem, kind) * size
+            for (kind, name), size in self.caches.items()
         ]
-        return pulp.lpSum([*weights, *caches])
+        hops = [
+            _MILLI * problem.hop_s(problem.groups[self.cohorts[c].members[0]]) * count
+            for c, count in self.hops.items()
+        ]
+        return pulp.lpSum([*weights, *caches, *hops])
 
     def objective(self) -> pulp.LpAffineExpression:
         """Loss and the price of time, in thousandths of a nat, less what is constant."""
@@ -121,7 +132,9 @@ def form_cohorts(
         places_of.append(anywhere if relaxed and in_layer else problem.places(group))
         roles = tuple(tensor.role for tensor in group.tensors)
         names = tuple(device.name for device in places_of[g])
-        members[group.place, names, roles, offered[g]].append(g)
+        is_kind_told = relaxed and group.layer is not None
+        kind = problem.cache_kinds[group.layer or 0] if is_kind_told else None
+        members[group.place, names, roles, offered[g], group.n_crossings, kind].append(g)
     return tuple(
         Cohort(
             members=tuple(sorted(indices, key=lambda g: problem.groups[g].layer or 0)),
@@ -133,10 +146,11 @@ def form_cohorts(
 
 
 def gpu_pools(problem: Problem) -> tuple[tuple[Device, ...], ...]:
-    """GPUs of equal bandwidth, taken together."""
-    by_rate: dict[float, list[Device]] = defaultdict(list)
+    """GPUs that decode equally fast, taken together."""
+    by_rate: dict[tuple[float, ...], list[Device]] = defaultdict(list)
     for gpu in problem.machine.gpus:
-        by_rate[gpu.bandwidth_bytes_per_s].append(gpu)
+        rates = (gpu.bandwidth_bytes_per_s, gpu.vector_flops_per_s, gpu.decode_slowdown)
+        by_rate[rates].append(gpu)
     return tuple(tuple(pool) for pool in by_rate.values())
 
 
@@ -144,7 +158,7 @@ def build_model(problem: Problem, cohorts: tuple[Cohort, ...]) -> Model:
     """The program for the problem's split of the layers; the objective is set by the caller."""
     lp = pulp.LpProblem("quantplan", pulp.LpMinimize)
     alone = tuple((device,) for device in problem.machine.devices)
-    return _constrained(Model(problem, cohorts, lp, alone), relaxed=False)
+    return _constrained(Model(problem, cohorts, lp, alone, relaxed=False))
 
 
 def build_relaxation(problem: Problem) -> Model:
@@ -156,15 +170,16 @@ def build_relaxation(problem: Problem) -> Model:
     lp = pulp.LpProblem("quantplan", pulp.LpMinimize)
     pools = (*gpu_pools(problem), (problem.machine.ram,))
     cohorts = form_cohorts(problem, relaxed=True)
-    return _constrained(Model(problem, cohorts, lp, pools), relaxed=True)
+    return _constrained(Model(problem, cohorts, lp, pools, relaxed=True))
 
 
-def _constrained(model: Model, *, relaxed: bool) -> Model:
+def _constrained(model: Model) -> Model:
     """Adds the variables and every family of constraints."""
     add_choices(model)
     add_compute(model)
-    if relaxed:
+    if model.relaxed:
         add_caches(model)
+        add_hops(model)
     add_memory(model)
     add_decode(model)
     return model
@@ -204,11 +219,56 @@ def add_compute(model: Model) -> None:
 
 
 def add_caches(model: Model) -> None:
-    """The caches of the layers are somewhere: sum_p cache[p] = all caches, cache[p] >= 0."""
-    for p, pool in enumerate(model.pools):
-        model.caches[pool[0].name] = model.lp.add_variable(f"cache_{p}", lowBound=0)
-    total = sum(model.problem.cache_bytes[: model.problem.n_layers])
-    model.lp += pulp.lpSum(model.caches.values()) == total / _MIB
+    """The caches of each kind of layer are somewhere.
+
+    sum_p cache[k,p] = all caches of kind k, cache[k,p] >= 0
+    """
+    problem = model.problem
+    for k, (kind, n_layers) in enumerate(Counter(problem.cache_kinds).items()):
+        if not _cache_mib(problem, kind):
+            continue
+        parts = []
+        for p, pool in enumerate(model.pools):
+            parts.append(model.lp.add_variable(f"cache_{k}_{p}", lowBound=0))
+            model.caches[kind, pool[0].name] = parts[-1]
+        model.lp += pulp.lpSum(parts) == n_layers * _cache_mib(problem, kind)
+
+
+def _cache_mib(problem: Problem, kind: LayerCache) -> float:
+    """MiB of the cache of one layer of a kind."""
+    return problem.cache_bytes[problem.cache_kinds.index(kind)] / _MIB
+
+
+def add_hops(model: Model) -> None:
+    """A group in RAM leaves a GPU, unless the rest of its layer is in RAM too.
+
+    hops[c] >= sum_o x[c,o,CPU] - sum_o x[a,o,CPU], hops[c] >= 0, for cohorts c that may leave and
+    every cohort a that may not and is in all of c's layers; and the same for their caches, counted
+    in layers.
+    """
+    problem, ram = model.problem, model.problem.machine.ram.name
+    if not problem.machine.gpus:
+        return
+
+    def layers(cohort: Cohort) -> set[int | None]:
+        return {problem.groups[g].layer for g in cohort.members}
+
+    def in_ram(c: int) -> pulp.LpAffineExpression:
+        return pulp.lpSum(n for (d, _, name), n in model.x.items() if (d, name) == (c, ram))
+
+    places = [problem.groups[cohort.members[0]].place for cohort in model.cohorts]
+    staying = [c for c, place in enumerate(places) if place == "layer"]
+    for c, cohort in enumerate(model.cohorts):
+        same = [a for a in staying if layers(model.cohorts[a]) >= layers(cohort)]
+        if places[c] != "free" or not problem.groups[cohort.members[0]].n_crossings:
+            continue
+        model.hops[c] = model.lp.add_variable(f"hops_{c}", lowBound=0)
+        for a in same:
+            model.lp += model.hops[c] >= in_ram(c) - in_ram(a)
+        kind = problem.cache_kinds[problem.groups[cohort.members[0]].layer or 0]
+        cache = model.caches.get((kind, ram))
+        if cache is not None:
+            model.lp += model.hops[c] >= in_ram(c) - cache / _cache_mib(problem, kind)
 
 
 def add_memory(model: Model) -> None:
@@ -222,7 +282,7 @@ def add_memory(model: Model) -> None:
         budget = 0
         for device in pool:
             budget += device.usable_bytes - _TOLERANCE_BYTES
-            if model.caches:
+            if model.relaxed:
                 budget -= problem.trailing_cache_bytes if device == problem.output_device else 0
             else:
                 budget -= problem.device_cache_bytes(device)
@@ -235,8 +295,7 @@ def add_memory(model: Model) -> None:
                 n_bytes = problem.bytes_on(device, group, option, choice[2])
                 if n_bytes:
                     used.append(n_bytes / _MIB * count)
-        if model.caches:
-            used.append(model.caches[pool[0].name])
+        used += [part for (_, name), part in model.caches.items() if name == pool[0].name]
         model.lp += pulp.lpSum(used) <= budget / _MIB
 
 

@@ -1,16 +1,26 @@
 """Model, machine, workload and policy -> groups with options and their costs."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from quantplan.costs import compute, memory, speed
+from quantplan.costs import compute, memory
 from quantplan.costs.compute import Estimate, Work
+from quantplan.costs.decode import cache_s, read_s
+from quantplan.costs.factors import shipped
 from quantplan.costs.quality import LossTable
+from quantplan.costs.traffic import (
+    Read,
+    boundary_crossings,
+    crossing_shares,
+    is_expert,
+    output_read,
+    read_of,
+)
 from quantplan.hardware import Device, Machine
-from quantplan.inventory import Inventory, Tensor
+from quantplan.inventory import Inventory, LayerCache, Tensor
 from quantplan.placement import Launch
 from quantplan.policy import Policy
 from quantplan.workload import Workload
@@ -27,7 +37,7 @@ class Option:
         n_bytes: Bytes in a model buffer.
         padding_bytes: Bytes that a CUDA buffer takes on top.
         largest_bytes: Bytes of the largest tensor.
-        active_bytes: Bytes read per token.
+        reads: What each tensor makes its device do per token.
         loss_nats: Predicted loss.
     """
 
@@ -35,7 +45,7 @@ class Option:
     n_bytes: int
     padding_bytes: int
     largest_bytes: int
-    active_bytes: float
+    reads: tuple[Read, ...]
     loss_nats: float
 
 
@@ -50,17 +60,14 @@ class Group:
             device of the output; in RAM (``host``); or one copy in RAM and one beside the output,
             as llama.cpp does with tied embeddings.
         options: Ways to quantize them, most bytes first, none dominated by another.
+        n_crossings: Hops to the CPU and back that they cause when they leave their layer's GPU.
     """
 
     tensors: tuple[Tensor, ...]
     layer: int | None
     place: Place
     options: tuple[Option, ...]
-
-    @property
-    def is_expert(self) -> bool:
-        """Whether tokens read only a part of the tensors."""
-        return speed.is_expert(self.tensors[0])
+    n_crossings: float
 
 
 @dataclass(frozen=True)
@@ -170,18 +177,33 @@ class Problem:
         is_free = self.min_decode_tps is None
         return self.policy.decode_price_nats_per_s if is_free else 0.0
 
-    def cache_read_s(self, n_bytes: float, device: Device) -> float:
-        """Seconds per token to read a part of the caches, with the context full.
+    @cached_property
+    def cache_kinds(self) -> tuple[LayerCache, ...]:
+        """The cache of each loaded layer; layers with equal ones take equal bytes and time."""
+        return self.inventory.architecture.caches[: self.n_layers]
+
+    def cache_s(self, kind: LayerCache, device: Device) -> float:
+        """Seconds per token to attend to the cache of one layer, with the context full.
 
         A cache that all slots share is read whole for each of them.
         """
-        return n_bytes / self.workload.n_streams / speed.read_rate(device, experts=False)
+        arch, depth = self.inventory.architecture, self.workload.context / self.workload.n_streams
+        return cache_s(device, arch, kind, self.workload, depth)
 
     @cached_property
     def base_decode_s(self) -> float:
         """Seconds per token that no type changes: caches, with the context full, and the rest."""
-        pairs = zip(self.cache_bytes, self.layer_devices, strict=False)
-        return speed.fixed_s() + sum(self.cache_read_s(n, self.devices[d]) for n, d in pairs)
+        caches = sum(
+            self.cache_s(kind, self.devices[name])
+            for kind, name in zip(self.cache_kinds, self.layer_devices, strict=True)
+        )
+        n_crossings = boundary_crossings(self.layer_devices, self.output_device.name)
+        return self.fixed_decode_s + caches + n_crossings * shipped().crossing_s
+
+    @property
+    def fixed_decode_s(self) -> float:
+        """Seconds per token that neither types nor places change."""
+        return shipped().fixed_s
 
     def places(self, group: Group) -> tuple[Device, ...]:
         """Devices that a group may be on."""
@@ -204,13 +226,30 @@ class Problem:
         padding = option.padding_bytes if device.kind == "gpu" else 0
         return self.copies_on(device, group, placed_on) * (option.n_bytes + padding)
 
-    def decode_s(self, group: Group, option: Option, placed_on: str) -> float:
-        """Seconds per token to read a group from the device that it is placed on."""
-        rate = speed.read_rate(self.devices[placed_on], experts=group.is_expert)
-        seconds = option.active_bytes / rate
+    def decode_s(
+        self, group: Group, option: Option, placed_on: str, *, homeless: bool = False
+    ) -> float:
+        """Seconds per token to read and multiply a group on the device that it is placed on.
+
+        Args:
+            group: The tensors.
+            option: Their types.
+            placed_on: Name of the device.
+            homeless: Leave out the hops that a group costs whose layer is on another device, as
+                where layers have no device yet.
+        """
+        seconds = sum(read_s(self.devices[placed_on], read) for read in option.reads)
         if group.tensors[0].role == "token_embd" and self.inventory.has_tied_output:
-            seconds += option.n_bytes / speed.read_rate(self.output_device, experts=False)
+            copy = output_read(group.tensors[0], option.qtypes[0])
+            seconds += read_s(self.output_device, copy)
+        if not homeless and group.layer is not None and group.n_crossings:
+            is_away = placed_on != self.layer_devices[group.layer]
+            seconds += self.hop_s(group) if is_away else 0.0
         return seconds
+
+    def hop_s(self, group: Group) -> float:
+        """Seconds per token that a group costs by leaving its layer's GPU."""
+        return group.n_crossings * shipped().crossing_s
 
 
 def build_problem(
@@ -232,7 +271,7 @@ def build_problem(
     Returns:
         A problem with every layer on the output's device, for the caller to split.
     """
-    losses = LossTable(inventory)
+    losses, shares = LossTable(inventory), crossing_shares(inventory)
     tied_roles = {role: index for index, tie in enumerate(policy.ties) for role in tie}
     buckets: dict[tuple[int | None, str], list[Tensor]] = defaultdict(list)
     # In an order of its own, so that the order of the file plays no part in the plan.
@@ -240,7 +279,7 @@ def build_problem(
         if inventory.is_loaded(tensor):
             place = _place(inventory, machine, policy, tensor)
             if place == "layer" and len(policy.candidates_for(tensor, is_loaded=True)) == 1:
-                key = "fixed experts" if speed.is_expert(tensor) else "fixed"
+                key = "fixed experts" if is_expert(tensor) else "fixed"
             elif tensor.role in tied_roles:
                 key = f"tie {tied_roles[tensor.role]}"
             else:
@@ -251,7 +290,8 @@ def build_problem(
             tensors=tuple(tensors),
             layer=layer,
             place=_place(inventory, machine, policy, tensors[0]),
-            options=_options(inventory, policy, losses, tensors),
+            options=_options(inventory, machine, policy, losses, tensors),
+            n_crossings=sum(shares.get(tensor.name, 0.0) for tensor in tensors),
         )
         for (layer, _), tensors in buckets.items()
     )
@@ -271,7 +311,11 @@ def _place(inventory: Inventory, machine: Machine, policy: Policy, tensor: Tenso
 
 
 def _options(
-    inventory: Inventory, policy: Policy, losses: LossTable, tensors: list[Tensor]
+    inventory: Inventory,
+    machine: Machine,
+    policy: Policy,
+    losses: LossTable,
+    tensors: list[Tensor],
 ) -> tuple[Option, ...]:
     """Options of a group: tied tensors take the same wanted type, each with its own fallback."""
     choices = [policy.candidates_for(t, is_loaded=True) for t in tensors]
@@ -281,7 +325,7 @@ def _options(
         # Tensors with fewer candidates (a fixed type) keep their last one.
         qtypes = tuple(names[min(index, len(names) - 1)] for names in choices)
         found[qtypes] = _option(inventory, losses, tensors, qtypes)
-    return _undominated(found.values())
+    return _undominated(found.values(), machine)
 
 
 def _option(
@@ -294,18 +338,24 @@ def _option(
         n_bytes=sum(sizes),
         padding_bytes=sum(memory.cuda_padding_bytes(t, q) for t, q in pairs),
         largest_bytes=max(sizes),
-        active_bytes=sum(speed.active_bytes(inventory, t, q) for t, q in pairs),
+        reads=tuple(read_of(inventory, t, q) for t, q in pairs),
         loss_nats=sum(losses.loss_nats(t, q) for t, q in pairs),
     )
 
 
-def _undominated(options: Iterable[Option]) -> tuple[Option, ...]:
-    """Options, most bytes first, without those that another one beats in bytes and loss.
+def _undominated(options: Collection[Option], machine: Machine) -> tuple[Option, ...]:
+    """Options, most bytes first, without those that another one equals or beats in everything.
 
-    Bytes read per token grow with bytes, so they need no comparison of their own.
+    Everything is bytes, loss, and seconds per token on each device: a type of fewer bits may be
+    slower to unpack.
     """
-    kept: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.n_bytes, o.loss_nats)):
-        if not kept or option.loss_nats < kept[-1].loss_nats:
-            kept.append(option)
-    return tuple(reversed(kept))
+    priced = [
+        (o.n_bytes, o.loss_nats, *(sum(read_s(d, r) for r in o.reads) for d in machine.devices))
+        for o in options
+    ]
+    by_price = sorted(zip(priced, options, strict=True), key=lambda pair: pair[0])
+    kept: list[tuple[tuple[float, ...], Option]] = []
+    for price, option in by_price:
+        if not any(all(a <= b for a, b in zip(k, price, strict=True)) for k, _ in kept):
+            kept.append((price, option))
+    return tuple(option for _, option in reversed(kept))

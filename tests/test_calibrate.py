@@ -1,0 +1,145 @@
+"""Measurements narrow a machine's factors."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from quantplan import InputError, Inventory, Machine, Workload
+from quantplan import read_inventory as read
+from quantplan.calibrate import calibrate_machine
+from quantplan.costs import load_data
+from quantplan.costs.calibration import Measurement, calibrate
+from quantplan.costs.decode import decode_s
+from quantplan.costs.traffic import Traffic, collect
+from quantplan.formats.llama_bench import parse_bench
+from tests.test_cli import quantplan as run
+
+HYBRID = Machine.parse("RTX 4090 + 128GiB@80GB/s")
+
+
+def traffic_of(inventory: Inventory, experts_on: str) -> Traffic:
+    """The model as Q8_0 with its experts on a device and the rest on the GPU."""
+    assignment = {
+        t.name: (
+            "F32" if t.qtype == "F32" else "Q8_0",
+            experts_on if "_exps" in t.name else "CPU" if t.role == "token_embd" else "GPU0",
+        )
+        for t in inventory.tensors
+    }
+    return collect(inventory, assignment, ["GPU0"] * inventory.architecture.n_layers, "GPU0")
+
+
+AIR = read("GLM-4.5-Air")
+IN_RAM, ON_GPU = traffic_of(AIR, "CPU"), traffic_of(AIR, "GPU0")
+
+
+def measured(traffic: Traffic, slowdown: float, depth: float = 0.0) -> Measurement:
+    """What a machine measures that is slower than predicted by a factor."""
+    seconds = decode_s(traffic, HYBRID, Workload(), depth) * slowdown
+    return Measurement(traffic, Workload(), depth, 1 / seconds)
+
+
+@pytest.mark.parametrize("slowdown", [0.8, 1.1, 1.3])
+def test_a_measurement_pulls_its_prediction_towards_itself(slowdown: float) -> None:
+    """After a measurement the prediction lies between the old one and what was measured."""
+    machine = calibrate(HYBRID, [measured(IN_RAM, slowdown)], ["a run"])
+    before, after = (decode_s(IN_RAM, m, Workload(), 0) for m in (HYBRID, machine))
+    moved = math.log(after / before) / math.log(slowdown)
+    assert 0.3 < moved < 1
+    assert machine.measured == ("a run",)
+
+
+def test_what_did_nothing_stays_as_it_was() -> None:
+    """A run on the GPU alone says next to nothing about the CPU."""
+    machine = calibrate(HYBRID, [measured(ON_GPU, 1.3)])
+    assert machine.gpus[0].decode_slowdown > 1.1
+    assert machine.ram.decode_slowdown == pytest.approx(1, abs=0.01)
+    assert machine.gpus[0].prefill_slowdown == 1
+
+
+def test_agreeing_measurements_change_nothing_but_the_interval() -> None:
+    """Where the prediction was right, only its interval becomes narrower."""
+    machine = calibrate(HYBRID, [measured(IN_RAM, 1.0), measured(ON_GPU, 1.0)])
+    assert [d.decode_slowdown for d in machine.devices] == pytest.approx([1.0, 1.0])
+    assert machine.speed_log_sd is not None
+    assert machine.speed_log_sd < 0.25
+
+
+def test_the_depths_of_one_run_count_as_one_measurement() -> None:
+    """Ten depths of one run move the prediction as far as one."""
+    one = calibrate(HYBRID, [measured(ON_GPU, 1.3)])
+    ten = calibrate(HYBRID, [measured(ON_GPU, 1.3)] * 10)
+    assert ten.gpus[0].decode_slowdown == pytest.approx(one.gpus[0].decode_slowdown)
+
+
+def test_the_priors_are_fitted() -> None:
+    """How far rigs differ, and how well one repeats, are numbers of the data file."""
+    for kind in ("decode", "prefill"):
+        assert all(0 < sd < 1 for name, sd in load_data("speed.json")["calibration"][kind].items()
+                   if name != "left")  # fmt: skip
+
+
+BENCH_JSON = [
+    {"n_prompt": 512, "n_gen": 0, "n_depth": 0, "avg_ts": 300.0, "n_gpu_layers": 99,
+     "n_cpu_moe": 99, "n_batch": 2048, "n_ubatch": 512, "type_k": "f16", "type_v": "f16"},
+    {"n_prompt": 0, "n_gen": 128, "n_depth": 4096, "avg_ts": 9.0, "n_gpu_layers": 99,
+     "n_cpu_moe": 99, "n_batch": 2048, "n_ubatch": 512, "type_k": "f16", "type_v": "f16"},
+    {"n_prompt": 512, "n_gen": 128, "n_depth": 0, "avg_ts": 50.0},
+]  # fmt: skip
+BENCH_TABLE = """
+| model          |      size |  params | backend | ngl |            test |             t/s |
+| -------------- | --------: | ------: | ------- | --: | --------------: | --------------: |
+| glm4moe        | 60.00 GiB | 110.0 B | CUDA    |  99 |           pp512 |   300.00 ± 2.00 |
+| glm4moe        | 60.00 GiB | 110.0 B | CUDA    |  99 |   tg128 @ d4096 |     9.00 ± 0.02 |
+"""
+SWEEP_TABLE = """
+|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |
+|-------|--------|--------|----------|----------|----------|----------|
+|   512 |    128 |   4096 |    1.707 |   300.00 |   14.222 |     9.00 |
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(BENCH_JSON),
+        "\n".join(map(json.dumps, BENCH_JSON)),
+        f"ggml_cuda_init: found 1\n{BENCH_TABLE}\nbuild: 1234",
+        SWEEP_TABLE,
+    ],
+)
+def test_every_output_of_the_tools_is_read(text: str) -> None:
+    """JSON, JSON lines and both kinds of table give the same speeds; mixed runs are left out."""
+    found = {(r.n_prompt, r.n_generated): r.tps for r in parse_bench(text)}
+    assert found == {(512, 0): 300.0, (0, 128): 9.0}
+    assert {r.depth for r in parse_bench(text) if r.n_generated} == {4096}
+
+
+@pytest.mark.parametrize("text", ["", "nothing", "[1]", "{", '{"avg_ts": 1}', "| test | t/s |"])
+def test_other_text_is_refused(text: str) -> None:
+    """What is no benchmark's output is an error that says what to give."""
+    with pytest.raises(InputError, match=r"benchmark's output|llama-bench"):
+        parse_bench(text)
+
+
+def test_a_benchmark_calibrates_the_devices_that_it_used() -> None:
+    """A slow run with the experts in RAM slows the CPU's decoding, and prefill on the GPU."""
+    machine = calibrate_machine(HYBRID, AIR.with_qtypes({}), json.dumps(BENCH_JSON))
+    assert machine.ram.decode_slowdown != 1
+    assert machine.gpus[0].prefill_slowdown != 1
+    assert "1 decode and 1 prefill" in machine.measured[0]
+
+
+def test_the_command_writes_a_profile_that_machine_accepts(tmp_path: Path) -> None:
+    """`quantplan calibrate` saves a profile, and the profile is a machine for other commands."""
+    bench, profile = tmp_path / "bench.json", tmp_path / "machine.json"
+    bench.write_text(json.dumps(BENCH_JSON), encoding="utf-8")
+    text = "RTX 4090 + 128GiB@80GB/s"
+    done = run("calibrate", "GLM-4.5-Air", "--machine", text, "--bench", bench, "--save", profile)
+    assert done.returncode == 0, done.stderr
+    assert "times as long as predicted" in done.stdout
+    known = Machine.parse(str(profile))
+    assert known.measured
+    assert known == Machine.load(profile)
