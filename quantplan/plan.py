@@ -6,6 +6,7 @@ from typing import Literal
 
 from quantplan.costs import data_hashes, speed
 from quantplan.costs.memory import pad
+from quantplan.costs.quality import kld_nats, link
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import placement_flags, server_command, workload_flags
 from quantplan.hardware import Machine
@@ -275,7 +276,7 @@ def _prediction(
         prefill_tps=speed.prefill_tps(
             problem.machine, problem.workload, weights_on, streamed_bytes
         ),
-        loss_nats=solution.loss_nats,
+        loss_nats=kld_nats(solution.loss_nats),
         file_bytes=file_bytes,
         bpw=file_bytes * 8 / inventory.n_weights,
     )
@@ -294,6 +295,8 @@ def _notes(problem: Problem, solution: Solution) -> tuple[str, ...]:
         notes.append(f"attention and KV cache of the first {n_cpu} layers are in RAM")
     if not any(qtype(t.qtype).is_float and t.is_quantizable for t in problem.inventory.tensors):
         notes.append("the model is quantized already: types are kept, only places were chosen")
+    if kld_nats(solution.loss_nats) > link().valid_kld_nats:
+        notes.append("the predicted loss is beyond what the loss model holds for: expect nonsense")
     if solution.status == "time_limit":
         notes.append("the search ended before the gap was closed; the gap is what it proved")
     return tuple(notes)
