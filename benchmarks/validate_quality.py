@@ -58,7 +58,9 @@ def spearman(a: Iterable[float], b: Iterable[float]) -> float:
     for values in (a, b):
         _, inverse, counts = np.unique(list(values), return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
-    return float(np.corrcoef(*ranks)[0, 1]) if min(map(np.ptp, ranks)) > 0 else 0.0
+    if min(map(np.ptp, ranks)) == 0:
+        return 0.0
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def predicted_klds(model: Measured, document: Document) -> list[float]:
@@ -91,7 +93,7 @@ def correlations(model: Measured, document: Document) -> tuple[float, list[float
 
 
 def uniform_errors(model: Measured, document: Document) -> dict[str, float]:
-    """ln of measured over predicted KLD of the whole model, by type."""
+    """Ln of measured over predicted KLD of the whole model, by type."""
     errors, bend = type_errors(document), link(document)
     floors = document["floor"]["curve_nats"]
     floor = floors.get("sparse" if model.is_sparse else "dense", min(floors.values()))

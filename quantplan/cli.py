@@ -139,6 +139,39 @@ def predict(
 
 
 @app.command()
+def explain(
+    model: ModelArgument,
+    tensor: Annotated[str, typer.Argument(metavar="TENSOR", help="Full name of a tensor.")],
+    qtype: Annotated[str, typer.Option(help="Type to explain the loss of.")] = "Q4_K",
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV",
+            help="Table of measured KLDs of this model (GGUF-Tool-Suite's, or plain).",
+        ),
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Say which evidence gives the predicted loss of a tensor at a type."""
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.costs.quality import LossTable, type_errors  # noqa: PLC0415
+    from quantplan.formats.sensitivity_tables import read_sensitivity_table  # noqa: PLC0415
+    from quantplan.report import explanation_text  # noqa: PLC0415
+
+    inventory = qp.read_inventory(model)
+    faults = []
+    if tensor not in inventory.by_name:
+        faults.append(f"{inventory.name} has no tensor {tensor}; quantplan show lists them")
+    if qtype.upper() not in type_errors():
+        faults.append(f"the error of the type {qtype} was never measured")
+    if faults:
+        raise InputError(faults)
+    evidence = read_sensitivity_table(measured).evidence if measured is not None else None
+    found = LossTable(inventory, evidence).explain(inventory.by_name[tensor], qtype.upper())
+    typer.echo(found.model_dump_json(indent=1) if json_output else explanation_text(found))
+
+
+@app.command()
 def show(
     source: Annotated[
         str,

@@ -3,9 +3,9 @@
 Usage: python scripts/fit_quality.py SENSITIVITIES_DIRECTORY
 
 Reads MODEL.csv.gz tables of measured KLDs (see `quantplan.formats.sensitivity_tables`) of models
-that are in the catalog. `scripts/quality_fit.py` says what is fitted; benchmarks/validate_quality.py
-judges it. Standard deviations in the file come from predicting families, and models of known
-families, that were left out of the fit.
+that are in the catalog. `scripts/quality_fit.py` says what is fitted;
+benchmarks/validate_quality.py judges it. Standard deviations in the file come from predicting
+families, and models of known families, that were left out of the fit.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def robust_sd(values: list[float]) -> float:
 def share_errors(
     models: Mapping[str, Measured], documents: Mapping[str, Mapping[str, Any]]
 ) -> list[float]:
-    """ln of measured over predicted sensitivity in families left out, the model's mean removed.
+    """Ln of measured over predicted sensitivity in families left out, the model's mean removed.
 
     Only measurements that are at least twice their model's floor tell the two apart.
     """
@@ -65,7 +65,7 @@ def share_errors(
 def scale_errors(
     models: Mapping[str, Measured], curves: Curves, documents: Mapping[str, Mapping[str, Any]]
 ) -> list[float]:
-    """ln of fitted over predicted scale, with the constants given by model or by family."""
+    """Ln of fitted over predicted scale, with the constants given by model or by family."""
     return [
         value - Prior(documents.get(name) or documents[models[name].family]).ln_scale(
             models[name].inventory
@@ -93,7 +93,7 @@ def repeat_errors(models: Mapping[str, Measured], curves: Curves) -> list[float]
 
 def without_one(models: Mapping[str, Measured]) -> dict[str, Mapping[str, Any]]:
     """Constants fitted without each model that has siblings, by model."""
-    found = {}
+    found: dict[str, Mapping[str, Any]] = {}
     for name, model in models.items():
         if sum(m.family == model.family for m in models.values()) > 1:
             found[name] = fit({n: m for n, m in models.items() if n != name})
@@ -114,13 +114,10 @@ def main() -> None:
     siblings = without_one(models)
     new = scale_errors(models, curves, left_out)
     known = scale_errors({n: models[n] for n in siblings}, _only(curves, siblings), siblings)
-    type_sd = robust_sd(list(curves.residuals.values()))
-    document["ln_sd"] = {
+    document["ln_sd"] |= {
         "scale_new_family": round(math.sqrt(fmean(e**2 for e in new)), 3),
         "scale_known_family": round(math.sqrt(fmean(e**2 for e in known)), 3),
-        "scale_with_curve": round(type_sd, 3),
         "share": round(robust_sd(share_errors(models, left_out)), 3),
-        "type": round(type_sd, 3),
         "single": round(robust_sd(repeat_errors(models, curves)), 3),
     }
     provenance = {

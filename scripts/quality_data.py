@@ -1,4 +1,4 @@
-"""Published measurements, with the inventories of their models: what the loss model is fitted on."""
+"""Published measurements, with the inventories of their models, to fit the loss model on."""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -15,6 +15,8 @@ import numpy as np
 _LN_SCALES = np.arange(-0.5, 4.0, 0.05)
 _LN_FLOORS = np.arange(-9.0, -2.9, 0.2)
 _FLOOR_PERCENTILE = 5
+# Fewer measurements than this show no floor, and their sum says nothing of the whole model.
+FEWEST_FOR_A_FLOOR = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +176,8 @@ def fit_singles(
             by_type.setdefault(one.qtype, []).append(one)
     for name, ones in by_type.items():
         kld = np.array([one.kld_nats for one in ones])
-        # One or a few measurements have no floor of their own.
-        floor = float(np.percentile(kld, _FLOOR_PERCENTILE)) if len(ones) >= 20 else 0.0
+        has_floor = len(ones) >= FEWEST_FOR_A_FLOOR
+        floor = float(np.percentile(kld, _FLOOR_PERCENTILE)) if has_floor else 0.0
         noise = max(floor - float(kld.min()), 0.02 * floor)
         for one in ones:
             above = max(one.kld_nats - floor, noise, 1e-9)

@@ -15,7 +15,13 @@ from functools import cache
 from typing import Any
 
 from quantplan.costs import load_data
-from quantplan.costs.evidence import Evidence, Link, Single, fit_curve, fit_singles
+from quantplan.costs.evidence import (
+    FEWEST_FOR_A_FLOOR,
+    Evidence,
+    Link,
+    fit_curve,
+    fit_singles,
+)
 from quantplan.costs.sensitivity import Prior
 from quantplan.inventory import Inventory, Tensor
 from quantplan.schema import Frozen
@@ -133,7 +139,8 @@ class LossTable:
             self._use_curve()
         self._s = dict(self._prior_s)
         self._ln_sd = dict.fromkeys(self._s, math.hypot(self._scale_sd, self._sd["share"]))
-        self._singles: dict[str, Single] = {}
+        # Number of tensors measured together, sensitivity by the measurement alone, ln sd.
+        self._singles: dict[str, tuple[int, float, float]] = {}
         self._use_singles()
 
     def _use_curve(self) -> None:
@@ -151,22 +158,33 @@ class LossTable:
             self._errors[name] *= math.exp(deviation)
 
     def _use_singles(self) -> None:
-        """Combines prior and measured sensitivities, weighted by one over their variances."""
-        found = fit_singles(
-            self._evidence.singles, self._errors, self._link, self._sd["single"]
-        )  # fmt: skip
-        for single in found:
-            names = [name for name in single.tensors if name in self._s]
-            if not names:
-                continue
-            prior_sd = self._ln_sd[names[0]]
-            own, prior = single.ln_sd**-2, prior_sd**-2
+        """Combines prior and measured sensitivities, weighted by one over their variances.
+
+        Many measurements together are scaled to the sum that the prior gives their tensors: the
+        noise floor and the lack of additivity falsify their sum more than their proportions.
+        """
+        found = [
+            (single, [name for name in single.tensors if name in self._s])
+            for single in fit_singles(
+                self._evidence.singles, self._errors, self._link, self._sd["single"]
+            )
+        ]
+        found = [(single, names) for single, names in found if names]
+        offset = 0.0
+        if len(found) >= FEWEST_FOR_A_FLOOR:
+            by_prior = sum(self._s[name] for _, names in found for name in names)
+            offset = math.log(by_prior / sum(math.exp(s.ln_sensitivity) for s, _ in found))
+        for single, names in found:
+            measured = single.ln_sensitivity + offset
+            own, prior = single.ln_sd**-2, self._ln_sd[names[0]] ** -2
             together = math.log(sum(self._s[name] for name in names))
-            shift = own / (own + prior) * (single.ln_sensitivity - together)
             for name in names:
-                self._s[name] *= math.exp(shift)
+                alone = self._prior_s[name] * math.exp(
+                    measured - math.log(sum(self._prior_s[n] for n in names))
+                )
+                self._singles[name] = (len(names), alone, single.ln_sd)
+                self._s[name] *= math.exp(own / (own + prior) * (measured - together))
                 self._ln_sd[name] = (own + prior) ** -0.5
-                self._singles[name] = single
 
     def error(self, tensor: Tensor, qtype_name: str) -> float:
         """Relative squared error of a type on a tensor; of its real weights where measured.
@@ -217,17 +235,10 @@ class LossTable:
                 ln_sd=math.hypot(self._scale_sd, self._sd["share"]),
             )
         ]
-        single = self._singles.get(tensor.name)
-        if single is not None:
-            group = math.exp(single.ln_sensitivity)
-            whole = sum(self._prior_s.get(name, 0.0) for name in single.tensors)
-            estimates.append(
-                Estimate(
-                    source=f"measured together with {len(single.tensors) - 1} other tensors",
-                    loss_nats=group * prior / whole * error,
-                    ln_sd=single.ln_sd,
-                )
-            )
+        if tensor.name in self._singles:
+            together, sensitivity, ln_sd = self._singles[tensor.name]
+            what = f"measured with {together - 1} others" if together > 1 else "measured alone"
+            estimates.append(Estimate(source=what, loss_nats=sensitivity * error, ln_sd=ln_sd))
         return Explanation(
             tensor=tensor.name,
             qtype=qtype_name,

@@ -1,8 +1,8 @@
 """How sensitive each tensor is, from metadata alone: a log-linear model of named features.
 
-``ln s(tensor) = ln S(model) + sum of coefficient * feature``, where the features of a tensor are its
-role, its class, its size, its depth and the sparsity of its experts, and ``S`` is the loss of the
-whole model per unit of relative squared error. Sensitivities of one model are scaled to sum to S.
+``ln s(tensor) = ln S(model) + sum of coefficient * feature``, where the features of a tensor are
+its role, its class, its size, its depth and the sparsity of its experts, and ``S`` is the loss of
+the whole model per unit of relative squared error. The sensitivities of a model sum to S.
 Coefficients, with what they were fitted on and how well they predict families that were left out,
 are in ``costs/data/quality.json``; ``scripts/fit_quality.py`` fits them.
 """
@@ -18,7 +18,7 @@ Features = dict[str, float]
 
 # Depth is cut into this many bands, so that layers of one band are interchangeable for the planner.
 # The first and the last layer are not part of a band: their effects are features of their own.
-DEPTH_BANDS = 8
+DEPTH_BANDS = 4
 _REFERENCE_WEIGHTS = 1e7
 _REFERENCE_SPARSITY = 16.0
 _SIZE_EXPONENT = 0.5
@@ -33,7 +33,7 @@ def family(architecture: str) -> str:
 
 
 def part(tensor: Tensor, inventory: Inventory) -> str:
-    """The part that a tensor plays: its role, or ``tied`` for an embedding that is also the output."""
+    """The part that a tensor plays: its role, ``tied`` for an embedding that is the output too."""
     return "tied" if tensor.role == "token_embd" and inventory.has_tied_output else tensor.role
 
 
@@ -114,7 +114,7 @@ class Prior:
         return found
 
     def ln_scale(self, inventory: Inventory) -> float:
-        """ln S: loss of the whole model in nats per unit of relative squared error."""
+        """Ln S: loss of the whole model in nats per unit of relative squared error."""
         pooled = sum(self._scale[k] * v for k, v in scale_features(inventory).items())
         return pooled + float(self._family(inventory).get("ln_scale", 0.0))
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quantplan.costs.evidence import Measurement
+from quantplan.costs.evidence import Evidence, Measurement
 from quantplan.errors import SourceError
 from quantplan.inventory.roles import split_layer
 from quantplan.qtypes import qtype
@@ -53,6 +53,12 @@ class SensitivityTable:
         """The quantized type that KLDs are relative to: the one whose own is zero; else None."""
         zero = [name for name, kld in self.curve.items() if kld == 0]
         return next((name for name in zero if not qtype(name).is_float), None)
+
+    @property
+    def evidence(self) -> Evidence:
+        """The measurements as `LossTable` takes them."""
+        curve = {name: kld for name, kld in self.curve.items() if kld > 0}
+        return Evidence(curve=curve, baseline=self.baseline, singles=self.singles)
 
 
 @dataclass(frozen=True, slots=True)
