@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Literal
 
 from quantplan.costs import data_hashes, speed
+from quantplan.costs.evidence import Evidence
 from quantplan.costs.memory import pad
 from quantplan.costs.quality import kld_nats, link
 from quantplan.errors import InputError
@@ -132,6 +133,7 @@ def plan(
     *,
     min_decode_tps: float | None = None,
     policy: Policy | str = "quality",
+    evidence: Evidence | None = None,
     gap: float = 1e-4,
     time_limit_s: float = 60.0,
 ) -> Plan:
@@ -147,6 +149,7 @@ def plan(
         workload: Context, slots, batch and KV types; by default 4096 tokens in F16.
         min_decode_tps: Least decode speed in tokens per second, with the context full.
         policy: Rules about types and places, or the name of a preset.
+        evidence: What was measured of the model's losses; combined with what metadata say.
         gap: Relative gap at which the search may stop; with GPUs at least 0.1 %.
         time_limit_s: Time for the whole search, in seconds.
 
@@ -160,7 +163,7 @@ def plan(
     _check(inventory, min_decode_tps, gap, time_limit_s)
     rules = policy_preset(policy) if isinstance(policy, str) else policy
     task = workload or Workload()
-    problem = build_problem(inventory, machine, task, rules, min_decode_tps)
+    problem = build_problem(inventory, machine, task, rules, min_decode_tps, evidence=evidence)
     problem, solution = best_solution(problem, gap=gap, time_limit_s=time_limit_s)
     assignments = _assignments(problem, solution)
     return Plan(
@@ -173,7 +176,7 @@ def plan(
         predicted=_prediction(problem, solution, assignments),
         assignments=assignments,
         flags=_flags(problem, solution),
-        notes=_notes(problem, solution),
+        notes=(*_notes(problem, solution), *_evidence_notes(evidence)),
         provenance=_provenance(problem, solution, reachable_gap(problem, gap), time_limit_s),
     )
 
@@ -300,6 +303,10 @@ def _notes(problem: Problem, solution: Solution) -> tuple[str, ...]:
     if solution.status == "time_limit":
         notes.append("the search ended before the gap was closed; the gap is what it proved")
     return tuple(notes)
+
+
+def _evidence_notes(evidence: Evidence | None) -> tuple[str, ...]:
+    return (f"losses use {evidence.describe()}",) if evidence else ()
 
 
 def _flags(problem: Problem, solution: Solution) -> tuple[str, ...]:

@@ -55,6 +55,8 @@ ORDER = [
     "quantize.partial",
     "quantize.apply",
     "quantize",
+    "quantize.imatrix",
+    "quantize.weights",
     "report",
     "cli",
 ]

@@ -51,6 +51,16 @@ class Evidence:
     singles: tuple[Measurement, ...] = ()
     weight_errors: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
+    def describe(self) -> str:
+        """What there is, in a few words."""
+        n_tensors = len({tensor for tensor, _ in self.weight_errors})
+        parts = [
+            f"the KLD of {len(self.curve)} types" if self.curve else "",
+            f"{len(self.singles)} measurements of tensors" if self.singles else "",
+            f"errors on the weights of {n_tensors} tensors" if n_tensors else "",
+        ]
+        return ", ".join(part for part in parts if part) or "metadata alone"
+
 
 @dataclass(frozen=True, slots=True)
 class Link:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from quantplan.costs import memory, speed
+from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable
 from quantplan.hardware import Device, Machine
 from quantplan.inventory import Inventory, Tensor
@@ -205,6 +206,8 @@ def build_problem(
     workload: Workload,
     policy: Policy,
     min_decode_tps: float | None,
+    *,
+    evidence: Evidence | None = None,
 ) -> Problem:
     """Forms the groups and prices every option.
 
@@ -214,11 +217,12 @@ def build_problem(
         workload: Context, slots, batch and KV types.
         policy: The rules.
         min_decode_tps: Least decode speed; None for no limit.
+        evidence: What was measured of the model's losses.
 
     Returns:
         A problem with every layer on the output's device, for the caller to split.
     """
-    losses = LossTable(inventory)
+    losses = LossTable(inventory, evidence)
     tied_roles = {role: index for index, tie in enumerate(policy.ties) for role in tie}
     buckets: dict[tuple[int | None, str], list[Tensor]] = defaultdict(list)
     # In an order of its own, so that the order of the file plays no part in the plan.
