@@ -26,11 +26,13 @@ import numpy as np
 from quantplan.costs.evidence import Evidence, Measurement
 from quantplan.errors import SourceError
 from quantplan.inventory.roles import split_layer
-from quantplan.qtypes import qtype
+from quantplan.qtypes import QTYPES
 
 _UNMEASURED = {"", "404"}
 # ik_llama.cpp's row-interleaved copies of a type: the same numbers in another order.
 _REPACKED = re.compile(r"_R(?:4|8|16)$")
+# A mean over tokens may come out this far below zero where nothing changed.
+_ROUNDING_NATS = 1e-3
 _WHOLE = re.compile(r"group\d+|ffn_all|all")
 
 
@@ -52,7 +54,7 @@ class SensitivityTable:
     def baseline(self) -> str | None:
         """The quantized type that KLDs are relative to: the one whose own is zero; else None."""
         zero = [name for name, kld in self.curve.items() if kld == 0]
-        return next((name for name in zero if not qtype(name).is_float), None)
+        return next((n for n in zero if n in QTYPES and not QTYPES[n].is_float), None)
 
     @property
     def evidence(self) -> Evidence:
@@ -116,7 +118,7 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
 
 def _is_kld(value: str) -> bool:
     try:
-        return math.isfinite(float(value)) and float(value) >= 0
+        return math.isfinite(float(value)) and float(value) > -_ROUNDING_NATS
     except ValueError:
         return False
 
@@ -127,7 +129,7 @@ def _rows(columns: list[str], reader: Iterable[dict[str, str]]) -> Iterator[_Row
         for row in reader:
             if row["metric"] == "kld":
                 name, scope = row["tensor_or_group"], row["scope"]
-                value = "" if row.get("flag") else row["value"].strip()
+                value = "" if row.get("flag") else (row["value"] or "").strip()
                 # Rows of the plain group mix measured values with interpolated ones.
                 sure = name.endswith(":measured_only")
                 group = row.get("bench_group") or ""
@@ -135,9 +137,9 @@ def _rows(columns: list[str], reader: Iterable[dict[str, str]]) -> Iterator[_Row
                 yield _Row(name, group, plain_type(row["qtype"]), value, whole, sure)
     elif {"tensor", "qtype", "kld"} <= lower.keys():
         for row in reader:
-            name, value = row[lower["tensor"]].strip(), row[lower["kld"]].strip()
+            name, value = ((row[lower[c]] or "").strip() for c in ("tensor", "kld"))
             whole = bool(_WHOLE.fullmatch(name))
-            yield _Row(name, "", plain_type(row[lower["qtype"]]), value, whole, False)
+            yield _Row(name, "", plain_type(row[lower["qtype"]] or ""), value, whole, False)
     elif "qtype" in lower:
         for row in reader:
             for name in columns:
@@ -194,7 +196,7 @@ def _curve(rows: list[_Row]) -> dict[str, float]:
 
 
 def _mean(values: list[float]) -> float:
-    """Geometric mean; 0 where any value is."""
-    if min(values) == 0:
+    """Geometric mean; 0 where any value is not above it."""
+    if min(values) <= 0:
         return 0.0
     return float(np.exp(np.mean(np.log(values))))
