@@ -14,6 +14,7 @@ from quantplan.version import __version__
 from quantplan.workload import NEWEST_KNOWN_BUILD, KVType
 
 if TYPE_CHECKING:
+    from quantplan.costs.evidence import Evidence
     from quantplan.hardware import Machine
 
 EngineName = Literal["llama.cpp", "ik_llama.cpp", "ik"]
@@ -48,6 +49,16 @@ MarginOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+MeasuredOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CSV", help="Measured KLDs of this model, as GGUF-Tool-Suite or `tensor,qtype,kld`."
+    ),
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="JSON", help="Errors that `quantplan measure-weights` saved."),
+]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A GGUF file, any shard of one, or a catalog name.")
 ]
@@ -85,6 +96,8 @@ def plan(
         float | None, typer.Option(help="Least decode speed in tokens/s, context full.")
     ] = None,
     policy: Annotated[str, typer.Option(help="Rules about types and places.")] = "quality",
+    measured: MeasuredOption = None,
+    weights: WeightsOption = None,
     gap: Annotated[float, typer.Option(help="Relative gap at which to stop.")] = 1e-4,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the recipe as JSON.")
@@ -118,6 +131,7 @@ def plan(
         ),
         min_decode_tps=min_tps,
         policy=policy,
+        evidence=_evidence(measured, weights),
         gap=gap,
     )
     if recipe is not None:
@@ -243,6 +257,76 @@ def calibrate(
     )
     found.save(save)
     typer.echo(found.summary())
+
+
+def _evidence(measured: Path | None, weights: Path | None) -> "Evidence | None":
+    """Measurements of a model, from the files that were given."""
+    from dataclasses import replace  # noqa: PLC0415
+
+    from quantplan.costs.evidence import Evidence  # noqa: PLC0415
+    from quantplan.formats.sensitivity_tables import read_sensitivity_table  # noqa: PLC0415
+    from quantplan.quantize.weights import WeightErrors  # noqa: PLC0415
+
+    if measured is None and weights is None:
+        return None
+    found = Evidence() if measured is None else read_sensitivity_table(measured).evidence
+    if weights is not None:
+        found = replace(found, weight_errors=WeightErrors.load(weights).ratios())
+    return found
+
+
+@app.command()
+def measure_weights(
+    source: Annotated[Path, typer.Argument(help="The F32, F16 or BF16 GGUF (any shard).")],
+    output: Annotated[Path, typer.Argument(metavar="JSON", help="Where to save the errors.")],
+    types: Annotated[
+        str, typer.Option(help="Types to measure, separated by commas.")
+    ] = "Q8_0,Q6_K,Q5_K,Q4_K,IQ4_XS,Q3_K,Q2_K",
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Importance matrix, GGUF or .dat.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows to sample from each tensor.")] = 64,
+) -> None:
+    """Measure the error that each type makes on a model's real weights."""
+    from quantplan.quantize.imatrix import read_imatrix  # noqa: PLC0415
+    from quantplan.quantize.weights import measure_weights as measure  # noqa: PLC0415
+    from quantplan.recipe import write_whole  # noqa: PLC0415
+
+    found = measure(
+        source,
+        [name.strip() for name in types.split(",")],
+        imatrix=None if imatrix is None else read_imatrix(imatrix),
+        rows_per_tensor=rows,
+    )
+    write_whole(output, found.model_dump_json(indent=1))
+    typer.echo(f"{output}: errors of {len(found.errors)} tensors")
+
+
+@app.command()
+def explain(
+    model: ModelArgument,
+    tensor: Annotated[str, typer.Argument(metavar="TENSOR", help="Full name of a tensor.")],
+    qtype: Annotated[str, typer.Option(help="Type to explain the loss of.")] = "Q4_K",
+    measured: MeasuredOption = None,
+    weights: WeightsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Say which evidence gives the predicted loss of a tensor at a type."""
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.costs.quality import LossTable, type_errors  # noqa: PLC0415
+    from quantplan.report import explanation_text  # noqa: PLC0415
+
+    inventory = qp.read_inventory(model)
+    faults = []
+    if tensor not in inventory.by_name:
+        faults.append(f"{inventory.name} has no tensor {tensor}; quantplan show lists them")
+    if qtype.upper() not in type_errors():
+        faults.append(f"the error of the type {qtype} was never measured")
+    if faults:
+        raise InputError(faults)
+    table = LossTable(inventory, _evidence(measured, weights))
+    found = table.explain(inventory.by_name[tensor], qtype.upper())
+    typer.echo(found.model_dump_json(indent=1) if json_output else explanation_text(found))
 
 
 @app.command()

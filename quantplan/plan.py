@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Literal
 
 from quantplan.costs import data_hashes
+from quantplan.costs.evidence import Evidence
 from quantplan.costs.memory import pad
 from quantplan.costs.prefill import prefill_s
+from quantplan.costs.quality import kld_nats, link
 from quantplan.costs.traffic import collect
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import placement_flags, server_command, workload_flags
@@ -134,6 +136,7 @@ def plan(
     *,
     min_decode_tps: float | None = None,
     policy: Policy | str = "quality",
+    evidence: Evidence | None = None,
     gap: float = 1e-4,
     time_limit_s: float = 60.0,
     compute_buffers: Literal["high", "expected"] = "high",
@@ -150,6 +153,7 @@ def plan(
         workload: Context, slots, batch and KV types; by default 4096 tokens in F16.
         min_decode_tps: Least decode speed in tokens per second, with the context full.
         policy: Rules about types and places, or the name of a preset.
+        evidence: What was measured of the model's losses; combined with what metadata say.
         gap: Relative gap at which the search may stop; with GPUs at least 0.1 %.
         time_limit_s: Time for the whole search, in seconds.
         compute_buffers: Which end of their estimate to reckon with; with ``expected`` about half
@@ -165,7 +169,7 @@ def plan(
     _check(inventory, min_decode_tps, gap, time_limit_s)
     rules = policy_preset(policy) if isinstance(policy, str) else policy
     task = workload or Workload()
-    problem = build_problem(inventory, machine, task, rules, min_decode_tps)
+    problem = build_problem(inventory, machine, task, rules, min_decode_tps, evidence=evidence)
     problem = replace(problem, plans_with_high_end=compute_buffers == "high")
     problem, solution = best_solution(problem, gap=gap, time_limit_s=time_limit_s)
     assignments = _assignments(problem, solution)
@@ -179,7 +183,7 @@ def plan(
         predicted=_prediction(problem, solution, assignments),
         assignments=assignments,
         flags=_flags(problem, solution),
-        notes=_notes(problem, solution),
+        notes=(*_notes(problem, solution), *_evidence_notes(evidence)),
         provenance=_provenance(problem, solution, reachable_gap(problem, gap), time_limit_s),
     )
 
@@ -279,7 +283,7 @@ def _prediction(
     return Prediction(
         decode_tps=1 / solution.decode_s,
         prefill_tps=workload.ubatch / prompt_s,
-        loss_nats=solution.loss_nats,
+        loss_nats=kld_nats(solution.loss_nats),
         file_bytes=file_bytes,
         bpw=file_bytes * 8 / inventory.n_weights,
     )
@@ -298,9 +302,15 @@ def _notes(problem: Problem, solution: Solution) -> tuple[str, ...]:
         notes.append(f"attention and KV cache of the first {n_cpu} layers are in RAM")
     if not any(qtype(t.qtype).is_float and t.is_quantizable for t in problem.inventory.tensors):
         notes.append("the model is quantized already: types are kept, only places were chosen")
+    if kld_nats(solution.loss_nats) > link().valid_kld_nats:
+        notes.append("the predicted loss is beyond what the loss model holds for: expect nonsense")
     if solution.status == "time_limit":
         notes.append("the search ended before the gap was closed; the gap is what it proved")
     return tuple(notes)
+
+
+def _evidence_notes(evidence: Evidence | None) -> tuple[str, ...]:
+    return (f"losses use {evidence.describe()}",) if evidence else ()
 
 
 def _flags(problem: Problem, solution: Solution) -> tuple[str, ...]:

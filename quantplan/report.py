@@ -4,6 +4,7 @@ import math
 import shlex
 from collections import Counter
 
+from quantplan.costs.quality import Explanation
 from quantplan.inventory import Inventory
 from quantplan.plan import summarize
 from quantplan.recipe import Recipe
@@ -44,3 +45,21 @@ def recipe_text(recipe: Recipe) -> str:
             f"  flags: {shlex.join(recipe.flags)}",
         ]
     )
+
+
+def explanation_text(found: Explanation) -> str:
+    """Where one entry of the loss table comes from, in a few lines."""
+    rows = [
+        f"{found.tensor} at {found.qtype}: loss {found.loss_nats:.3g} nats/token, "
+        f"within a factor of {math.exp(found.ln_sd):.2f} (one standard deviation)",
+        f"  sensitivity {found.sensitivity_nats:.4g} nats per unit of error "
+        f"({found.share:.2%} of the model's), error of the type {found.error:.3g}",
+        "  evidence:",
+    ]
+    rows += [
+        f"    {e.source}: {e.loss_nats:.3g} nats, within a factor of {math.exp(e.ln_sd):.2f}"
+        for e in found.estimates
+    ]
+    rows.append("  the prior sensitivity is the product of:")
+    rows += [f"    {math.exp(value):8.3f}  {name}" for name, value in found.terms.items()]
+    return "\n".join(rows)

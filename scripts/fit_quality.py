@@ -1,106 +1,103 @@
-"""Fits the first loss table: how sensitive each role is, and the scale of a whole model.
+"""Fits the loss model and writes quantplan/costs/data/quality.json.
 
 Usage: python scripts/fit_quality.py SENSITIVITIES_DIRECTORY
 
-Reads per-tensor KLD tables (MODEL.csv.gz with the columns scope, tensor_or_group, bench_group,
-qtype, metric, value, flag: the KLD of the whole model when one tensor or bundle has a low type) and
-writes quantplan/costs/data/quality.json.
-
-Model: loss(tensor, type) = scale * share(tensor) * error(type), where error is the type's relative
-squared error on Gaussian rows, share is proportional to sqrt(weights) * factor(role) and sums to 1
-over the quantized tensors, and scale is the geometric mean over families of models. (A slope on the
-number of active weights predicts families that were left out worse: median |ln error| 0.66.) The
-factor of a role is the geometric mean over models of mean KLD above the model's floor over
-sqrt(mean weights). A model's floor is the 5th percentile of its single-tensor KLDs. Bundles count
-once.
-
-The printed errors leave one family of models out at a time.
+Reads MODEL.csv.gz tables of measured KLDs (see `quantplan.formats.sensitivity_tables`) of models
+that are in the catalog. `scripts/quality_fit.py` says what is fitted;
+benchmarks/validate_quality.py judges it. Standard deviations in the file come from predicting
+families, and models of known families, that were left out of the fit.
 """
 
 import argparse
-import csv
 import datetime
-import gzip
 import hashlib
 import json
 import math
-from collections import defaultdict
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import numpy as np
 
-from quantplan.costs import load_data
-from quantplan.inventory import Inventory
-from quantplan.inventory.catalog import catalog_names, read_catalog
-from quantplan.inventory.roles import split_name
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-TARGET = Path(__file__).parent.parent / "quantplan" / "costs" / "data" / "quality.json"
-CURVE_TYPES = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S")
-FLOOR_PERCENTILE = 5
-MIN_MODELS = 3
-# Below this share of the whole a factor is noise around the floor.
-SMALLEST_SHARE = 1e-4
+from quantplan.costs.evidence import Link, Measurement, fit_singles
+from quantplan.costs.sensitivity import Prior
+from scripts.quality_data import Measured, read_models
+from scripts.quality_fit import Curves, fit, fit_curves, leave_one_family_out
 
-Row = dict[str, str]
+TARGET = Path(__file__).parents[1] / "quantplan" / "costs" / "data" / "quality.json"
+# A median absolute deviation times this is a standard deviation, where the rest is Gaussian.
+_ROBUST = 1.4826
 
 
-def family(name: str) -> str:
-    """Models that share weights or an architecture belong to one family."""
-    return "Qwen-VL" if "-VL-" in name else name.partition("-")[0].rstrip("0123456789.")
+def robust_sd(values: list[float]) -> float:
+    """Standard deviation about zero, from the median absolute value."""
+    return _ROBUST * median(map(abs, values))
 
 
-def whole_model_scale(rows: list[Row]) -> float | None:
-    """KLD of the whole model per unit of relative squared error, median over curve types."""
-    errors = load_data("type_error.json")["relative_squared_error"]
-    slopes = [
-        float(r["value"]) / errors[r["qtype"].upper()]
-        for r in rows
-        if r["scope"] == "all_tensors_pure" and r["metric"] == "kld" and not r["flag"]
-        and r["qtype"].upper() in CURVE_TYPES
+def share_errors(
+    models: Mapping[str, Measured], documents: Mapping[str, Mapping[str, Any]]
+) -> list[float]:
+    """Ln of measured over predicted sensitivity in families left out, the model's mean removed.
+
+    Only measurements that are at least twice their model's floor tell the two apart.
+    """
+    found = []
+    for model in models.values():
+        if not model.units:
+            continue
+        document = documents[model.family]
+        link = Link(document["link"]["curvature"], document["link"]["valid_kld_nats"])
+        own = Prior(document).sensitivities(model.inventory)
+        floor = float(np.percentile([u.kld_nats for u in model.units], 5))
+        ratios = [
+            math.log(link.loss(u.kld_nats - floor)) - math.log(sum(own[t.name] for t in u.tensors))
+            for u in model.units
+            if u.kld_nats > 2 * floor
+        ]
+        found += [ratio - median(ratios) for ratio in ratios]
+    return found
+
+
+def scale_errors(
+    models: Mapping[str, Measured], curves: Curves, documents: Mapping[str, Mapping[str, Any]]
+) -> list[float]:
+    """Ln of fitted over predicted scale, with the constants given by model or by family."""
+    return [
+        value - Prior(documents.get(name) or documents[models[name].family]).ln_scale(
+            models[name].inventory
+        )
+        for name, value in curves.ln_scale.items()
+        if name in documents or models[name].family in documents
     ]  # fmt: skip
-    return median(slopes) if slopes else None
 
 
-def role_factors(rows: list[Row], inventory: Inventory) -> dict[str, float]:
-    """Logarithm of each role's KLD share per square root of weights share, for one model."""
-    bundles = defaultdict(list)
-    for row in rows:
-        known = row["tensor_or_group"] in inventory.by_name
-        if row["scope"] == "tensor" and row["metric"] == "kld" and not row["flag"] and known:
-            bundles[row["bench_group"] or row["tensor_or_group"], row["qtype"]].append(row)
-    # One type per model: the one that most tensors were measured at.
-    by_type = defaultdict(list)
-    for (_, qtype), members in bundles.items():
-        by_type[qtype].append(members)
-    measured = max(by_type.values(), key=len, default=[])
-    if len(measured) < 20:
-        return {}
-    floor = np.percentile([float(m[0]["value"]) for m in measured], FLOOR_PERCENTILE)
-    kld, weights = defaultdict(list), defaultdict(list)
-    for members in measured:
-        roles = {split_name(m["tensor_or_group"])[1] for m in members}
-        if len(roles) == 1:
-            role = roles.pop()
-            kld[role].append(max(0.0, float(members[0]["value"]) - floor))
-            weights[role].append(
-                sum(inventory.by_name[m["tensor_or_group"]].n_weights for m in members)
-            )
-    total_kld = sum(map(sum, kld.values()))
-    total_weights = sum(map(sum, weights.values()))
-    return {
-        role: math.log(max(fmean(kld[role]) / total_kld, SMALLEST_SHARE / len(kld[role])))
-        - 0.5 * math.log(fmean(weights[role]) / total_weights)
-        for role in kld
-    }
+def repeat_errors(models: Mapping[str, Measured], curves: Curves) -> list[float]:
+    """How far sensitivities of a tensor measured at several types are from their mean, in ln."""
+    found = []
+    for model in models.values():
+        by_tensor: dict[tuple[str, ...], list[float]] = {}
+        if len({single.qtype for single in model.table.singles}) < 2:
+            continue
+        # A few tensors of a large table are no floor; the limit keeps the percentile meaningful.
+        singles: list[Measurement] = [s for s in model.table.singles if s.qtype in curves.errors]
+        for single in fit_singles(singles, curves.errors, curves.link, 0.1):
+            if single.ln_sd < 0.5:
+                by_tensor.setdefault(single.tensors, []).append(single.ln_sensitivity)
+        found += [v - fmean(vs) for vs in by_tensor.values() if len(vs) > 1 for v in vs]
+    return found
 
 
-def fit_scale(scales: dict[str, float]) -> float:
-    """Mean over families of the mean ln scale of their models."""
-    by_family = defaultdict(list)
-    for name, scale in scales.items():
-        by_family[family(name)].append(math.log(scale))
-    return fmean(fmean(values) for values in by_family.values())
+def without_one(models: Mapping[str, Measured]) -> dict[str, Mapping[str, Any]]:
+    """Constants fitted without each model that has siblings, by model."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, model in models.items():
+        if sum(m.family == model.family for m in models.values()) > 1:
+            found[name] = fit({n: m for n, m in models.items() if n != name})
+    return found
 
 
 def main() -> None:
@@ -108,43 +105,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sensitivities", type=Path)
     directory = parser.parse_args().sensitivities
+    models, skipped = read_models(directory)
     digest = hashlib.sha256()
-    scales: dict[str, float] = {}
-    factors: dict[str, dict[str, float]] = defaultdict(dict)
-    for name in catalog_names():
-        path = directory / f"{name}.csv.gz"
-        inventory = read_catalog(name)
-        if not path.is_file() or inventory is None:
-            continue
-        digest.update(path.read_bytes())
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        scale = whole_model_scale(rows)
-        if scale:
-            scales[name] = scale
-        for role, value in role_factors(rows, inventory).items():
-            factors[role][name] = value
-    errors = []
-    for name, scale in scales.items():
-        others = {n: s for n, s in scales.items() if family(n) != family(name)}
-        errors.append(abs(fit_scale(others) - math.log(scale)))
-        print(f"{name:32} scale {scale:6.2f} left-out ln error {errors[-1]:.2f}")
-    kept = {r: fmean(v.values()) for r, v in factors.items() if len(v) >= MIN_MODELS}
-    document = {
-        "about": "loss = exp(ln_scale) * share * type error, in nats per token",
+    for name in models:
+        digest.update(next(directory.glob(f"{name}.csv*")).read_bytes())
+    document, curves = fit(models), fit_curves(models)
+    left_out = leave_one_family_out(models)
+    siblings = without_one(models)
+    new = scale_errors(models, curves, left_out)
+    known = scale_errors({n: models[n] for n in siblings}, _only(curves, siblings), siblings)
+    document["ln_sd"] |= {
+        "scale_new_family": round(math.sqrt(fmean(e**2 for e in new)), 3),
+        "scale_known_family": round(math.sqrt(fmean(e**2 for e in known)), 3),
+        "share": round(robust_sd(share_errors(models, left_out)), 3),
+        "single": round(robust_sd(repeat_errors(models, curves)), 3),
+    }
+    provenance = {
+        "about": "loss(tensor, type) = sensitivity * type_error, nats per token; sensitivities are "
+        "exp(coefficients * features) scaled to sum to exp(scale * features of the model); "
+        "KLD = loss + curvature * loss^2",
         "script": "scripts/fit_quality.py",
-        "credit": "per-tensor KLD measurements: GGUF-Tool-Suite (Thireus and contributors), "
-        "commit 384c1f8",
+        "credit": "KLD measurements: GGUF-Tool-Suite (Thireus and contributors), commit 384c1f8",
         "data_sha256": digest.hexdigest(),
         "date": datetime.date.today().isoformat(),
-        "ln_scale": round(fit_scale(scales), 4),
-        "n_models_for_scale": len(scales),
-        "left_out_family_median_abs_ln_error": round(median(errors), 3),
-        "ln_role_factor": {role: round(value, 3) for role, value in sorted(kept.items())},
-        "n_models_per_role": {role: len(factors[role]) for role in sorted(kept)},
+        "models": sorted(models),
+        "ln_sd_why": "scale_*: root mean square error of ln scale for families, and for models of "
+        "known families, left out of the fit; share: robust error of a tensor's sensitivity within "
+        "a model of a family left out; type: robust scatter of the error of a type between models; "
+        "single: scatter of one tensor's sensitivity measured at several types",
     }
-    TARGET.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document, indent=1))
+    TARGET.write_text(json.dumps({**provenance, **document}, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(models)} models; {len(skipped)} left out: {', '.join(skipped)}")
+    print(json.dumps(document["ln_sd"], indent=1))
+
+
+def _only(curves: Curves, names: Mapping[str, Any]) -> Curves:
+    kept = {name: value for name, value in curves.ln_scale.items() if name in names}
+    return Curves(curves.errors, curves.link, kept, curves.ln_floor, curves.residuals)
 
 
 if __name__ == "__main__":

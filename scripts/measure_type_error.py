@@ -7,58 +7,32 @@ writes mean |W' - W|^2 / |W|^2 per type to quantplan/costs/data/type_error.json.
 importance matrix get a uniform one.
 """
 
-import ctypes
 import datetime
 import importlib.metadata
 import json
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantplan.qtypes import QTYPES, QType
-from quantplan.quantize.ggml import ggml
+from quantplan.quantize.ggml import Ggml, ggml
 
 TARGET = Path(__file__).parent.parent / "quantplan" / "costs" / "data" / "type_error.json"
 N_ROWS, N_COLUMNS, SEED = 256, 4096, 20261123
-TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
-class TypeTraits(ctypes.Structure):
-    """The head of ggml_type_traits, up to the dequantizer."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("block", ctypes.c_int64),
-        ("block_interleave", ctypes.c_int64),
-        ("block_bytes", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.c_void_p),
-    )
-
-
-def relative_error(library: ctypes.CDLL, weights: np.ndarray, qtype: QType) -> float:
+def relative_error(library: Ggml, weights: NDArray[np.float32], qtype: QType) -> float:
     """Mean squared error of one type relative to the mean square of the weights."""
-    quantized = np.empty(qtype.tensor_bytes((N_COLUMNS, N_ROWS)), dtype=np.uint8)
-    uniform = np.ones(N_COLUMNS, dtype=np.float32)
-    library.ggml_quantize_init(qtype.ggml_id)
-    library.ggml_quantize_chunk(
-        qtype.ggml_id,
-        ctypes.c_void_p(weights.ctypes.data),
-        ctypes.c_void_p(quantized.ctypes.data),
-        *(ctypes.c_int64(n) for n in (0, N_ROWS, N_COLUMNS)),
-        ctypes.c_void_p(uniform.ctypes.data if qtype.needs_imatrix else None),
-    )
-    library.ggml_get_type_traits.restype = ctypes.POINTER(TypeTraits)
-    traits = library.ggml_get_type_traits(qtype.ggml_id).contents
-    restored = np.empty_like(weights)
-    TO_FLOAT(traits.to_float)(quantized.ctypes.data, restored.ctypes.data, weights.size)
+    library.prepare(qtype, has_imatrix=qtype.needs_imatrix)
+    uniform = np.ones(N_COLUMNS, dtype=np.float32) if qtype.needs_imatrix else None
+    restored = library.round_trip(qtype, weights, uniform)
     return float(np.mean((restored - weights) ** 2) / np.mean(weights**2))
 
 
 def main() -> None:
     """Measures every type that the bundled library can write."""
-    # The backend refuses types that need an importance matrix; here they get a uniform one.
-    library = ggml()._library
+    library = ggml()
     weights = np.random.default_rng(SEED).standard_normal((N_ROWS, N_COLUMNS), dtype=np.float32)
     skipped = {"F32", "F16", "BF16", "NVFP4", "Q1_0", "Q2_0"}
     errors = {

@@ -213,3 +213,30 @@ def test_help_names_the_commands() -> None:
     done = quantplan("--help")
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("plan", "show", "quantize"))
+
+
+def test_a_loss_is_explained_with_what_was_measured(tmp_path: Path) -> None:
+    """`explain` names the prior and the measurement; an unknown tensor and type are both named."""
+    name = "blk.3.ffn_down_exps.weight"
+    table = tmp_path / "measured.csv"
+    table.write_text(f"tensor,qtype,kld\n{name},IQ1_M,0.02\n")
+    shown = quantplan("explain", "GLM-4.5-Air", name, "--measured", table)
+    assert shown.returncode == 0, shown.stderr
+    assert "prior from metadata" in shown.stdout
+    assert "measured alone" in shown.stdout
+    as_json = quantplan("explain", "GLM-4.5-Air", name, "--measured", table, "--json")
+    assert len(json.loads(as_json.stdout)["estimates"]) == 2
+    failed = quantplan("explain", "GLM-4.5-Air", "blk.3.nope", "--qtype", "Q9")
+    assert failed.returncode == 2
+    assert "blk.3.nope" in failed.stderr
+    assert "Q9" in failed.stderr
+
+
+def test_errors_of_weights_go_into_a_plan(tmp_path: Path) -> None:
+    """What `measure-weights` saves, `plan` takes, and says so."""
+    source, errors = toy_moe(tmp_path / "toy.gguf"), tmp_path / "errors.json"
+    done = quantplan("measure-weights", source, errors, "--rows", "8")
+    assert done.returncode == 0, done.stderr
+    made = quantplan("plan", source, "--machine", "2GiB@50GB/s", "--weights", errors)
+    assert made.returncode == 0, made.stderr
+    assert "losses use errors on the weights of" in made.stdout

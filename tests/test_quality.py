@@ -1,5 +1,6 @@
 """Predicted loss per tensor and type."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from quantplan import Inventory, catalog_names
 from quantplan import read_inventory as read
 from quantplan.costs import load_data
-from quantplan.costs.quality import LossTable, type_error
-from quantplan.qtypes import QTYPES
+from quantplan.costs.evidence import Evidence, Link, Measurement, fit_curve
+from quantplan.costs.quality import LossTable, kld_nats, link, type_error, type_errors
+from quantplan.costs.sensitivity import DEPTH_BANDS, Prior, depth, family
+from quantplan.inventory import Tensor
 from tests.support.models import toy_inventory
 
 untimed = settings(max_examples=50, deadline=None)
@@ -20,15 +23,25 @@ FAMILIES = [
     ("IQ1_S", "IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0"),
     ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "BF16", "F16"),
     ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    ("IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K"),
 ]
 QUANTIZED = sorted(load_data("type_error.json")["relative_squared_error"].keys() - {"F16", "BF16"})
+DENSE = read("Qwen3.5-4B")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_more_bits_of_a_family_have_less_error(family: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("types", FAMILIES)
+def test_more_bits_of_a_family_have_less_error(types: tuple[str, ...]) -> None:
     """Within a family of types, more bits per weight never have a larger error."""
-    assert all(QTYPES[a].bpw <= QTYPES[b].bpw for a, b in pairwise(family))
-    assert all(type_error(a) > type_error(b) > 0 for a, b in pairwise(family))
+    assert all(type_error(a) > type_error(b) > 0 for a, b in pairwise(types))
+
+
+def test_pooled_errors_agree_with_those_on_gaussian_rows() -> None:
+    """Errors that come from runs of whole models are those on Gaussian rows, within a third."""
+    gaussian = load_data("type_error.json")["relative_squared_error"]
+    pooled = load_data("quality.json")["type_error"]
+    both = sorted(gaussian.keys() & pooled.keys())
+    assert len(both) >= 15
+    assert all(abs(math.log(pooled[q] / gaussian[q])) < math.log(1.5) for q in both)
 
 
 @pytest.mark.parametrize("name", catalog_names())
@@ -37,22 +50,35 @@ def test_keeping_every_type_loses_nothing(name: str) -> None:
     inventory = read(name)
     table = LossTable(inventory)
     assert all(table.loss_nats(t, t.qtype) == 0 for t in inventory.tensors)
-
-
-def scale(inventory: Inventory) -> float:
-    """Loss of the model per unit of type error, summed over the tensors that have any."""
-    table = LossTable(inventory)
-    return sum(
-        table.loss_nats(tensor, qtype) / type_error(qtype)
-        for tensor in inventory.tensors
-        for qtype in ["Q8_0" if tensor.qtype != "Q8_0" else "Q6_K"]
-    )
+    assert table.model_kld_nats({}) == 0
 
 
 @pytest.mark.parametrize("name", catalog_names())
-def test_shares_add_up(name: str) -> None:
-    """The same type for all matrices has a loss of that type's error times one constant."""
-    assert scale(read(name)) == pytest.approx(scale(toy_inventory([256])))
+def test_shares_add_up_to_the_scale(name: str) -> None:
+    """The same type for all matrices has the loss that the scale of the model says."""
+    inventory = read(name)
+    table = LossTable(inventory)
+    loss = sum(table.loss_nats(t, "Q4_K") for t in inventory.tensors)
+    scale = math.exp(Prior(load_data("quality.json")).ln_scale(inventory))
+    assert loss == pytest.approx(scale * type_error("Q4_K"))
+    kld = table.model_kld_nats({t.name: "Q4_K" for t in inventory.tensors})
+    assert kld == pytest.approx(kld_nats(loss))
+
+
+@pytest.mark.parametrize("name", catalog_names())
+def test_a_uniform_4_bit_model_loses_what_such_models_lose(name: str) -> None:
+    """Q4_K everywhere costs 0.01 to 0.07 nats, as in every published run of a sound model."""
+    inventory = read(name)
+    kld = LossTable(inventory).model_kld_nats({t.name: "Q4_K" for t in inventory.tensors})
+    assert 0.01 <= kld <= 0.07
+
+
+def test_larger_models_are_less_sensitive() -> None:
+    """Within one family, predicted damage of the same type falls with size."""
+    prior = Prior(load_data("quality.json"))
+    names = ("Qwen3.5-0.8B", "Qwen3.5-2B", "Qwen3.5-4B", "Qwen3.5-27B")
+    scales = [prior.ln_scale(read(name)) for name in names]
+    assert scales == sorted(scales, reverse=True)
 
 
 @untimed
@@ -76,6 +102,7 @@ def test_loss_follows_the_error_of_the_type(
             assert 0 < losses[0] <= losses[1]
             ratio = type_error(worse) / type_error(better)
             assert losses[1] / losses[0] == pytest.approx(ratio)
+            assert table.ln_sd(tensor, worse) > 0
         else:
             assert losses == (0, 0)
 
@@ -109,3 +136,130 @@ def test_the_output_matrix_is_the_most_sensitive_one() -> None:
         if t.is_quantizable
     }
     assert max(density, key=lambda role: density[role]) == "output"
+
+
+def test_layers_of_a_band_are_alike() -> None:
+    """Equal layers of one depth band have equal losses, so that the planner can count them."""
+    inventory = read("Qwen3-4B-Instruct-2507")
+    table = LossTable(inventory)
+    ups = [t for t in inventory.tensors if t.role == "ffn_up"]
+    inner = ups[1:-1]
+    assert len({depth(t, inventory) for t in ups}) == DEPTH_BANDS
+    assert len({table.loss_nats(t, "Q4_K") for t in inner}) == DEPTH_BANDS
+
+
+def test_sparse_and_vision_models_belong_to_their_design() -> None:
+    """Architectures of one design are one family, others are their own."""
+    assert family("qwen35") == family("qwen35moe") != family("qwen3moe") == family("qwen3vlmoe")
+    assert family("unheard-of") == "unheard-of"
+
+
+@untimed
+@given(st.floats(0, 50), st.floats(0, 50))
+def test_the_link_is_increasing_convex_and_invertible(a: float, b: float) -> None:
+    """More loss is more KLD, more than in proportion, and the way back leads home."""
+    found = link()
+    assert found.loss(found.kld(a)) == pytest.approx(a, abs=1e-9)
+    assert (found.kld(a) <= found.kld(b)) == (a <= b)
+    assert found.kld((a + b) / 2) <= (found.kld(a) + found.kld(b)) / 2 + 1e-9
+
+
+@pytest.mark.parametrize("baseline", [None, "IQ4_NL"])
+def test_a_curve_gives_back_what_made_it(baseline: str | None) -> None:
+    """Scale and floor are recovered from a noiseless curve, also against a quantized baseline."""
+    errors, bend = type_errors(), Link(0.9, 3.0)
+    types = ("Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_XXS", "Q2_K")
+    base = errors[baseline] if baseline else 0.0
+    curve = {q: 0.002 + bend.kld(4.0 * (errors[q] + base)) for q in types}
+    found = fit_curve(curve, baseline, errors, bend, 0.06)
+    assert found.ln_scale == pytest.approx(math.log(4), abs=0.06)
+    if baseline is None:  # beside the errors of a 4-bit baseline no floor can be seen
+        assert found.floor_nats == pytest.approx(0.002, rel=0.3)
+    assert all(abs(d) < 0.1 for d in found.ln_deviation.values())
+
+
+def test_a_curve_without_any_known_type_is_refused() -> None:
+    """A curve that says nothing is an error, not a guess."""
+    with pytest.raises(ValueError, match="no type of the curve"):
+        fit_curve({"Q9_Z": 0.1}, None, type_errors(), link(), 0.06)
+
+
+def test_a_measured_curve_moves_the_whole_table() -> None:
+    """A model that is three times as sensitive as its like gets nearly three times the losses."""
+    plain = LossTable(DENSE)
+    total = {
+        q: sum(plain.loss_nats(t, q) for t in DENSE.tensors)
+        for q in ("Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_XXS")
+    }
+    curve = {q: kld_nats(3 * loss) for q, loss in total.items()}
+    table = LossTable(DENSE, Evidence(curve=curve))
+    tensor = DENSE.by_name["blk.5.ffn_up.weight"]
+    ratio = table.loss_nats(tensor, "Q4_K") / plain.loss_nats(tensor, "Q4_K")
+    assert 2.5 < ratio < 3.3
+    assert table.ln_sd(tensor, "Q4_K") < plain.ln_sd(tensor, "Q4_K")
+
+
+def _singles(loss_of: dict[str, float], floor: float) -> tuple[Measurement, ...]:
+    return tuple(
+        Measurement((name,), "IQ1_M", floor + kld_nats(loss)) for name, loss in loss_of.items()
+    )
+
+
+def test_a_measured_tensor_moves_and_the_others_stay() -> None:
+    """One tensor found ten times as sensitive as predicted becomes so; the noise floor does not."""
+    plain = LossTable(DENSE)
+    matrices = [t for t in DENSE.tensors if t.is_quantizable]
+    losses = {t.name: plain.loss_nats(t, "IQ1_M") for t in matrices}
+    odd, other = "blk.7.ffn_down.weight", "blk.8.ffn_down.weight"
+    losses[odd] *= 10
+    table = LossTable(DENSE, Evidence(singles=_singles(losses, floor=0.004)))
+
+    def moved(name: str) -> float:
+        tensor: Tensor = DENSE.by_name[name]
+        return table.loss_nats(tensor, "Q4_K") / plain.loss_nats(tensor, "Q4_K")
+
+    assert moved(odd) > 7
+    assert 0.8 < moved(other) < 1.2
+
+
+def test_tensors_measured_together_count_once() -> None:
+    """A bundle's sum is what was measured, and its members keep their proportions."""
+    plain = LossTable(DENSE)
+    names = ("blk.3.attn_k.weight", "blk.3.attn_v.weight")
+    tensors = [DENSE.by_name[n] for n in names]
+    before = [plain.loss_nats(t, "IQ1_M") for t in tensors]
+    single = Measurement(names, "IQ1_M", kld_nats(5 * sum(before)))
+    table = LossTable(DENSE, Evidence(singles=(single,)))
+    after = [table.loss_nats(t, "IQ1_M") for t in tensors]
+    assert 4 < sum(after) / sum(before) <= 5.01
+    assert after[0] / after[1] == pytest.approx(before[0] / before[1])
+
+
+def test_errors_on_real_weights_replace_those_on_gaussian_rows() -> None:
+    """A type that fits a tensor's real weights half as well has twice the loss there only."""
+    name = "blk.0.ffn_up.weight"
+    table = LossTable(DENSE, Evidence(weight_errors={(name, "Q4_K"): 2.0}))
+    plain = LossTable(DENSE)
+    tensor, other = DENSE.by_name[name], DENSE.by_name["blk.1.ffn_up.weight"]
+    assert table.loss_nats(tensor, "Q4_K") == 2 * plain.loss_nats(tensor, "Q4_K")
+    assert table.loss_nats(tensor, "Q3_K") == plain.loss_nats(tensor, "Q3_K")
+    assert table.loss_nats(other, "Q4_K") == plain.loss_nats(other, "Q4_K")
+
+
+def _explained(inventory: Inventory, name: str, evidence: Evidence | None = None) -> None:
+    table = LossTable(inventory, evidence)
+    tensor = inventory.by_name[name]
+    found = table.explain(tensor, "Q4_K")
+    assert found.loss_nats == table.loss_nats(tensor, "Q4_K")
+    assert found.loss_nats == pytest.approx(found.sensitivity_nats * found.error)
+    weight = [e.ln_sd**-2 for e in found.estimates]
+    mean = sum(w * math.log(e.loss_nats) for w, e in zip(weight, found.estimates, strict=True))
+    assert math.log(found.loss_nats) == pytest.approx(mean / sum(weight))
+
+
+def test_an_explanation_adds_up() -> None:
+    """The sources that are named, weighted by their certainty, give the number in the table."""
+    name = "blk.7.ffn_down.weight"
+    _explained(DENSE, name)
+    loss = 3 * LossTable(DENSE).loss_nats(DENSE.by_name[name], "IQ1_M")
+    _explained(DENSE, name, Evidence(singles=(Measurement((name,), "IQ1_M", kld_nats(loss)),)))

@@ -1,68 +1,252 @@
-"""Predicted loss in nats per token: role sensitivity times the error of the type.
+"""Predicted loss in nats per token: sensitivity of the tensor times the error of the type.
 
-``loss(tensor, type) = scale * share(tensor) * error(type)``. The error is the type's relative
-squared error on Gaussian rows (linearity theorem: HIGGS, arXiv 2411.17525; measured by
-``scripts/measure_type_error.py``). Scale and shares are fitted by ``scripts/fit_quality.py`` on
-published per-tensor KLD measurements. It is a prior: nothing of the model itself was measured, it
-is additive although low-bit damage is not, and the scale of an unseen family is off by a factor of
-about 1.7 in the median.
+``loss(tensor, type) = s(tensor) * error(type)``. Losses add up; the KLD of the whole model is a
+convex function of their sum (`kld_nats`), so that the least sum also has the least KLD. The error
+of a type is relative and squared (linearity theorem: HIGGS, arXiv 2411.17525), on Gaussian rows
+where nothing else is known (``type_error.json``), and otherwise pooled from published runs of whole
+models at one type. Sensitivities come from `Prior`, and from measurements of the model itself where
+there are any. Fitted numbers are in ``quality.json``, with their provenance and how well they
+predict families that were left out.
 """
 
 import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
 from quantplan.costs import load_data
+from quantplan.costs.evidence import (
+    FEWEST_FOR_A_FLOOR,
+    Evidence,
+    Link,
+    fit_curve,
+    fit_singles,
+)
+from quantplan.costs.sensitivity import Prior
 from quantplan.inventory import Inventory, Tensor
+from quantplan.schema import Frozen
 
-# Where a role was not measured, the role whose part it plays.
-_LIKE = {
-    "attention": "attn_output",
-    "recurrent": "ssm_out",
-    "indexer": "attn_k",
-    "ffn": "ffn_down",
-    "shared_experts": "ffn_down",
-    "up_gate_experts": "ffn_up_exps",
-    "down_experts": "ffn_down_exps",
-    "embedding": "token_embd",
-    "output": "output",
-}
-_DEFAULT_LIKE = "attn_output"
+
+class Estimate(Frozen):
+    """One source of evidence about a loss.
+
+    Attributes:
+        source: Where it comes from.
+        loss_nats: The loss by this source alone.
+        ln_sd: Standard deviation of its logarithm.
+    """
+
+    source: str
+    loss_nats: float
+    ln_sd: float
+
+
+class Explanation(Frozen):
+    """Where one entry of the loss table comes from.
+
+    Attributes:
+        tensor: Full name.
+        qtype: The type.
+        loss_nats: Predicted loss, nats per token.
+        ln_sd: Standard deviation of its logarithm.
+        sensitivity_nats: Loss per unit of relative squared error.
+        error: Relative squared error of the type on this tensor.
+        share: Share of the model's sensitivity.
+        terms: What each feature adds to the logarithm of the prior sensitivity.
+        estimates: What each source of evidence says alone; they are combined with weights of one
+            over the variance of the logarithm.
+    """
+
+    tensor: str
+    qtype: str
+    loss_nats: float
+    ln_sd: float
+    sensitivity_nats: float
+    error: float
+    share: float
+    terms: dict[str, float]
+    estimates: tuple[Estimate, ...]
+
+
+@cache
+def _shipped() -> Mapping[str, Any]:
+    data: Mapping[str, Any] = load_data("quality.json")
+    return data
+
+
+def type_errors(data: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """Relative squared error by type: pooled from runs of whole models, else on Gaussian rows.
+
+    Args:
+        data: Document of the form of ``quality.json``; the shipped one by default.
+    """
+    pooled = (data or _shipped())["type_error"]
+    return {**load_data("type_error.json")["relative_squared_error"], **pooled}
 
 
 def type_error(qtype_name: str) -> float:
-    """Relative squared error of a type on Gaussian rows.
+    """Relative squared error of a type.
 
     Raises:
-        KeyError: The type was not measured.
+        KeyError: The type was never measured.
     """
-    return float(load_data("type_error.json")["relative_squared_error"][qtype_name])
+    return type_errors()[qtype_name]
+
+
+def link(data: Mapping[str, Any] | None = None) -> Link:
+    """The function from summed loss to KLD.
+
+    Args:
+        data: Document of the form of ``quality.json``; the shipped one by default.
+    """
+    found = (data or _shipped())["link"]
+    return Link(found["curvature"], found["valid_kld_nats"])
+
+
+def kld_nats(loss_nats: float) -> float:
+    """Predicted KLD of the whole model, in nats per token, for the summed loss of its tensors."""
+    return link().kld(loss_nats)
 
 
 class LossTable:
     """Predicted loss of each tensor of one model at each type."""
 
-    def __init__(self, inventory: Inventory) -> None:
-        """Distributes the model's loss scale over its quantizable, loaded tensors."""
-        data = load_data("quality.json")
-        self._factors: dict[str, float] = data["ln_role_factor"]
-        # A tied embedding is the output matrix, and as sensitive as one.
-        self._embedding_like = "output" if inventory.has_tied_output else "token_embd"
-        tensors = [t for t in inventory.tensors if t.is_quantizable and inventory.is_loaded(t)]
-        raw = {t.name: math.sqrt(t.n_weights) * self._factor(t) for t in tensors}
-        total_loss = math.exp(data["ln_scale"])
-        total = sum(raw.values())
-        self._weight = {name: total_loss * value / total for name, value in raw.items()}
+    def __init__(
+        self,
+        inventory: Inventory,
+        evidence: Evidence | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Computes the sensitivity of every quantizable, loaded tensor.
 
-    def _factor(self, tensor: Tensor) -> float:
-        if tensor.role_class == "embedding":
-            return math.exp(self._factors[self._embedding_like])
-        like = _LIKE.get(tensor.role_class, _DEFAULT_LIKE)
-        return math.exp(self._factors.get(tensor.role, self._factors[like]))
+        Args:
+            inventory: The model.
+            evidence: What was measured of it; nothing by default.
+            data: Fitted constants in the form of ``quality.json``; the shipped ones by default.
+        """
+        data = data or _shipped()
+        self._inventory = inventory
+        self._evidence = evidence or Evidence()
+        self._link = link(data)
+        self._sd: dict[str, float] = data["ln_sd"]
+        self._errors = type_errors(data)
+        self._prior = Prior(data)
+        known = "known_family" if self._prior.is_known(inventory) else "new_family"
+        self._scale_sd = self._sd[f"scale_{known}"]
+        self._prior_s = self._prior.sensitivities(inventory)
+        self._curve_scale: float | None = None
+        if self._evidence.curve:
+            self._use_curve()
+        self._s = dict(self._prior_s)
+        self._ln_sd = dict.fromkeys(self._s, math.hypot(self._scale_sd, self._sd["share"]))
+        # Number of tensors measured together, sensitivity by the measurement alone, ln sd.
+        self._singles: dict[str, tuple[int, float, float]] = {}
+        self._use_singles()
+
+    def _use_curve(self) -> None:
+        """Replaces scale and errors of types by what the model's own curve says."""
+        fit = fit_curve(
+            self._evidence.curve, self._evidence.baseline, self._errors, self._link,
+            self._sd["type"],
+        )  # fmt: skip
+        own, prior = self._sd["scale_with_curve"] ** -2, self._scale_sd**-2
+        shift = own / (own + prior) * (fit.ln_scale - self._prior.ln_scale(self._inventory))
+        self._curve_scale = fit.ln_scale
+        self._scale_sd = (own + prior) ** -0.5
+        self._prior_s = {n: s * math.exp(shift) for n, s in self._prior_s.items()}
+        for name, deviation in fit.ln_deviation.items():
+            self._errors[name] *= math.exp(deviation)
+
+    def _use_singles(self) -> None:
+        """Combines prior and measured sensitivities, weighted by one over their variances.
+
+        Many measurements together are scaled to the sum that the prior gives their tensors: the
+        noise floor and the lack of additivity falsify their sum more than their proportions.
+        """
+        found = [
+            (single, [name for name in single.tensors if name in self._s])
+            for single in fit_singles(
+                self._evidence.singles, self._errors, self._link, self._sd["single"]
+            )
+        ]
+        found = [(single, names) for single, names in found if names]
+        offset = 0.0
+        if len(found) >= FEWEST_FOR_A_FLOOR:
+            by_prior = sum(self._s[name] for _, names in found for name in names)
+            offset = math.log(by_prior / sum(math.exp(s.ln_sensitivity) for s, _ in found))
+        for single, names in found:
+            measured = single.ln_sensitivity + offset
+            own, prior = single.ln_sd**-2, self._ln_sd[names[0]] ** -2
+            together = math.log(sum(self._s[name] for name in names))
+            for name in names:
+                alone = self._prior_s[name] * math.exp(
+                    measured - math.log(sum(self._prior_s[n] for n in names))
+                )
+                self._singles[name] = (len(names), alone, single.ln_sd)
+                self._s[name] *= math.exp(own / (own + prior) * (measured - together))
+                self._ln_sd[name] = (own + prior) ** -0.5
+
+    def error(self, tensor: Tensor, qtype_name: str) -> float:
+        """Relative squared error of a type on a tensor; of its real weights where measured.
+
+        Raises:
+            KeyError: The type was never measured.
+        """
+        ratio = self._evidence.weight_errors.get((tensor.name, qtype_name), 1.0)
+        return ratio * self._errors[qtype_name]
 
     def loss_nats(self, tensor: Tensor, qtype_name: str) -> float:
-        """Predicted loss in nats per token when this tensor alone has the type.
+        """Predicted loss in nats per token when the tensor has the type.
 
         A tensor that keeps its source type, is not quantizable or is not loaded costs nothing.
+
+        Raises:
+            KeyError: The error of the type was never measured.
         """
-        if qtype_name == tensor.qtype:
+        if qtype_name == tensor.qtype or tensor.name not in self._s:
             return 0.0
-        return self._weight.get(tensor.name, 0.0) * type_error(qtype_name)
+        return self._s[tensor.name] * self.error(tensor, qtype_name)
+
+    def ln_sd(self, tensor: Tensor, qtype_name: str) -> float:
+        """Standard deviation of the logarithm of a loss; 0 where there is none."""
+        if self.loss_nats(tensor, qtype_name) == 0:
+            return 0.0
+        return math.hypot(self._ln_sd[tensor.name], self._sd["type"])
+
+    def model_kld_nats(self, qtypes: Mapping[str, str]) -> float:
+        """Predicted KLD of the model with the types given by full tensor name, others kept."""
+        by_name = self._inventory.by_name
+        return self._link.kld(sum(self.loss_nats(by_name[n], q) for n, q in qtypes.items()))
+
+    def explain(self, tensor: Tensor, qtype_name: str) -> Explanation:
+        """Says which evidence gave one entry of the table.
+
+        Raises:
+            KeyError: The error of the type was never measured.
+        """
+        error = self.error(tensor, qtype_name)
+        prior = self._prior_s.get(tensor.name, 0.0)
+        family = "measured" if self._prior.is_known(self._inventory) else "never measured"
+        scale = "" if self._curve_scale is None else ", scaled to the model's own curve"
+        estimates = [
+            Estimate(
+                source=f"prior from metadata, family {family}{scale}",
+                loss_nats=prior * error,
+                ln_sd=math.hypot(self._scale_sd, self._sd["share"]),
+            )
+        ]
+        if tensor.name in self._singles:
+            together, sensitivity, ln_sd = self._singles[tensor.name]
+            what = f"measured with {together - 1} others" if together > 1 else "measured alone"
+            estimates.append(Estimate(source=what, loss_nats=sensitivity * error, ln_sd=ln_sd))
+        return Explanation(
+            tensor=tensor.name,
+            qtype=qtype_name,
+            loss_nats=self.loss_nats(tensor, qtype_name),
+            ln_sd=self.ln_sd(tensor, qtype_name),
+            sensitivity_nats=self._s.get(tensor.name, 0.0),
+            error=error,
+            share=self._s.get(tensor.name, 0.0) / sum(self._s.values()),
+            terms=self._prior.terms(tensor, self._inventory),
+            estimates=tuple(estimates),
+        )

@@ -9,6 +9,7 @@ from typing import Literal
 from quantplan.costs import compute, memory
 from quantplan.costs.compute import Estimate, Work
 from quantplan.costs.decode import cache_s, read_s
+from quantplan.costs.evidence import Evidence
 from quantplan.costs.factors import shipped
 from quantplan.costs.quality import LossTable
 from quantplan.costs.traffic import (
@@ -258,6 +259,8 @@ def build_problem(
     workload: Workload,
     policy: Policy,
     min_decode_tps: float | None,
+    *,
+    evidence: Evidence | None = None,
 ) -> Problem:
     """Forms the groups and prices every option.
 
@@ -267,11 +270,12 @@ def build_problem(
         workload: Context, slots, batch and KV types.
         policy: The rules.
         min_decode_tps: Least decode speed; None for no limit.
+        evidence: What was measured of the model's losses.
 
     Returns:
         A problem with every layer on the output's device, for the caller to split.
     """
-    losses, shares = LossTable(inventory), crossing_shares(inventory)
+    losses, shares = LossTable(inventory, evidence), crossing_shares(inventory)
     tied_roles = {role: index for index, tie in enumerate(policy.ties) for role in tie}
     buckets: dict[tuple[int | None, str], list[Tensor]] = defaultdict(list)
     # In an order of its own, so that the order of the file plays no part in the plan.

@@ -37,9 +37,26 @@ _FUNCTIONS = {
         ctypes.c_size_t,
         [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p],
     ),
+    "ggml_get_type_traits": (ctypes.c_void_p, [ctypes.c_int]),
     "ggml_fp16_to_fp32_row": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]),
     "ggml_bf16_to_fp32_row": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]),
 }
+
+
+class _TypeTraits(ctypes.Structure):
+    """The head of ``ggml_type_traits``, up to the dequantizer."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("block_interleave", ctypes.c_int64),
+        ("block_bytes", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+    )
+
+
+_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 class Ggml:
@@ -74,21 +91,28 @@ class Ggml:
         self._ready: set[str] = set()
         self._lock = threading.Lock()
 
-    def prepare(self, qtype: QType) -> None:
+    def prepare(self, qtype: QType, *, has_imatrix: bool = False) -> None:
         """Checks that the library knows a type as quantplan does, and builds its tables.
 
         Takes effect once per type; call it before threads start to use the type.
+
+        Args:
+            qtype: The type.
+            has_imatrix: Whether every use of it comes with an importance matrix.
 
         Raises:
             QuantizeError: The library does not know the type, its rows have another size, or the
                 type needs an importance matrix.
         """
         with self._lock:
-            if qtype.name in self._ready:
-                return
-            self._check(qtype)
-            self._library.ggml_quantize_init(qtype.ggml_id)
-            self._ready.add(qtype.name)
+            is_ready = qtype.name in self._ready
+            if not is_ready:
+                self._check(qtype)
+            if not has_imatrix:
+                self._check_imatrix(qtype)
+            if not is_ready:
+                self._library.ggml_quantize_init(qtype.ggml_id)
+                self._ready.add(qtype.name)
 
     def _check(self, qtype: QType) -> None:
         # The library reads past its table when asked for the name of a number beyond it;
@@ -108,6 +132,8 @@ class Ggml:
                 f"{qtype.name}, but {row_bytes} bytes in ggml {self.version}, which does not fit "
                 f"this quantplan. {_INSTEAD}"
             )
+
+    def _check_imatrix(self, qtype: QType) -> None:
         if qtype.needs_imatrix or self._library.ggml_quantize_requires_imatrix(qtype.ggml_id):
             raise QuantizeError(
                 f"{qtype.name} needs an importance matrix, which quantplan cannot pass on yet; "
@@ -136,6 +162,39 @@ class Ggml:
             convert = self._library.ggml_bf16_to_fp32_row
         convert(raw.ctypes.data, floats.ctypes.data, n_weights)
         return floats[:n_weights]
+
+    def round_trip(
+        self,
+        qtype: QType,
+        floats: NDArray[np.float32],
+        importance: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """What is left of rows that are quantized and read back.
+
+        Args:
+            qtype: A quantized type that `prepare` accepted.
+            floats: Contiguous rows, one per row of the array; finite and below about 1e9.
+            importance: Weight of each column, at least 0, as an importance matrix has it.
+
+        Returns:
+            Rows of the same shape.
+        """
+        n_rows, n_columns = floats.shape
+        stored = np.empty(n_rows * qtype.row_bytes(n_columns), dtype=np.uint8)
+        self._library.ggml_quantize_chunk(
+            qtype.ggml_id,
+            floats.ctypes.data,
+            stored.ctypes.data,
+            0,
+            n_rows,
+            n_columns,
+            None if importance is None else importance.ctypes.data,
+        )
+        address = self._library.ggml_get_type_traits(qtype.ggml_id)
+        restored = np.empty_like(floats)
+        convert = _TO_FLOAT(_TypeTraits.from_address(address).to_float)
+        convert(stored.ctypes.data, restored.ctypes.data, floats.size)
+        return restored
 
     def quantize(
         self, qtype: QType, floats: NDArray[np.float32], n_columns: int, out: NDArray[np.uint8]

@@ -1,0 +1,196 @@
+"""Measurements of one model, and what they say about its sensitivities and its curve over types.
+
+Everything is in units of loss: a KLD of the whole model, minus what any change at all costs (the
+noise floor), through the inverse of the link from summed loss to KLD.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+
+# Bounds of the search for scale and floor, in ln; both far outside what was ever measured.
+_LN_SCALES = np.arange(-0.5, 4.0, 0.05)
+_LN_FLOORS = np.arange(-9.0, -2.9, 0.2)
+_FLOOR_PERCENTILE = 5
+# Fewer measurements than this show no floor, and their sum says nothing of the whole model.
+FEWEST_FOR_A_FLOOR = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """KLD of the whole model when only some tensors have a low type.
+
+    Attributes:
+        tensors: Full names of the tensors that had it at the same time.
+        qtype: The type, upper case.
+        kld_nats: Mean KLD from the baseline, in nats per token, noise floor included.
+    """
+
+    tensors: tuple[str, ...]
+    qtype: str
+    kld_nats: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of one model.
+
+    Attributes:
+        curve: KLD of the whole model at one type, by type, noise floor included.
+        baseline: Type that the KLDs are relative to, where it is quantized itself.
+        singles: KLDs with a few tensors at a low type.
+        weight_errors: Error of a type on the real weights over that on Gaussian rows, by tensor
+            name and type.
+    """
+
+    curve: Mapping[str, float] = field(default_factory=dict)
+    baseline: str | None = None
+    singles: tuple[Measurement, ...] = ()
+    weight_errors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """What there is, in a few words."""
+        n_tensors = len({tensor for tensor, _ in self.weight_errors})
+        parts = [
+            f"the KLD of {len(self.curve)} types" if self.curve else "",
+            f"{len(self.singles)} measurements of tensors" if self.singles else "",
+            f"errors on the weights of {n_tensors} tensors" if n_tensors else "",
+        ]
+        return ", ".join(part for part in parts if part) or "metadata alone"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """From summed loss to KLD: ``KLD = loss + curvature * loss**2``.
+
+    Low-bit damage is super-additive. Fitted up to ``valid_kld_nats``; beyond that the model is
+    broken and a prediction says only that.
+    """
+
+    curvature: float
+    valid_kld_nats: float
+
+    def kld(self, loss_nats: float) -> float:
+        """KLD of the whole model, in nats per token, for a summed loss."""
+        return loss_nats + self.curvature * loss_nats**2
+
+    def loss(self, kld_nats: float) -> float:
+        """The summed loss that gives a KLD."""
+        root = math.sqrt(1 + 4 * self.curvature * max(kld_nats, 0.0))
+        return (root - 1) / (2 * self.curvature)
+
+
+@dataclass(frozen=True, slots=True)
+class CurveFit:
+    """What a curve over types says.
+
+    Attributes:
+        ln_scale: Logarithm of the loss per unit of relative squared error.
+        floor_nats: Noise floor.
+        ln_deviation: How far the error of a type is from the pooled one, by type.
+    """
+
+    ln_scale: float
+    floor_nats: float
+    ln_deviation: Mapping[str, float]
+
+
+def fit_curve(
+    curve: Mapping[str, float],
+    baseline: str | None,
+    errors: Mapping[str, float],
+    link: Link,
+    type_sd: float,
+) -> CurveFit:
+    """Scale, floor and deviations per type of a measured curve over types.
+
+    Scale and floor minimise the summed absolute log error (so that a broken run does not count
+    much) of ``KLD = floor + link(scale * (error(type) + error(baseline)))``; quantization errors of
+    baseline and model are independent. Deviations of types shrink by the scatter that the model's
+    own curve shows beyond that between models, and end at three of the latter.
+
+    Args:
+        curve: KLD by type, in nats per token.
+        baseline: Type that the KLDs are relative to; None for an unquantized one.
+        errors: Pooled relative squared error by type.
+        link: From summed loss to KLD.
+        type_sd: Standard deviation of ln error of a type between models.
+
+    Raises:
+        ValueError: No type of the curve is known, or none has a KLD above zero.
+    """
+    # A type at least as good as the baseline says nothing about the loss.
+    base = errors.get(baseline or "", 0.0)
+    known = [q for q, kld in curve.items() if q in errors and kld > 0 and errors[q] > base]
+    if not known:
+        raise ValueError("no type of the curve is known and worse than the baseline")
+    kld = np.array([curve[q] for q in known])
+    total = np.array([errors[q] + base for q in known])
+    used = kld < link.valid_kld_nats if (kld < link.valid_kld_nats).any() else kld > 0
+    loss = np.exp(_LN_SCALES)[:, None, None] * total[used]
+    predicted = loss + link.curvature * loss**2 + np.exp(_LN_FLOORS)[:, None]
+    misfit = np.abs(np.log(kld[used]) - np.log(predicted)).sum(axis=2)
+    # A few points cannot tell a floor from a scale; prefer the smaller floor then.
+    misfit += 0.02 * (_LN_FLOORS - _LN_FLOORS[0])
+    best_scale, best_floor = np.unravel_index(np.argmin(misfit), misfit.shape)
+    ln_scale, floor = float(_LN_SCALES[best_scale]), math.exp(float(_LN_FLOORS[best_floor]))
+    raw = {}
+    for name, value in zip(known, kld, strict=True):
+        own = link.loss(float(value) - floor) / math.exp(ln_scale) - base
+        # What is mostly floor says little about the type.
+        if value > 1.5 * floor and own > 0:
+            raw[name] = math.log(own / errors[name])
+    scatter = 1.4826 * median(abs(d) for d in raw.values()) if raw else 0.0
+    share = type_sd**2 / (type_sd**2 + max(scatter**2 - type_sd**2, 0.0))
+    limit = 3 * type_sd
+    shrunk = {name: share * min(max(d, -limit), limit) for name, d in raw.items()}
+    return CurveFit(ln_scale, floor, shrunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """One measurement of a few tensors, as a sensitivity.
+
+    Attributes:
+        tensors: Full names.
+        ln_sensitivity: Logarithm of their summed loss per unit of error.
+        ln_sd: Its standard deviation.
+    """
+
+    tensors: tuple[str, ...]
+    ln_sensitivity: float
+    ln_sd: float
+
+
+def fit_singles(
+    singles: Iterable[Measurement], errors: Mapping[str, float], link: Link, single_sd: float
+) -> list[Single]:
+    """Sensitivities from measurements of single tensors, the noise floor of each type removed.
+
+    The floor is the 5th percentile of all KLDs at the type; its spread below the median of what is
+    above it bounds what can be told from noise.
+
+    Args:
+        singles: Measurements; types that are not in `errors` are left out.
+        errors: Relative squared error by type.
+        link: From summed loss to KLD.
+        single_sd: Standard deviation of ln loss of one measurement far above the floor.
+    """
+    found = []
+    by_type: dict[str, list[Measurement]] = {}
+    for one in singles:
+        if one.qtype in errors and one.kld_nats > 0:
+            by_type.setdefault(one.qtype, []).append(one)
+    for name, ones in by_type.items():
+        kld = np.array([one.kld_nats for one in ones])
+        has_floor = len(ones) >= FEWEST_FOR_A_FLOOR
+        floor = float(np.percentile(kld, _FLOOR_PERCENTILE)) if has_floor else 0.0
+        noise = max(floor - float(kld.min()), 0.02 * floor)
+        for one in ones:
+            above = max(one.kld_nats - floor, noise, 1e-9)
+            sd = math.hypot(single_sd, noise / above)
+            found.append(Single(one.tensors, math.log(link.loss(above) / errors[name]), sd))
+    return found

@@ -1,0 +1,202 @@
+"""Reads published tables of per-tensor measurements: KLD of the whole model, tensor by tensor.
+
+Three layouts are understood, plain or gzipped:
+
+- wide, as GGUF-Tool-Suite writes it: a column ``QTYPE``, then one column per tensor or group;
+- plain: ``tensor,qtype,kld``;
+- long: ``scope,tensor_or_group,bench_group,qtype,metric,value,flag``, where ``bench_group`` names
+  tensors that were measured together and ``scope`` tells single tensors from whole models.
+
+``404`` and empty values are unmeasured. Tensors measured together share one value and count once:
+where the layout does not say so, equal values within one layer do.
+"""
+
+import csv
+import gzip
+import io
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quantplan.costs.evidence import Evidence, Measurement
+from quantplan.errors import SourceError
+from quantplan.inventory.roles import split_layer
+from quantplan.qtypes import QTYPES
+
+_UNMEASURED = {"", "404"}
+# ik_llama.cpp's row-interleaved copies of a type: the same numbers in another order.
+_REPACKED = re.compile(r"_R(?:4|8|16)$")
+# A mean over tokens may come out this far below zero where nothing changed.
+_ROUNDING_NATS = 1e-3
+_WHOLE = re.compile(r"group\d+|ffn_all|all")
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """Measurements of one model.
+
+    Attributes:
+        singles: A few tensors at a low type, everything else at the baseline.
+        curve: The whole model at one type, by type.
+        n_unmeasured: Entries without a value.
+    """
+
+    singles: tuple[Measurement, ...]
+    curve: dict[str, float]
+    n_unmeasured: int
+
+    @property
+    def baseline(self) -> str | None:
+        """The quantized type that KLDs are relative to: the one whose own is zero; else None."""
+        zero = [name for name, kld in self.curve.items() if kld == 0]
+        return next((n for n in zero if n in QTYPES and not QTYPES[n].is_float), None)
+
+    @property
+    def evidence(self) -> Evidence:
+        """The measurements as `LossTable` takes them."""
+        curve = {name: kld for name, kld in self.curve.items() if kld > 0}
+        return Evidence(curve=curve, baseline=self.baseline, singles=self.singles)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    name: str
+    group: str
+    qtype: str
+    value: str
+    is_whole: bool
+    is_surely_measured: bool
+
+
+def plain_type(name: str) -> str:
+    """Upper-case name of a type, without the suffix of an interleaved copy."""
+    return _REPACKED.sub("", name.strip().upper())
+
+
+def read_sensitivity_table(path: str | Path) -> SensitivityTable:
+    """Reads a table of KLDs.
+
+    Args:
+        path: A CSV file in one of the layouts above; ``.gz`` is unpacked.
+
+    Raises:
+        SourceError: The file cannot be read, or is in none of the layouts, or a value is no number.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    reader = csv.DictReader(io.StringIO(text))
+    columns = list(reader.fieldnames or ())
+    rows = list(_rows(columns, reader))
+    if not rows:
+        raise SourceError(
+            f"{path} has no KLDs; it must have a column QTYPE and one per tensor, or the "
+            "columns tensor, qtype and kld"
+        )
+    faults = [
+        f"{path}: {row.name} at {row.qtype}: {row.value!r} is not a KLD"
+        for row in rows
+        if row.value not in _UNMEASURED and not _is_kld(row.value)
+    ]
+    if faults:
+        raise SourceError(faults)
+    found = [row for row in rows if row.value not in _UNMEASURED]
+    return SensitivityTable(
+        singles=tuple(_singles(row for row in found if not row.is_whole)),
+        curve=_curve([row for row in found if row.is_whole]),
+        n_unmeasured=len(rows) - len(found),
+    )
+
+
+def _is_kld(value: str) -> bool:
+    try:
+        return math.isfinite(float(value)) and float(value) > -_ROUNDING_NATS
+    except ValueError:
+        return False
+
+
+def _rows(columns: list[str], reader: Iterable[dict[str, str]]) -> Iterator[_Row]:
+    lower = {column.lower(): column for column in columns}
+    if {"scope", "tensor_or_group", "qtype", "metric", "value"} <= set(columns):
+        for row in reader:
+            if row["metric"] == "kld":
+                name, scope = row["tensor_or_group"], row["scope"]
+                value = "" if row.get("flag") else (row["value"] or "").strip()
+                # Rows of the plain group mix measured values with interpolated ones.
+                sure = name.endswith(":measured_only")
+                group = row.get("bench_group") or ""
+                whole = scope != "tensor"
+                yield _Row(name, group, plain_type(row["qtype"]), value, whole, sure)
+    elif {"tensor", "qtype", "kld"} <= lower.keys():
+        for row in reader:
+            name, value = ((row[lower[c]] or "").strip() for c in ("tensor", "kld"))
+            whole = bool(_WHOLE.fullmatch(name))
+            yield _Row(name, "", plain_type(row[lower["qtype"]] or ""), value, whole, False)
+    elif "qtype" in lower:
+        for row in reader:
+            for name in columns:
+                if name != lower["qtype"]:
+                    whole = bool(_WHOLE.fullmatch(name))
+                    kind, value = plain_type(row[lower["qtype"]]), (row[name] or "").strip()
+                    yield _Row(name, "", kind, value, whole, False)
+
+
+def _singles(rows: Iterable[_Row]) -> Iterator[Measurement]:
+    """One measurement per bundle; repeated ones and interleaved copies are averaged in ln."""
+    found = list(rows)
+    silent = _silent_bundles(found)
+    bundles: dict[tuple[str, object], dict[str, list[float]]] = defaultdict(dict)
+    for row in found:
+        layer, role = split_layer(row.name)
+        together = silent.get((row.qtype, layer, row.value), frozenset())
+        if row.group:
+            key: object = (layer, row.group)
+        else:
+            key = (layer, together) if role in together else row.name
+        bundles[row.qtype, key].setdefault(row.name, []).append(float(row.value))
+    for (kind, _), members in bundles.items():
+        yield Measurement(tuple(members), kind, _mean([v for vs in members.values() for v in vs]))
+
+
+def _silent_bundles(rows: list[_Row]) -> dict[tuple[str, int | None, str], frozenset[str]]:
+    """Roles that were measured together although no column says so.
+
+    Their values are equal, to the last digit, in at least half of the layers that have them.
+    """
+    roles: dict[tuple[str, int | None, str], set[str]] = defaultdict(set)
+    layers: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for row in rows:
+        layer, role = split_layer(row.name)
+        if layer is not None and not row.group:
+            roles[row.qtype, layer, row.value].add(role)
+            layers[row.qtype, role].add(layer)
+    equal = {key: frozenset(found) for key, found in roles.items() if len(found) > 1}
+    often = Counter((kind, found) for (kind, _, _), found in equal.items())
+    return {
+        (kind, layer, value): found
+        for (kind, layer, value), found in equal.items()
+        if 2 * often[kind, found] >= max(len(layers[kind, role]) for role in found)
+    }
+
+
+def _curve(rows: list[_Row]) -> dict[str, float]:
+    sure = [row for row in rows if row.is_surely_measured]
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in sure or rows:
+        values[row.qtype].append(float(row.value))
+    return {kind: _mean(found) for kind, found in values.items()}
+
+
+def _mean(values: list[float]) -> float:
+    """Geometric mean; 0 where any value is not above it."""
+    if min(values) <= 0:
+        return 0.0
+    return float(np.exp(np.mean(np.log(values))))

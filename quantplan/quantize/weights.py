@@ -1,0 +1,162 @@
+"""Measures what each type does to the real weights, on a sample of rows."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantplan.costs import load_data
+from quantplan.errors import InputError, QuantizeError, SourceError
+from quantplan.inventory.header import Header, TensorEntry
+from quantplan.inventory.roles import is_quantizable
+from quantplan.inventory.sources import read_headers
+from quantplan.qtypes import QTYPES, fitting_qtype
+from quantplan.quantize.ggml import ggml
+from quantplan.quantize.imatrix import Importance
+from quantplan.schema import Frozen
+
+_MAX_MAGNITUDE = 1e9
+
+
+class WeightErrors(Frozen):
+    """Relative squared errors on the real weights of a model.
+
+    Attributes:
+        schema_version: Version of this format.
+        source: File that was measured.
+        library: What quantized.
+        rows_per_tensor: Rows sampled from each tensor.
+        has_imatrix: Whether errors are weighted by an importance matrix.
+        errors: ``|W' - W|^2 / |W|^2`` by tensor name and type, columns weighted by importance.
+    """
+
+    schema_version: Literal[1] = 1
+    source: str
+    library: str
+    rows_per_tensor: int
+    has_imatrix: bool
+    errors: dict[str, dict[str, float]]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what `quantplan measure-weights` saved.
+
+        Raises:
+            SourceError: The file cannot be read, or holds something else.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{path} holds no errors of weights: {error}") from error
+
+    def ratios(self) -> dict[tuple[str, str], float]:
+        """Errors over those on Gaussian rows, as `Evidence` takes them."""
+        gaussian = load_data("type_error.json")["relative_squared_error"]
+        return {
+            (tensor, name): error / gaussian[name]
+            for tensor, found in self.errors.items()
+            for name, error in found.items()
+            if name in gaussian and error > 0
+        }
+
+
+def measure_weights(
+    source: str | Path,
+    types: Iterable[str],
+    *,
+    imatrix: Importance | None = None,
+    rows_per_tensor: int = 64,
+) -> WeightErrors:
+    """Quantizes a sample of each tensor's rows to each type, with ggml's own kernels.
+
+    Rows are spread evenly over the tensor, and so over its experts. Where a row does not fit a
+    type, the type that would be written instead is measured; floating-point types are not.
+
+    Args:
+        source: An F32, F16 or BF16 GGUF, or any shard of one.
+        types: Wanted types.
+        imatrix: Importance of columns by tensor name.
+        rows_per_tensor: Rows to sample.
+
+    Raises:
+        InputError: A type is unknown, needs an importance matrix that is not given, or the number
+            of rows is below 1.
+        SourceError: The source cannot be read.
+        QuantizeError: The library cannot be used, or a sampled weight is not finite.
+    """
+    wanted = [name.upper() for name in types]
+    faults = [f"there is no type {name}" for name in wanted if name not in QTYPES]
+    faults += [
+        f"{name} needs an importance matrix; give one with --imatrix"
+        for name in wanted
+        if name in QTYPES and QTYPES[name].needs_imatrix and imatrix is None
+    ]
+    if rows_per_tensor < 1:
+        faults.append(f"{rows_per_tensor} rows per tensor; it must be at least 1")
+    if faults:
+        raise InputError(faults)
+    errors: dict[str, dict[str, float]] = {}
+    for path, header in read_headers(Path(source)):
+        content = np.memmap(path, dtype=np.uint8, mode="r")
+        for entry in header.tensors:
+            if is_quantizable(entry.name, entry.shape_ne) and entry.qtype.is_float:
+                rows, which = _sample(header, entry, content, rows_per_tensor)
+                weights = (imatrix or {}).get(entry.name)
+                errors[entry.name] = _errors(rows, which, wanted, weights)
+    return WeightErrors(
+        source=str(source),
+        library=f"ggml {ggml().version}",
+        rows_per_tensor=rows_per_tensor,
+        has_imatrix=imatrix is not None,
+        errors=errors,
+    )
+
+
+def _sample(
+    header: Header, entry: TensorEntry, content: NDArray[np.uint8], n_rows: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Rows of a tensor in single precision, and the expert of each."""
+    n_columns, rows_per_expert = entry.shape_ne[0], entry.shape_ne[1]
+    total = math.prod(entry.shape_ne[1:])
+    which = np.unique(np.linspace(0, total - 1, min(n_rows, total)).round().astype(np.int64))
+    row_bytes = entry.qtype.row_bytes(n_columns)
+    begin = header.data_offset + entry.offset
+    data = content[begin : begin + total * row_bytes].reshape(total, row_bytes)
+    raw = np.ascontiguousarray(data[which]).reshape(-1)
+    floats = np.empty(len(which) * n_columns, dtype=np.float32)
+    rows = ggml().to_float32(entry.qtype, raw, floats).reshape(len(which), n_columns)
+    if not (np.isfinite(rows).all() and (np.abs(rows) < _MAX_MAGNITUDE).all()):
+        raise QuantizeError(f"{entry.name} has weights that are not finite or above 1e9")
+    return rows, which // rows_per_expert
+
+
+def _errors(
+    rows: NDArray[np.float32],
+    experts: NDArray[np.int64],
+    wanted: list[str],
+    importance: NDArray[np.float32] | None,
+) -> dict[str, float]:
+    n_columns = rows.shape[1]
+    by_expert = None if importance is None else importance.reshape(-1, n_columns)
+    found: dict[str, float] = {}
+    for name in wanted:
+        kind = fitting_qtype(name, n_columns)
+        if kind is None or kind.is_float or kind.name in found:
+            continue
+        if kind.needs_imatrix and by_expert is None:
+            continue
+        ggml().prepare(kind, has_imatrix=by_expert is not None)
+        lost = total = 0.0
+        for expert in np.unique(experts):
+            own = np.ascontiguousarray(rows[experts == expert])
+            weight = None if by_expert is None else by_expert[min(expert, len(by_expert) - 1)]
+            difference = ggml().round_trip(kind, own, weight) - own
+            columns = np.float64(1.0) if weight is None else weight.astype(np.float64)
+            lost += float((columns * difference.astype(np.float64) ** 2).sum())
+            total += float((columns * own.astype(np.float64) ** 2).sum())
+        if total > 0:
+            found[kind.name] = lost / total
+    return found

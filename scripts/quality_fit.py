@@ -1,0 +1,352 @@
+"""Fits the loss model: errors of types, link, sensitivities, scale. See `fit` for the order.
+
+Two data sets constrain different things. Runs of whole models at one type give the error of each
+type, the link from summed loss to KLD, and the scale of each model. Runs with one tensor at a low
+type give the shares of tensors. Both contain a noise floor: any change at all to a large model,
+however small, changes its KLD, the more so the earlier the layer.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantplan.costs.evidence import Link
+from quantplan.costs.sensitivity import depth, features, fixed_term, quantized, scale_features
+from quantplan.inventory import Inventory, Tensor
+from quantplan.qtypes import QTYPES
+from scripts.quality_data import Measured, Unit, gaussian_errors
+
+Array = NDArray[np.float64]
+
+# Whole models above this KLD are broken; the link is not fitted to them.
+VALID_KLD_NATS = 3.0
+# Prior standard deviations, in ln: of a type's error where it is known on Gaussian rows (published
+# runs use importance matrices) and where only its bits are; of one measurement.
+_TYPE_SD, _NEW_TYPE_SD, _CURVE_SD = 0.25, 1.0, 0.08
+# ln error falls by this much per bit per weight (from Q2_K to Q8_0 on Gaussian rows).
+_LN_ERROR_PER_BIT = -1.42
+# Of coefficients: pooled ones, and what is particular to a family.
+_POOLED_SD = {"part": 0.6, "class": 2.0, "size": 0.15, "sparsity": 1.0, "depth": 0.3, "edge": 1.0}
+_FAMILY_SD = {"part": 0.6, "class": 0.6, "size": 0.1, "depth": 0.7, "edge": 0.7}
+# One model weighs as much as this many independent tensors, however many it has.
+_UNITS_PER_MODEL = 50.0
+# Scatter of one single-tensor measurement, relative to: the loss, the constant and the depth floor.
+_LOSS_SCATTER, _FLOOR_SCATTER, _DEPTH_SCATTER = 0.6, 0.05, 0.3
+# The depth floor is a step down the layers: full before, nothing after.
+_STEP_AT, _STEP_WIDTH = 0.55, 0.12
+_SCALE_RIDGE, _FAMILY_RIDGE = 0.1, 1.5
+# Until families that were left out have been predicted.
+_UNVALIDATED_SD = {"scale_new_family": 0.3, "scale_known_family": 0.3, "share": 0.5, "single": 0.1}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What runs of whole models say.
+
+    Attributes:
+        errors: Relative squared error by type.
+        link: From summed loss to KLD.
+        ln_scale: ln of loss per unit of error, by model.
+        ln_floor: ln of the noise floor, by model.
+        residuals: ln of measured over fitted KLD, by model and type.
+    """
+
+    errors: dict[str, float]
+    link: Link
+    ln_scale: dict[str, float]
+    ln_floor: dict[str, float]
+    residuals: dict[tuple[str, str], float]
+
+
+def fit_curves(models: Mapping[str, Measured]) -> Curves:
+    """Fits ``KLD = floor + link(scale * (error(type) + error(baseline)))`` by Gauss-Newton.
+
+    A baseline that is quantized itself errs independently of the model, so errors add.
+    """
+    models = {name: m for name, m in models.items() if m.curve}
+    types = sorted({q for m in models.values() for q in m.curve} | {
+        m.table.baseline for m in models.values() if m.table.baseline
+    })  # fmt: skip
+    at = {name: i for i, name in enumerate(types)}
+    n, k = len(types), len(models)
+    known = gaussian_errors()
+    prior = np.array(
+        [math.log(known[q]) if q in known else _guess(q, known) for q in types]
+        + [1.3] * k + [math.log(0.002)] * k + [math.log(0.3)]
+    )  # fmt: skip
+    sd = np.array(
+        [_TYPE_SD if q in known else _NEW_TYPE_SD for q in types] + [1.0] * k + [0.7] * k + [1.0]
+    )
+    points = [
+        (i, at[q], at.get(m.table.baseline or "", -1), math.log(kld))
+        for i, m in enumerate(models.values())
+        for q, kld in m.curve.items()
+        if kld < VALID_KLD_NATS
+    ]
+
+    def predict(theta: Array, point: tuple[int, int, int, float]) -> tuple[float, Array]:
+        i, q, base, _ = point
+        own, its = math.exp(theta[q]), math.exp(theta[base]) if base >= 0 else 0.0
+        scale, floor, bend = np.exp(theta[[n + i, n + k + i, -1]])
+        loss = scale * (own + its)
+        kld = floor + loss + bend * loss**2
+        slope = np.zeros_like(theta)
+        gain = (1 + 2 * bend * loss) / kld
+        slope[q] += gain * scale * own
+        if base >= 0:
+            slope[base] += gain * scale * its
+        slope[n + i], slope[n + k + i], slope[-1] = gain * loss, floor / kld, bend * loss**2 / kld
+        return math.log(kld), slope
+
+    theta = prior.copy()
+    for _ in range(60):
+        left, right = np.diag(sd**-2), (prior - theta) / sd**2
+        for point in points:
+            value, slope = predict(theta, point)
+            miss = point[3] - value
+            weight = _CURVE_SD**-2 / max(1.0, abs(miss) / (2 * _CURVE_SD))
+            left += weight * np.outer(slope, slope)
+            right += weight * miss * slope
+        step = np.linalg.solve(left, right)
+        theta += step * min(1.0, 0.7 / np.abs(step).max())
+        if np.abs(step).max() < 1e-4:
+            break
+    names = list(models)
+    return Curves(
+        errors={q: math.exp(theta[i]) for q, i in at.items()},
+        link=Link(math.exp(theta[-1]), VALID_KLD_NATS),
+        ln_scale={name: float(theta[n + i]) for i, name in enumerate(names)},
+        ln_floor={name: float(theta[n + k + i]) for i, name in enumerate(names)},
+        residuals={(names[p[0]], types[p[1]]): p[3] - predict(theta, p)[0] for p in points},
+    )
+
+
+def _guess(name: str, known: Mapping[str, float]) -> float:
+    return math.log(known["Q4_K"]) + _LN_ERROR_PER_BIT * (QTYPES[name].bpw - QTYPES["Q4_K"].bpw)
+
+
+def depth_floor(unit: Sequence[Tensor], inventory: Inventory) -> float:
+    """Shape of the noise floor over depth, from 1 (first layers) to 0 (last)."""
+    layer, n_layers = unit[0].layer, inventory.architecture.n_loaded_layers
+    at = depth(unit[0], inventory) if layer is None else (layer + 0.5) / n_layers
+    return 1 / (1 + math.exp((at - _STEP_AT) / _STEP_WIDTH))
+
+
+@dataclass
+class _Block:
+    """One model in the fit of sensitivities: rows are tensors, `unit` maps them to measurements."""
+
+    design: Array
+    fixed: Array
+    unit: NDArray[np.int64]
+    kld: Array
+    shape: Array
+
+
+class SensitivityFit:
+    """Coefficients of features, pooled and per family, from single-tensor measurements.
+
+    ``ln KLD(unit) = ln(c0 + c1 * shape(depth) + sum of exp(level + coefficients * features))``,
+    with a level, c0 and c1 per model; Gauss-Newton, Gaussian priors on the coefficients, and
+    residuals beyond two standard deviations count linearly.
+    """
+
+    def __init__(self, models: Mapping[str, Measured]) -> None:
+        """Fits all models that have single-tensor measurements."""
+        self.models = {name: m for name, m in models.items() if m.units}
+        self.columns: dict[str, int] = {}
+        rows = {name: _rows(m.inventory, m.units, m.family) for name, m in self.models.items()}
+        for found in rows.values():
+            for row in found:
+                for name in row:
+                    self.columns.setdefault(name, len(self.columns))
+        self._blocks = [self._block(m, rows[name]) for name, m in self.models.items()]
+        self._solve()
+
+    def _block(self, model: Measured, rows: list[dict[str, float]]) -> _Block:
+        design = np.zeros((len(rows), len(self.columns)))
+        for i, row in enumerate(rows):
+            for name, value in row.items():
+                design[i, self.columns[name]] = value
+        units = model.units
+        return _Block(
+            design,
+            np.array([fixed_term(t) for u in units for t in u.tensors]),
+            np.array([i for i, u in enumerate(units) for _ in u.tensors]),
+            np.array([u.kld_nats for u in units]),
+            np.array([depth_floor(u.tensors, model.inventory) for u in units]),
+        )
+
+    def _solve(self) -> None:
+        p, k = len(self.columns), len(self._blocks)
+        sd = np.array([_sd(name) for name in self.columns] + [3.0] * k + [0.15] * k + [1.0] * k)
+        prior = np.zeros(p + 3 * k)
+        for m, block in enumerate(self._blocks):
+            floor = float(np.percentile(block.kld, 3))
+            above = math.log(max(float(np.median(block.kld)) - floor, 1e-5))
+            prior[p + m] = above - float(np.median(block.fixed))
+            prior[p + k + m] = math.log(0.9 * floor)
+            prior[p + 2 * k + m] = above + math.log(0.3)
+        theta = prior.copy()
+        for _ in range(25):
+            left, right = np.diag(sd**-2), (prior - theta) / sd**2
+            for m, block in enumerate(self._blocks):
+                index = np.r_[0:p, p + m, p + k + m, p + 2 * k + m]
+                slope, miss, weight = _linearize(block, theta[index])
+                left[np.ix_(index, index)] += slope.T @ (slope * weight[:, None])
+                right[index] += slope.T @ (weight * miss)
+            step = np.linalg.solve(left, right)
+            theta += step * min(1.0, 1.5 / np.abs(step).max())
+            if np.abs(step).max() < 5e-3:
+                break
+        self.theta = theta
+
+    def coefficients(self, family: str | None = None) -> dict[str, float]:
+        """Pooled coefficients, or what is particular to a family."""
+        prefix = f"{family}: " if family else ""
+        return {
+            name.removeprefix(prefix): round(float(self.theta[i]), 3)
+            for name, i in sorted(self.columns.items())
+            if (name.startswith(prefix) if family else ": " not in name)
+            and abs(self.theta[i]) >= 5e-4
+        }
+
+    def depth_floor_share(self) -> dict[str, float]:
+        """c1 over the mean loss of a matrix in the layers; mean ln over families, by density."""
+        p, k = len(self.columns), len(self._blocks)
+        found: dict[str, dict[str, list[float]]] = {"dense": {}, "sparse": {}}
+        for m, model in enumerate(self.models.values()):
+            tensors = [t for t in quantized(model.inventory) if t.layer is not None]
+            rows = _rows(model.inventory, [Unit((t,), 1.0) for t in tensors], model.family)
+            ln_loss = [
+                fixed_term(t)
+                + sum(self.theta[self.columns[n]] * v for n, v in row.items() if n in self.columns)
+                for t, row in zip(tensors, rows, strict=True)
+            ]
+            ln_mean = float(self.theta[p + m]) + math.log(fmean(map(math.exp, ln_loss)))
+            kind = found["sparse" if model.is_sparse else "dense"]
+            kind.setdefault(model.family, []).append(float(self.theta[p + 2 * k + m]) - ln_mean)
+        return {
+            kind: round(math.exp(fmean(map(fmean, by_family.values()))), 4)
+            for kind, by_family in found.items()
+            if by_family
+        }
+
+
+def _rows(inventory: Inventory, units: Iterable[Unit], family: str) -> list[dict[str, float]]:
+    rows = []
+    for unit in units:
+        for tensor in unit.tensors:
+            pooled = features(tensor, inventory)
+            own = {f"{family}: {n}": v for n, v in pooled.items() if _kind(n) in _FAMILY_SD}
+            rows.append({**pooled, **own})
+    return rows
+
+
+def _kind(name: str) -> str:
+    word = name.split(maxsplit=1)[0]
+    return "depth" if word.startswith("depth") else "edge" if word in ("first", "last") else word
+
+
+def _sd(column: str) -> float:
+    family, _, name = column.rpartition(": ")
+    return (_FAMILY_SD if family else _POOLED_SD)[_kind(name)]
+
+
+def _linearize(block: _Block, theta: Array) -> tuple[Array, Array, Array]:
+    """Slopes of ln KLD, residuals and weights of one model's measurements."""
+    n_units = len(block.kld)
+    loss = np.exp(np.clip(block.design @ theta[:-3] + block.fixed + theta[-3], -30, 5))
+    unit_loss = np.bincount(block.unit, loss, n_units)
+    floor, deep = math.exp(theta[-2]), math.exp(theta[-1]) * block.shape
+    total = floor + deep + unit_loss
+    miss = np.log(block.kld) - np.log(total)
+    sd = np.sqrt(
+        (_LOSS_SCATTER * unit_loss) ** 2
+        + (_FLOOR_SCATTER * floor) ** 2
+        + (_DEPTH_SCATTER * deep) ** 2
+    ) / total  # fmt: skip
+    slope = np.zeros((n_units, len(theta)))
+    np.add.at(slope[:, :-3], block.unit, block.design * (loss / total[block.unit])[:, None])
+    slope[:, -3], slope[:, -2], slope[:, -1] = unit_loss / total, floor / total, deep / total
+    weight = _UNITS_PER_MODEL / n_units / sd**2 / np.maximum(1.0, np.abs(miss) / sd / 2)
+    return slope, miss, weight
+
+
+def by_family(
+    values: Mapping[str, float], models: Mapping[str, Measured]
+) -> dict[str, list[float]]:
+    """Values of models, by family."""
+    found = defaultdict(list)
+    for name, value in values.items():
+        found[models[name].family].append(value)
+    return found
+
+
+def fit_scale(models: Mapping[str, Measured], ln_scale: Mapping[str, float]) -> dict[str, float]:
+    """Ridge regression of ln scale on the features of models; a family counts as its root."""
+    names = list(ln_scale)
+    rows = [scale_features(models[name].inventory) for name in names]
+    design = np.array([list(row.values()) for row in rows])
+    target = np.array([ln_scale[name] for name in names])
+    size = Counter(models[name].family for name in names)
+    weight = np.array([size[models[name].family] ** -0.5 for name in names])
+    ridge = np.diag([1e-6] + [_SCALE_RIDGE] * (design.shape[1] - 1))
+    solved = np.linalg.solve(
+        design.T @ (design * weight[:, None]) + ridge, design.T @ (weight * target)
+    )
+    return {name: round(float(v), 4) for name, v in zip(rows[0], solved, strict=True)}
+
+
+def fit(models: Mapping[str, Measured]) -> dict[str, Any]:
+    """Fits everything: curves, then sensitivities, then scales; a document for `LossTable`.
+
+    Standard deviations and provenance are the caller's to add.
+    """
+    curves = fit_curves(models)
+    shares = SensitivityFit(models)
+    scale = fit_scale(models, curves.ln_scale)
+    families: dict[str, Any] = {}
+    off = {
+        name: value - sum(scale[k] * v for k, v in scale_features(models[name].inventory).items())
+        for name, value in curves.ln_scale.items()
+    }
+    for family, values in by_family(off, models).items():
+        shrunk = sum(values) / (len(values) + _FAMILY_RIDGE)
+        families[family] = {"ln_scale": round(shrunk, 4)}
+    for family in sorted({m.family for m in shares.models.values()}):
+        families.setdefault(family, {})["coefficients"] = shares.coefficients(family)
+    # Most types differ little between models; a few runs are broken.
+    type_sd = round(1.4826 * median(map(abs, curves.residuals.values())), 3)
+    floors: dict[str, float] = {}
+    for kind, is_sparse in (("dense", False), ("sparse", True)):
+        own = {n: v for n, v in curves.ln_floor.items() if models[n].is_sparse is is_sparse}
+        if own:
+            floors[kind] = round(math.exp(median(map(fmean, by_family(own, models).values()))), 6)
+    return {
+        "type_error": {
+            q: float(f"{e:.5g}") for q, e in sorted(curves.errors.items(), key=lambda i: i[1])
+        },
+        "link": {"curvature": round(curves.link.curvature, 4), "valid_kld_nats": VALID_KLD_NATS},
+        "scale": scale,
+        "coefficients": shares.coefficients(),
+        "families": families,
+        "floor": {"curve_nats": floors, "depth_share": shares.depth_floor_share()},
+        "ln_sd": {**_UNVALIDATED_SD, "scale_with_curve": type_sd, "type": type_sd},
+    }  # fmt: skip
+
+
+def leave_one_family_out(
+    models: Mapping[str, Measured], fitter: Callable[[Mapping[str, Measured]], dict[str, Any]] = fit
+) -> dict[str, dict[str, Any]]:
+    """The document fitted without each family, by family."""
+    return {
+        left: fitter({name: m for name, m in models.items() if m.family != left})
+        for left in sorted({m.family for m in models.values()})
+    }

@@ -1,0 +1,154 @@
+"""Errors of types on real weights, and importance matrices."""
+
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from quantplan.costs import load_data
+from quantplan.errors import InputError, QuantizeError, SourceError
+from quantplan.qtypes import QTYPES
+from quantplan.quantize.ggml import ggml
+from quantplan.quantize.imatrix import read_imatrix
+from quantplan.quantize.weights import WeightErrors, measure_weights
+from tests.support.quantizer import tiny
+
+NAME = "blk.0.ffn_up.weight"
+
+
+def model(path: Path, weights: np.ndarray) -> Path:
+    return tiny(path, **{NAME.replace(".", "__"): weights})
+
+
+def gaussian(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_gaussian_rows_have_the_shipped_errors(tmp_path: Path) -> None:
+    """On Gaussian weights the errors are those that ship with the package: ratios of one."""
+    source = model(tmp_path / "m.gguf", gaussian(64, 4096))
+    ratios = measure_weights(source, ["Q8_0", "Q4_K", "Q3_K", "IQ4_XS"]).ratios()
+    assert {q for _, q in ratios} == {"Q8_0", "Q4_K", "Q3_K", "IQ4_XS"}
+    assert all(ratio == pytest.approx(1, abs=0.05) for ratio in ratios.values())
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0"])
+def test_the_error_is_that_of_another_quantizer(tmp_path: Path, name: str) -> None:
+    """The gguf package's own quantizer makes the same error on the same rows."""
+    weights = gaussian(16, 256) * np.linspace(0.1, 3, 256, dtype=np.float32)
+    found = measure_weights(model(tmp_path / "m.gguf", weights), [name], rows_per_tensor=16)
+    kind = gguf.GGMLQuantizationType[name]
+    back = gguf.quants.dequantize(gguf.quants.quantize(weights, kind), kind)
+    expected = float(((back - weights) ** 2).sum() / (weights**2).sum())
+    assert found.errors[NAME][name] == pytest.approx(expected, rel=2e-3)
+
+
+def test_outliers_cost_what_they_cost(tmp_path: Path) -> None:
+    """A few huge columns make a plain block format worse than on Gaussian rows."""
+    weights = gaussian(32, 512)
+    weights[:, ::64] *= 30
+    ratios = measure_weights(model(tmp_path / "m.gguf", weights), ["Q4_0"]).ratios()
+    assert ratios[NAME, "Q4_0"] > 1.5
+
+
+def test_rows_that_do_not_fit_are_measured_as_they_would_be_written(tmp_path: Path) -> None:
+    """Where a row is no multiple of 256, the fallback is what gets an error."""
+    found = measure_weights(model(tmp_path / "m.gguf", gaussian(8, 96)), ["Q4_K", "Q6_K"])
+    assert found.errors[NAME].keys() == {"Q5_0", "Q8_0"}
+
+
+def test_each_expert_has_its_own_importance(tmp_path: Path) -> None:
+    """Errors count by the importance of the expert's own columns."""
+    weights = gaussian(2, 8, 256)
+    weights[0, :, 128:] *= 100  # columns that one expert never sees anything in
+    path = model(tmp_path / "m.gguf", weights)
+    importance = np.ones((2, 256), dtype=np.float32)
+    plain = measure_weights(path, ["Q4_K"], imatrix={NAME: importance}).errors[NAME]["Q4_K"]
+    importance[0, 128:] = 0
+    found = measure_weights(path, ["Q4_K"], imatrix={NAME: importance})
+    assert found.has_imatrix
+    assert found.errors[NAME]["Q4_K"] != pytest.approx(plain, rel=1e-3)
+
+
+def test_types_that_need_an_imatrix_get_one_or_are_refused(tmp_path: Path) -> None:
+    """IQ2_XXS is measured with an importance matrix, and refused with every other fault without."""
+    path = model(tmp_path / "m.gguf", gaussian(4, 256))
+    with pytest.raises(InputError, match="IQ2_XXS needs an importance matrix") as caught:
+        measure_weights(path, ["IQ2_XXS", "Q9"], rows_per_tensor=0)
+    assert len(caught.value.faults) == 3
+    importance = {NAME: np.ones((1, 256), dtype=np.float32)}
+    found = measure_weights(path, ["IQ2_XXS"], imatrix=importance)
+    gaussian_error = load_data("type_error.json")["relative_squared_error"]["IQ2_XXS"]
+    assert found.errors[NAME]["IQ2_XXS"] == pytest.approx(gaussian_error, rel=0.3)
+    with pytest.raises(QuantizeError, match="needs an importance matrix"):
+        ggml().prepare(QTYPES["IQ2_XXS"])
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    """NaN would end the process in ggml; it is an error before."""
+    weights = gaussian(4, 256)
+    weights[2, 7] = np.nan
+    with pytest.raises(QuantizeError, match="not finite"):
+        measure_weights(model(tmp_path / "m.gguf", weights), ["Q4_K"])
+
+
+def test_errors_survive_saving(tmp_path: Path) -> None:
+    """What is saved loads back equal; another file is refused."""
+    found = measure_weights(model(tmp_path / "m.gguf", gaussian(4, 256)), ["Q4_K"])
+    path = tmp_path / "e.json"
+    path.write_text(found.model_dump_json(), encoding="utf-8")
+    assert WeightErrors.load(path) == found
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(SourceError, match="holds no errors"):
+        WeightErrors.load(path)
+
+
+def gguf_imatrix(path: Path, sums: np.ndarray, counts: np.ndarray) -> Path:
+    writer = gguf.GGUFWriter(path, "imatrix")
+    writer.add_type("imatrix")
+    writer.add_tensor(f"{NAME}.in_sum2", sums)
+    writer.add_tensor(f"{NAME}.counts", counts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_imatrix(tmp_path: Path) -> None:
+    """Sums are divided by the counts of their expert; an expert without tokens counts as 1."""
+    sums = np.arange(12, dtype=np.float32).reshape(3, 4)
+    counts = np.array([[2], [0], [4]], dtype=np.float32)
+    found = read_imatrix(gguf_imatrix(tmp_path / "i.gguf", sums, counts))
+    expected = np.array([sums[0] / 2, np.ones(4), sums[2] / 4])
+    np.testing.assert_allclose(found[NAME], expected)
+
+
+def test_legacy_imatrix(tmp_path: Path) -> None:
+    """The older format holds sums times calls, entry after entry."""
+    values = np.array([2, 4, 6], dtype="<f4")
+    name = NAME.encode()
+    content = struct.pack(f"<ii{len(name)}sii", 1, len(name), name, 2, 3) + values.tobytes()
+    path = tmp_path / "i.dat"
+    path.write_bytes(content + struct.pack("<i", 7))
+    np.testing.assert_allclose(read_imatrix(path)[NAME], [[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x01\0\0\0", struct.pack("<iii", 1, -5, 0), b"junk" * 9]
+)
+def test_what_is_no_imatrix_is_refused(tmp_path: Path, content: bytes) -> None:
+    """A broken file is an error of its own, not a crash."""
+    path = tmp_path / "i.dat"
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match="importance matrix"):
+        read_imatrix(path)
+
+
+def test_a_negative_importance_is_refused(tmp_path: Path) -> None:
+    """Mean squares cannot be negative."""
+    sums, counts = -np.ones((1, 4), dtype=np.float32), np.ones((1, 1), dtype=np.float32)
+    with pytest.raises(SourceError, match="below 0"):
+        read_imatrix(gguf_imatrix(tmp_path / "i.gguf", sums, counts))
