@@ -62,6 +62,8 @@ class Case:
         """A field in MiB per buffer, as bytes per device of the machine."""
         found: dict[str, int] = {}
         for name, mib in (self.row.get(field) or {}).items():
+            if not isinstance(mib, int | float):
+                continue
             device = device_of(name)
             found[device] = found.get(device, 0) + round(mib * MIB)
         return found
@@ -88,11 +90,13 @@ def read_cases(path: Path) -> Iterator[Case | tuple[Mapping[str, Any], str]]:
             yield _case(row)
         except QuantplanError as error:
             yield row, str(error).splitlines()[0]
+        except (KeyError, TypeError, ValueError) as error:
+            yield row, f"the row is damaged: {error!r}"
 
 
 def _case(row: Mapping[str, Any]) -> Case:
     inventory = _inventory(row)
-    engine: Runtime = "ik_llama.cpp" if "ik_llama" in row["engine"] else "llama.cpp"
+    engine: Runtime = "ik_llama.cpp" if "ik_llama" in str(row.get("engine")) else "llama.cpp"
     date = posted(row)
     machine = _machine(row)
     build = NEWEST_KNOWN_BUILD if date.year >= 2026 else _BUILD_OF_2025
@@ -113,10 +117,11 @@ def _case(row: Mapping[str, Any]) -> Case:
 def _inventory(row: Mapping[str, Any]) -> Inventory:
     """The model in the layout that the log counts the tensors of, or in the usual one."""
     n_tensors = sum((row.get("tensor_types") or {}).values()) or None
+    name = str(row.get("model"))
     try:
-        return read_named(row["model"], n_tensors)
+        return read_named(name, n_tensors)
     except QuantplanError:
-        return read_named(row["model"])
+        return read_named(name)
 
 
 def posted(row: Mapping[str, Any]) -> datetime.date:

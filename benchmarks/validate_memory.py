@@ -231,7 +231,7 @@ def main() -> None:
             unused.append(f"{case.row.get('id')} {case.row.get('model')}: {error}")
             continue
         totals.add(case, devices)
-        print(f"{case.row.get('id')} {case.row['engine']} {case.row['model']} {case.row['quant']}")
+        print(*(case.row.get(field) for field in ("id", "engine", "model", "quant")))
         for device in devices:
             pairs = (device.weights, device.kv, device.compute, device.total or (None, None))
             print(f"  {device.device:5} " + "  ".join(_mib(pair) for pair in pairs))
