@@ -22,12 +22,15 @@ printed with its reason.
 import argparse
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.measured_cases import MIB, Case, read_cases
 from quantplan.configuration import Resolved

@@ -13,6 +13,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.measured_cases import Case, read_cases
 from quantplan.costs.compute import Work, graph_keys, graph_sizes, runtime_of, streamed_bytes

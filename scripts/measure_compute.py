@@ -11,9 +11,12 @@ device. ``scripts/fit_compute.py`` fits the compute-buffer model to them. About 
 import argparse
 import json
 import random
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import quantplan as qp
 from quantplan.errors import LlamaCppError
