@@ -4,8 +4,8 @@ Usage: python benchmarks/speed_smollm2.py
 
 On the CPU alone, and with half of the layers on an RPC device, which is described as a GPU whose
 memory is the RAM. The machine is measured first, and calibrated with the first type of each
-placement; the table has the ratios of the other types to it, predicted and measured, as well as predicted over
-measured speed. Requests of both kinds take turns, so that what else the machine does hits all alike.
+placement; the table has the ratios of the other types to it, predicted and measured, as well as
+predicted over measured speed. The files take turns, so that what else the machine does hits all.
 """
 
 import argparse

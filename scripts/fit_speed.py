@@ -50,7 +50,7 @@ DECODE = {
     "cpu_read_growth": (0.25, 0.5, 0.0),
     "gpu_expert_read": (1.1, 0.2, 0.0),
     "cpu_expert_read": (1.1, 0.2, 0.0),
-    "gpu_unpack": (1.0, 0.2, 0.0),
+    "gpu_unpack": (1.0, 0.08, 0.0),
     "cpu_unpack": (1.0, 0.3, 0.0),
     "gpu_launch_s": (7e-6, 0.5, 0.2),
     "gpu_expert_launch_s": (5e-6, 1.0, 0.3),
