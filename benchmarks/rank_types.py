@@ -77,16 +77,16 @@ def main() -> None:
             seconds = predicted_s(device, row, names[0], runtime)
             groups[key].append((names[0], 1 / seconds, float(row["tps"])))
     found: dict[bool, list[float]] = defaultdict(list)
-    for key, rows in groups.items():
+    for table, rows in groups.items():
         if len(rows) < _MIN_ALTERNATIVES:
             continue
         rho = spearman([r[1] for r in rows], [r[2] for r in rows])
         base = next((r for r in rows if r[0] == "Q4_K"), rows[0])
         errors = [abs(math.log(p / base[1] * base[2] / m)) for _, p, m in rows]
-        found[key in fitted].append(rho)
+        found[table in fitted].append(rho)
         print(
             f"{rho:6.3f} of {len(rows):>2} types, ratios to {base[0]} within "
-            f"{np.median(errors):.3f}: {', '.join(key)}{' (fitted)' if key in fitted else ''}"
+            f"{np.median(errors):.3f}: {', '.join(table)}{' (fitted)' if table in fitted else ''}"
         )
     for is_known, some in found.items():
         said = "fitted" if is_known else "not fitted"
