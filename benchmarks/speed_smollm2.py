@@ -53,7 +53,7 @@ def answer(server: LlamaServer, n_tokens: int) -> None:
 def cpu_s() -> float:
     """CPU seconds that the servers which this process started have used so far."""
     times = [child.cpu_times() for child in psutil.Process().children()]
-    return sum(t.user + t.system for t in times)
+    return float(sum(t.user + t.system for t in times))
 
 
 def decode_tps(server: LlamaServer) -> float:
