@@ -3,9 +3,9 @@
 Usage: python benchmarks/speed_smollm2.py
 
 On the CPU alone, and with half of the layers on an RPC device, which is described as a GPU whose
-memory is the RAM. The machine is measured first, and calibrated with the first type of each
-placement; the table has the ratios of the other types to it, predicted and measured, as well as predicted over
-measured speed. Requests of both kinds take turns, so that what else the machine does hits all alike.
+memory is the RAM. One thread works, and its CPU time is counted, so that what else the machine does
+matters little. The table has the ratios to the first type, measured and predicted, and what is
+predicted over measured once the first type has calibrated the machine.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -31,14 +32,14 @@ from tests.support.llama_cpp import LlamaServer, llama_server, rpc_server
 from tests.support.models import smollm2_f16
 from tests.support.quantizer import recipe_for, spread
 
-TYPES = ("Q8_0", "F16", "Q6_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
-_TOKENS = 64
+TYPES = ("Q8_0", "F16", "Q5_1", "Q5_0", "Q4_0", "IQ4_NL")
+_SHORT, _TOKENS = 4, 48
 _PROMPT = "The quick brown fox"
 
 
-def decode_tps(server: LlamaServer) -> float:
-    """Decode speed of one request, as llama-server states it."""
-    body = {"prompt": _PROMPT, "n_predict": _TOKENS, "temperature": 0, "ignore_eos": True}
+def answer(server: LlamaServer, n_tokens: int) -> None:
+    """Lets a server generate so many tokens."""
+    body = {"prompt": _PROMPT, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(  # noqa: S310 (loopback only)
         f"{server.url}/completion",
         data=json.dumps(body | {"cache_prompt": False}).encode(),
@@ -46,7 +47,26 @@ def decode_tps(server: LlamaServer) -> float:
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=300) as response:
-        return float(json.load(response)["timings"]["predicted_per_second"])
+        response.read()
+
+
+def cpu_s() -> float:
+    """CPU seconds that the servers which this process started have used so far."""
+    times = [child.cpu_times() for child in psutil.Process().children()]
+    return float(sum(t.user + t.system for t in times))
+
+
+def decode_tps(server: LlamaServer) -> float:
+    """Tokens per second of CPU time: what a long answer takes beyond a short one.
+
+    With one thread at work that is the speed of a machine that does nothing else.
+    """
+    answer(server, _SHORT)  # warms up
+    marks = [cpu_s()]
+    for n_tokens in (_SHORT, _SHORT + _TOKENS):
+        answer(server, n_tokens)
+        marks.append(cpu_s())
+    return _TOKENS / ((marks[2] - marks[1]) - (marks[1] - marks[0]))
 
 
 def traffic_of(path: Path, machine: Machine, n_gpu_layers: int) -> Traffic:
@@ -60,47 +80,42 @@ def traffic_of(path: Path, machine: Machine, n_gpu_layers: int) -> Traffic:
     return collect(inventory, assignment, placement.layers, placement.output)
 
 
-def measure(paths: Sequence[Path], n_gpu_layers: int, repeats: int) -> list[float]:
-    """Median decode speed of each file; one server each at a time, in turns."""
-    speeds: list[list[float]] = [[] for _ in paths]
-    flags = ["-c", "512", "-np", "1", "-fit", "off", "-ngl", str(n_gpu_layers)]
-    for _ in range(repeats):
-        for path, found in zip(paths, speeds, strict=True):
-            with ExitStack() as running:
-                rpc = [running.enter_context(rpc_server(2))] if n_gpu_layers else []
-                server = running.enter_context(llama_server(path, [*flags, "-t", "2"], rpc))
-                decode_tps(server)  # the first request warms up
-                found.append(decode_tps(server))
-    return [median(found) for found in speeds]
+def measure(path: Path, n_gpu_layers: int) -> float:
+    """Decode speed of a file with one thread."""
+    flags = ["-c", "512", "-np", "1", "-fit", "off", "-ngl", str(n_gpu_layers), "-t", "1"]
+    with ExitStack() as running:
+        rpc = [running.enter_context(rpc_server(1))] if n_gpu_layers else []
+        return decode_tps(running.enter_context(llama_server(path, flags, rpc)))
 
 
-def compare(
-    name: str, machine: Machine, paths: Sequence[Path], n_gpu_layers: int, repeats: int
-) -> None:
+def compare(name: str, machine: Machine, paths: Sequence[Path], n_gpu_layers: int) -> None:
     """Prints predicted beside measured for one placement."""
-    traffics = [traffic_of(path, machine, n_gpu_layers) for path in paths]
-    measured = measure(paths, n_gpu_layers, repeats)
     workload, depth = Workload(context=512), _TOKENS / 2
-    raw = [1 / decode_s(t, machine, workload, depth) for t in traffics]
-    known = calibrate(machine, [Measurement(traffics[0], workload, depth, measured[0])])
-    after = [1 / decode_s(t, known, workload, depth) for t in traffics]
     print(f"{name}: {machine.describe()}")
-    print(f"{'type':<8}{'tokens/s':>9}{'over ' + TYPES[0]:>11}{'predicted':>11}"
-          f"{'pred/meas':>11}{'calibrated':>11}")  # fmt: skip
-    for qtype, tps, one, two in zip(TYPES, measured, raw, after, strict=True):
+    print(f"{'type':<8}{'tokens/s':>9}{'over ' + TYPES[0]:>11}{'predicted':>11}{'calibrated':>11}")
+    known, first, first_raw = machine, 0.0, 0.0
+    for qtype, path in zip(TYPES, paths, strict=True):
+        traffic, tps = traffic_of(path, machine, n_gpu_layers), measure(path, n_gpu_layers)
+        raw = 1 / decode_s(traffic, machine, workload, depth)
+        if not first:
+            first, first_raw = tps, raw
+            known = calibrate(machine, [Measurement(traffic, workload, depth, tps)])
+        calibrated = 1 / decode_s(traffic, known, workload, depth)
         print(
-            f"{qtype:<8}{tps:>9.1f}{tps / measured[0]:>11.2f}{one / raw[0]:>11.2f}"
-            f"{one / tps:>11.2f}{two / tps:>11.2f}",
+            f"{qtype:<8}{tps:>9.1f}{tps / first:>11.2f}{raw / first_raw:>11.2f}"
+            f"{calibrated / tps:>11.2f}",
             flush=True,
         )
 
 
 def main() -> None:
     """Quantizes, measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    here = detect()
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    found = detect()
+    here = Machine(
+        gpus=(),
+        ram=Device.ram(found.ram.capacity_bytes, found.ram.bandwidth_bytes_per_s, cores=1),
+    )
     remote = Device.gpu(
         0,
         here.ram.capacity_bytes // 2,
@@ -118,9 +133,9 @@ def main() -> None:
                 quantize(
                     recipe_for(source, dict.fromkeys(spread(source, ["Q8_0"]), qtype)), source, path
                 )
-        compare("CPU only", here, paths, 0, options.repeats)
-        split = Machine(gpus=(remote,), ram=here.ram, measured=here.measured)
-        compare("half on an RPC device", split, paths, 15, options.repeats)
+        compare("CPU only", here, paths, 0)
+        split = Machine(gpus=(remote,), ram=here.ram)
+        compare("half on an RPC device", split, paths, 15)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ DECODE = {
     "cpu_read_growth": (0.25, 0.5, 0.0),
     "gpu_expert_read": (1.1, 0.2, 0.0),
     "cpu_expert_read": (1.1, 0.2, 0.0),
-    "gpu_unpack": (1.0, 0.2, 0.0),
+    "gpu_unpack": (1.0, 0.08, 0.0),
     "cpu_unpack": (1.0, 0.3, 0.0),
     "gpu_launch_s": (7e-6, 0.5, 0.2),
     "gpu_expert_launch_s": (5e-6, 1.0, 0.3),
@@ -242,23 +242,28 @@ def errors_of(cases: Sequence[Case], residuals: Sequence[list[float]]) -> dict[s
     return {name: float(f"{value:.3g}") for name, value in found.items()}
 
 
+def one_sigma(errors: Sequence[float]) -> float:
+    """What 68 % of the absolute errors are below: the standard deviation if they are normal."""
+    return float(np.quantile(np.abs(errors), 0.683))
+
+
 def spread(cases: Sequence[Case], residuals: Sequence[list[float]]) -> dict[str, float]:
     """Standard deviations (ln): between rigs, for GPUs and CPUs, and within a rig.
 
-    Within: half the median difference between two cases of one rig and runtime, made normal.
-    Between: what is left of the spread of all cases.
+    Within: what two thirds of the differences between two cases of one rig and runtime are below,
+    over the square root of two. Between: what is left of the spread of all cases, and at least half
+    of that within.
     """
     rigs: dict[tuple[str, str], list[float]] = {}
     for case, rs in zip(cases, residuals, strict=True):
         if not case.doubt:
             rigs.setdefault((case.rig, case.runtime), []).append(rs[0])
     pairs = [abs(a - b) for rs in rigs.values() for i, a in enumerate(rs) for b in rs[:i]]
-    within = float(np.median(pairs)) / 0.6745 / 2**0.5
+    within = one_sigma(pairs) / 2**0.5
     found = {"noise": within}
     for kind, where in (("gpu", ("gpu",)), ("cpu", ("cpu", "hybrid"))):
         some = [rs[0] for c, rs in zip(cases, residuals, strict=True) if c.where in where]
-        total = float(np.median(np.abs(some))) / 0.6745
-        found[kind] = max(total**2 - within**2, 0.05**2) ** 0.5
+        found[kind] = max(one_sigma(some) ** 2 - within**2, (within / 2) ** 2) ** 0.5
     # A prediction after one measurement carries the noise of both.
     found["left"] = 2**0.5
     return {name: float(f"{value:.3g}") for name, value in found.items()}

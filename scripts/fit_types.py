@@ -8,7 +8,7 @@ type are those of all hosts of a kind. What is limited by bandwidth everywhere s
 
 import csv
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,14 +56,20 @@ class Speed:
     seconds: float
 
 
+def is_fitted(row: Mapping[str, str]) -> bool:
+    """Whether a row of the table of tokens per second is among those that are fitted."""
+    is_mixed = "mix" in row["model"] and row["quant"].upper() in _MIXES
+    is_decode = row["test"].startswith("tg")
+    return (row["hardware"], row["engine"]) in _HOSTS and is_decode and not is_mixed
+
+
 def read_absolute(path: Path) -> list[Speed]:
     """Rows of the table of tokens per second."""
     found = []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             host, quant = (row["hardware"], row["engine"]), row["quant"].upper()
-            is_mixed = "mix" in row["model"] and quant in _MIXES
-            if host not in _HOSTS or not row["test"].startswith("tg") or is_mixed:
+            if not is_fitted(row):
                 continue
             share = (_WEIGHTS - _EMBEDDING) / _WEIGHTS
             n_bytes = float(row["size_gib"]) * _GIB * share
