@@ -258,7 +258,7 @@ def main() -> None:
     for name, model in models.items():
         document = documents[model.family]
         line = f"{name:30} {model.family:9}"
-        if model.units:
+        if model.units and model.qtype in type_errors(document):
             overall[name], within = correlations(model, document)
             if within:
                 inside[name] = median(within)

@@ -77,11 +77,10 @@ def read_model(path: Path, name: str) -> Measured:
         raise QuantplanError("the catalog has no inventory of it")
     table = read_sensitivity_table(path)
     units: dict[str, list[Unit]] = {}
-    errors = type_errors()
     for single in table.singles:
         known = [inventory.by_name[n] for n in single.tensors if n in inventory.by_name]
         tensors = tuple(t for t in known if t.is_quantizable and inventory.is_loaded(t))
-        is_usable = single.qtype in errors and single.qtype not in NO_WEIGHT_TYPES
+        is_usable = single.qtype in QTYPES and single.qtype not in NO_WEIGHT_TYPES
         if tensors and is_usable and single.kld_nats > 0:
             units.setdefault(single.qtype, []).append(Unit(tensors, single.kld_nats))
     counts = Counter({name: len(found) for name, found in sorted(units.items())})

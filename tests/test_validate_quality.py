@@ -29,7 +29,7 @@ def write_tables(folder: Path, sign: int) -> None:
     with (folder / "recipes.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["recipe_id", "model", "bpw_computed", "ppl", "inventory_used"])
-        types = {"a": ("Q5_K", "Q3_K"), "b": ("Q3_K", "Q5_K"), "c": ("Q9", "Q9")}
+        types = {"a": ("Q5_K", "Q4_K"), "b": ("Q3_K", "Q4_K"), "c": ("Q9", "Q9")}
         for name, (ffn, rest) in types.items():
             own = {t.name: ffn if "ffn" in t.role else rest for t in matrices}
             known = {n: q for n, q in own.items() if q != "Q9"}
