@@ -118,6 +118,7 @@ class Placement:
         caches: Device name of each layer's KV cache and recurrent state.
         tensors: Device names of each loaded tensor; a tied embedding may be on two.
         warnings: Overrides that do not do what they seem to say.
+        is_overridden: Whether tensors are elsewhere than their layer.
     """
 
     layers: tuple[str, ...]
@@ -125,6 +126,7 @@ class Placement:
     caches: tuple[str, ...]
     tensors: dict[str, tuple[str, ...]]
     warnings: tuple[str, ...] = field(default=())
+    is_overridden: bool = False
 
 
 def place(
@@ -167,7 +169,7 @@ def place(
             f"no layer is on a GPU (-ngl {launch.n_gpu_layers}), so KV caches are in RAM although "
             f"-ot puts {on_gpus} tensors on a GPU; raise -ngl, and keep tensors in RAM with -ot",
         )
-    return Placement(layers, output, caches, tensors, warnings)
+    return Placement(layers, output, caches, tensors, warnings, bool(launch.overrides))
 
 
 def place_tensors(inventory: Inventory, machine: Machine, homes: Mapping[str, str]) -> Placement:
@@ -196,13 +198,15 @@ def place_tensors(inventory: Inventory, machine: Machine, homes: Mapping[str, st
     outside = {tensor.role: homes[tensor.name] for tensor in given if tensor.layer is None}
     output = outside.get("output") or outside.get("output_norm") or layers[-1] or machine.ram.name
     layers = [device or output for device in layers]
+    usual = {tensor.name: _homes(inventory, tensor, tuple(layers), output) for tensor in given}
     tensors = {
-        tensor.name: _homes(inventory, tensor, tuple(layers), output)
+        tensor.name: usual[tensor.name]
         if tensor.role_class == "embedding" and homes[tensor.name] == machine.ram.name
         else (homes[tensor.name],)
         for tensor in given
     }
-    return Placement(tuple(layers), output, tuple(layers), tensors)
+    is_overridden = tensors != usual
+    return Placement(tuple(layers), output, tuple(layers), tensors, is_overridden=is_overridden)
 
 
 def _check_homes(inventory: Inventory, machine: Machine, homes: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Literal
 
+from quantplan.configuration import resolve
 from quantplan.costs import data_hashes
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.memory import pad
@@ -20,7 +21,7 @@ from quantplan.planner.search import best_solution, reachable_gap
 from quantplan.planner.solve import Solution, Status, solver_name, solver_options
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
-from quantplan.predict import DeviceUse, device_line
+from quantplan.predict import DeviceUse, compute_buffer, device_line
 from quantplan.qtypes import qtype
 from quantplan.recipe import Assignment, Provenance, Recipe, RecipeTensor
 from quantplan.schema import Frozen
@@ -173,16 +174,17 @@ def plan(
     problem = replace(problem, plans_with_high_end=compute_buffers == "high")
     problem, solution = best_solution(problem, gap=gap, time_limit_s=time_limit_s)
     assignments = _assignments(problem, solution)
+    flags = _flags(problem, solution)
     return Plan(
         model=inventory.name,
         machine=machine,
         workload=task,
         status=solution.status,
         gap=solution.gap,
-        devices=_devices(machine, solution),
+        devices=_devices(problem, solution, assignments, flags),
         predicted=_prediction(problem, solution, assignments),
         assignments=assignments,
-        flags=_flags(problem, solution),
+        flags=flags,
         notes=(*_notes(problem, solution), *_evidence_notes(evidence)),
         provenance=_provenance(problem, solution, reachable_gap(problem, gap), time_limit_s),
     )
@@ -248,10 +250,21 @@ def _assignments(problem: Problem, solution: Solution) -> tuple[RecipeTensor, ..
     return tuple(assignments)
 
 
-def _devices(machine: Machine, solution: Solution) -> tuple[DeviceUse, ...]:
+def _devices(
+    problem: Problem,
+    solution: Solution,
+    assignments: tuple[RecipeTensor, ...],
+    flags: tuple[str, ...],
+) -> tuple[DeviceUse, ...]:
+    """What is on each device; compute buffers are those of the flags, at most the planned ones."""
+    machine, build = problem.machine, problem.workload.llama_cpp_build
+    written = problem.inventory.with_qtypes({a.tensor: a.qtype for a in assignments})
+    resolved = resolve(written, flags, machine, llama_cpp_build=build)
     uses = []
     for device in machine.devices:
         used = solution.device_bytes[device.name]
+        compute = compute_buffer(resolved, machine, device)
+        held = used.weights + used.padding + used.cache
         uses.append(
             DeviceUse(
                 name=device.name,
@@ -261,11 +274,10 @@ def _devices(machine: Machine, solution: Solution) -> tuple[DeviceUse, ...]:
                 weights_bytes=used.weights,
                 padding_bytes=used.padding,
                 kv_bytes=used.cache,
-                compute_bytes=used.compute_estimate.expected,
-                compute_low_bytes=used.compute_estimate.low,
-                compute_high_bytes=used.compute_estimate.high,
-                free_bytes=device.capacity_bytes
-                - (used.total - used.compute + used.compute_estimate.high),
+                compute_bytes=compute.expected,
+                compute_low_bytes=compute.low,
+                compute_high_bytes=compute.high,
+                free_bytes=device.capacity_bytes - held - compute.high,
             )
         )
     return tuple(uses)

@@ -191,7 +191,7 @@ def _use(resolved: Resolved, parts: Sequence[Part], machine: Machine, device: De
     weights, padding = (sum(n) for n in zip(*(p.weights_on(device) for p in parts), strict=True))
     cache = sum(part.caches_on(device) for part in parts)
     inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
-    compute = _compute(resolved, machine, device)
+    compute = compute_buffer(resolved, machine, device)
     is_mapped = device.kind == "cpu" and launch.maps_file
     repacked = _repacked(resolved, machine) if is_mapped else set()
     in_file = {n for n, homes in placement.tensors.items() if device.name in homes} - repacked
@@ -261,7 +261,8 @@ def _foreign_types(resolved: Resolved) -> list[str]:
     return [f"{engine} does not load tensors of the types {', '.join(foreign)}"]
 
 
-def _compute(resolved: Resolved, machine: Machine, device: Device) -> Estimate:
+def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Estimate:
+    """The compute buffer of one device."""
     inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
     architecture = inventory.architecture
     streams_to = machine.gpus[0].name if machine.gpus else ""
@@ -274,7 +275,7 @@ def _compute(resolved: Resolved, machine: Machine, device: Device) -> Estimate:
         streamed_bytes=streamed_bytes(inventory, launch, placement, machine)
         if device.name == streams_to
         else 0,
-        n_input_copies=n_input_copies(architecture, launch, machine),
+        n_input_copies=n_input_copies(launch, placement, machine),
         is_first=device == machine.devices[0],
     )
     return estimate(architecture, inventory.n_vocab, launch, work)

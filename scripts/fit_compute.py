@@ -98,6 +98,7 @@ _EXPECTED: dict[str, dict[str, dict[str, float]]] = {
     "llama.cpp": {
         "gpu plain flash experts": _ONLY_EXPERTS,
         "gpu plain scores experts": _ONLY_EXPERTS,
+        "output": {"logits": 1, "residual": 2},
         "streaming": {"mask": 2, "residual": 2, "experts_middle": 1, "experts_out": 1},
     },
 }  # fmt: skip

@@ -29,6 +29,7 @@ from quantplan.costs import memory
 from quantplan.formats.llama_cpp import workload_flags
 from quantplan.inventory import LayerCache
 from quantplan.runtime.log import Buffers
+from tests.support.compute import graph_bytes
 from tests.support.llama_cpp import llama_server, needs_llama_cpp, rpc_server
 from tests.support.models import smollm2_path, toy_from_catalog
 
@@ -217,7 +218,7 @@ def as_it_is() -> Policy:
 def tight_machine(inventory: Inventory, workload: Workload, n_gpus: int) -> Machine:
     """GPUs that hold the caches and the attention, but not all of the feed-forward networks."""
     cache = sum(memory.cache_bytes(inventory.architecture, workload))
-    compute = memory.activation_bytes(inventory.architecture, workload)
+    compute = graph_bytes(inventory, workload)
     feed_forward = sum(t.n_bytes for t in inventory.tensors if t.role.startswith("ffn_"))
     room = cache + inventory.n_bytes - feed_forward / 2
     gpus = tuple(
@@ -333,18 +334,3 @@ def test_cuda_pads_rows_and_tensors(shape_ne: tuple[int, ...], qtype: str, paddi
     """CUDA fills the last quantized row up to 512 weights, and every tensor up to 128 bytes."""
     tensor = Tensor(name="blk.0.ffn_down.weight", shape_ne=shape_ne, qtype=qtype)
     assert memory.cuda_padding_bytes(tensor, qtype) == padding
-
-
-@untimed
-@given(st.integers(1, 2047), st.integers(1, 8), st.booleans())
-def test_compute_buffers_grow_with_the_batch(
-    ubatch: int, slots: int, flash_attention: bool
-) -> None:
-    """A larger ubatch never makes the estimate of a compute buffer smaller."""
-    small, large = (
-        memory.host_compute_bytes(
-            AIR, 1000, Workload(slots=slots, ubatch=u, flash_attention=flash_attention)
-        )
-        for u in (ubatch, ubatch + 1)
-    )
-    assert small < large

@@ -29,11 +29,14 @@ from quantplan import (
 )
 from quantplan import read_inventory as read
 from quantplan.costs import load_data, memory
+from quantplan.costs.compute import Work, estimate
 from quantplan.costs.quality import LossTable
+from quantplan.placement import Launch
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits
 from quantplan.planner.search import solve as search
 from quantplan.planner.solve import Solution, solve_split
+from tests.support.compute import around_streamed_bytes, graph_bytes, planned_bytes
 from tests.support.models import toy_inventory
 
 GAP = 1e-4
@@ -207,8 +210,7 @@ def every_choice(task: Task, only: dict[str, str] | None = None) -> Everything:
     time = sums[:, 1] + base_seconds(task)
     room = [
         device.usable_bytes - cache_bytes(task).get(device.name, 0) - sums[:, 2 + d]
-        - np.array([compute_bytes(task, device, 0)])
-        - extra_scratch(task, device, streamed)
+        - compute_bytes(task, device, streamed)
         for d, device in enumerate(devices)
     ]  # fmt: skip
     least_room = np.minimum.reduce(room)
@@ -268,24 +270,32 @@ def attention_s(inventory: Inventory, device: Device, depth: float, width: int =
     )
 
 
-def compute_bytes(task: Task, device: Device, streamed: int) -> int:
-    """The estimate of a compute buffer; a GPU's has room for logits or a streamed tensor."""
-    activations = memory.activation_bytes(task.inventory.architecture, task.workload)
-    logits = 4 * task.inventory.by_name["token_embd.weight"].shape_ne[1] * task.workload.slots
-    if device.kind == "cpu":
-        return activations + logits
-    return activations + max(logits if device == task.last else 0, streamed)
+def compute_bytes(task: Task, device: Device, streamed: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The high end of a compute buffer: a graph, or on the first GPU what is streamed from RAM.
 
+    Several GPUs with all layers work as a pipeline, which has four copies of the inputs.
+    """
+    gpus = task.machine.gpus
+    is_first = device == task.machine.devices[0]
 
-def extra_scratch(
-    task: Task, device: Device, streamed: NDArray[np.float64]
-) -> NDArray[np.float64] | float:
-    """What a streamed tensor needs beyond the logits, whose room it shares."""
-    if device.kind == "cpu" or task.workload.ubatch < OFFLOAD_MIN_BATCH:
-        return 0.0
-    without = compute_bytes(task, device, 0)
-    activations = memory.activation_bytes(task.inventory.architecture, task.workload)
-    return np.maximum(0, streamed - (without - activations))
+    def graph(n_copies: int) -> int:
+        parts = [True] if device.kind == "gpu" else {False, "CPU" in task.layers}
+        is_last = device == task.last
+        return max(
+            planned_bytes(
+                task.inventory,
+                task.workload,
+                Work(device.kind, has_layers, False, is_last, 0, n_copies, is_first),
+            )
+            for has_layers in parts
+        )
+
+    is_pipeline = (streamed == 0) & (len(gpus) > 1)
+    found = np.where(is_pipeline, graph(4), graph(1)).astype(float)
+    if gpus and is_first and task.workload.ubatch >= OFFLOAD_MIN_BATCH:
+        around = around_streamed_bytes(task.inventory, task.workload)
+        found = np.where(streamed > 0, np.maximum(found, around + streamed), found)
+    return found
 
 
 def objective(task: Task, found: Everything) -> NDArray[np.float64]:
@@ -335,18 +345,16 @@ def tasks(draw: st.DrawFn, n_gpus: Sequence[int] = (1, 2, 1, 0)) -> Task:
     )
     share = st.integers(1, 30).map(lambda n: n / 20)
     rate = st.integers(1, 100).map(lambda n: n * 1e7)
-    overhead = memory.activation_bytes(inventory.architecture, workload) + 2**16
+    on_gpu, in_ram = (graph_bytes(inventory, workload, k) + 2**16 for k in ("gpu", "cpu"))
     n_bytes = inventory.n_bytes // 2 + sum(memory.cache_bytes(inventory.architecture, workload))
     machine = Machine(
         gpus=tuple(
             Device.gpu(
-                d, overhead + int(draw(share) * n_bytes), draw(rate), margin_bytes=draw(MARGINS)
+                d, on_gpu + int(draw(share) * n_bytes), draw(rate), margin_bytes=draw(MARGINS)
             )
             for d in range(draw(st.sampled_from(n_gpus)))
         ),
-        ram=Device.ram(
-            overhead + int((draw(share) + 0.3) * n_bytes), draw(rate) / 4, margin_bytes=0
-        ),
+        ram=Device.ram(in_ram + int((draw(share) + 0.3) * n_bytes), draw(rate) / 4, margin_bytes=0),
     )
     names = [device.name for device in (machine.ram, *machine.gpus)]
     layers = draw(st.lists(st.sampled_from(names), min_size=n_layers, max_size=n_layers))
@@ -480,16 +488,23 @@ def audit(made: Plan, inventory: Inventory) -> dict[str, dict[str, int]]:
     caches = memory.cache_bytes(inventory.architecture, made.workload)
     for layer, n_bytes in enumerate(caches):
         found[layer_device.get(layer, last)]["kv"] += n_bytes
-    activations = memory.activation_bytes(inventory.architecture, made.workload)
-    logits = inventory.n_vocab * 4 * made.workload.slots
+    is_pipeline = len(gpus) > 1 and not streamed
+    streams = made.workload.ubatch >= OFFLOAD_MIN_BATCH
     for name, use in found.items():
-        if name == "CPU":
-            use["compute"] = activations + logits
-        else:
-            scratch = [logits if name == last else 0]
-            if min(made.workload.batch, made.workload.ubatch) >= OFFLOAD_MIN_BATCH:
-                scratch.append(streamed)
-            use["compute"] = activations + max(scratch)
+        homes = [a for a in made.assignments if a.device == name]
+        is_first = name == made.machine.devices[0].name
+        work = Work(
+            "cpu" if name == "CPU" else "gpu",
+            has_layers=bool(use["kv"]),
+            has_experts=any("_exps" in a.tensor for a in homes),
+            has_output=name == last,
+            streamed_bytes=streamed if name != "CPU" and is_first and streams else 0,
+            n_input_copies=4 if is_pipeline else 1,
+            is_first=is_first,
+        )
+        launch = Launch(workload=made.workload)
+        buffer = estimate(inventory.architecture, inventory.n_vocab, launch, work)
+        use |= {"low": buffer.low, "expected": buffer.expected, "high": buffer.high}
     return {name: dict(use) for name, use in found.items()}
 
 
@@ -501,8 +516,10 @@ def check_budgets(made: Plan, inventory: Inventory) -> None:
         assert device.weights_bytes == use["weights"]
         assert device.weights_bytes + device.padding_bytes == use["buffer"]
         assert device.kv_bytes == use["kv"]
-        assert device.compute_bytes == use["compute"]
-        used = use["buffer"] + use["kv"] + use["compute"]
+        assert device.compute_low_bytes == use["low"]
+        assert device.compute_bytes == use["expected"]
+        assert device.compute_high_bytes == use["high"]
+        used = use["buffer"] + use["kv"] + use["high"]
         assert device.free_bytes == device.capacity_bytes - used
         assert used <= device.capacity_bytes - device.margin_bytes
 
@@ -755,10 +772,10 @@ def test_layers_stay_on_the_gpus_if_some_split_fits() -> None:
     workload = Workload(context=256, ubatch=16)
     rules = policy().model_copy(update={"candidates": ("Q8_0", "Q4_K")})
     layer = 2**17 + (2 * 512 + 2 * 128) * 256 * 34 // 32 + 1024  # cache, attention at Q8_0, norm
-    activations = memory.activation_bytes(inventory.architecture, workload)
+    compute = graph_bytes(inventory, workload)
     output = 256 * 136 * 34 // 32 + 1024
     # The second GPU takes nine tenths of a layer beside the output, the first one both layers.
-    first, second = activations + 2 * layer + 2**15, activations + output + layer * 9 // 10
+    first, second = compute + 2 * layer + 2**15, compute + output + layer * 9 // 10
     machine = plain_machine((first, 1e12), (second, 1e12), ram=(2**28, 1e8))
     for layers in (("GPU0", "GPU0"), ("CPU", "GPU0")):
         task = Task(inventory, machine, workload, rules, layers)

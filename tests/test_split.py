@@ -59,7 +59,7 @@ def test_layers_are_spread_in_proportion_to_the_room(
     sizes = least_layer_bytes(made)
     output = sum(group.options[-1].n_bytes for group in made.groups if group.place == "output")
     room = [
-        gpu.usable_bytes - made.compute_bytes(gpu, 0) - (output if gpu is gpus[-1] else 0)
+        gpu.usable_bytes - made.compute_bytes(gpu) - (output if gpu is gpus[-1] else 0)
         for gpus in [made.machine.gpus]
         for gpu in gpus
     ]

@@ -34,7 +34,8 @@ _FEW_OUTPUTS_FROM_BUILD = 10434
 # other (GGML_OP_OFFLOAD_MIN_BATCH). ik_llama.cpp wants as many tokens for each expert, since the
 # pull request of this day (520).
 _LEAST_STREAMED_BATCH = 32
-_PIPELINE_COPIES = 4
+# GGML_SCHED_MAX_COPIES
+PIPELINE_COPIES = 4
 # Their scores need more than the flash-attention kernels do (position biases, capped scores).
 _WITHOUT_FLASH_ATTENTION = {"grok", "t5", "t5encoder"}
 _IK_COUNTS_EXPERTS_SINCE = datetime.date(2025, 6, 11)
@@ -257,12 +258,12 @@ def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Wor
         launch: Runtime, context, ubatch and KV types.
         work: What the device computes.
     """
-    if work == Work("gpu", has_layers=False, is_first=False, n_input_copies=work.n_input_copies):
-        return Estimate(low=0, expected=0, high=0)
     sizes = graph_sizes(architecture, n_vocab, launch, work)
     fits = _fits()[runtime_of(launch)]
-    found = _interval(fit_of(architecture, launch, work), sizes)
-    if work.has_output and "output" in fits:
+    found = Estimate(low=0, expected=0, high=0)
+    if work.device_kind == "cpu" or work.has_layers or work.has_experts or work.is_first:
+        found = _interval(fit_of(architecture, launch, work), sizes)
+    if work.has_output:
         found = found.at_least(_interval(fits["output"], sizes))
     if work.streamed_bytes:
         found = found.at_least(_interval(fits["streaming"], sizes).plus(work.streamed_bytes))
@@ -281,16 +282,16 @@ def around_streamed(architecture: Architecture, n_vocab: int, launch: Launch) ->
     return _interval(fit, graph_sizes(architecture, n_vocab, launch, Work("gpu")))
 
 
-def n_input_copies(architecture: Architecture, launch: Launch, machine: Machine) -> int:
+def n_input_copies(launch: Launch, placement: Placement, machine: Machine) -> int:
     """Copies of the graph's inputs: several where the GPUs work as a pipeline.
 
-    They do so where every layer is on a GPU and no tensor is overridden (llama.cpp's
+    They do so where every layer is on a GPU and no tensor is elsewhere (llama.cpp's
     ``llama_context``); the number is ``GGML_SCHED_MAX_COPIES``.
     """
-    wanted = launch.n_gpu_layers
-    is_whole = wanted is None or wanted > architecture.n_layers
+    is_whole = machine.ram.name not in (*placement.layers, placement.output)
     pipes = is_whole and launch.split_mode == "layer" and launch.cache_on_gpu
-    return _PIPELINE_COPIES if pipes and len(machine.gpus) > 1 and not launch.overrides else 1
+    pipes = pipes and len(machine.gpus) > 1 and not placement.is_overridden
+    return PIPELINE_COPIES if pipes else 1
 
 
 def streams(launch: Launch) -> bool:

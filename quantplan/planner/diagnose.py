@@ -22,7 +22,7 @@ def too_large(problem: Problem) -> NoPlanError:
     """What the smallest allowed types need, against what the machine has."""
     weights = sum(group.options[-1].n_bytes for group in problem.groups)
     cache = sum(problem.cache_bytes)
-    compute = sum(problem.compute_bytes(d, 0) for d in problem.machine.devices)
+    compute = sum(problem.compute_bytes(d) for d in problem.machine.devices)
     required = weights + cache + compute
     usable = sum(d.usable_bytes for d in problem.machine.devices)
     on_devices = ", ".join(f"{d.name} {gib(d.usable_bytes)}" for d in problem.machine.devices)

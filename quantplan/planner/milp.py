@@ -52,7 +52,7 @@ class Model:
         relaxed: Whether layers have no device, so that the optimum bounds that of every split.
         pools: Devices whose memory is counted together; each device alone but in a relaxation.
         x: Counts by choice.
-        compute: Each GPU's compute buffer, in MiB.
+        compute: Each device's compute buffer, in MiB.
         caches: Caches of each kind of layer in each pool, in MiB, by the kind and the name of the
             pool's first device; empty but in a relaxation.
         hops: Groups of a cohort that leave their layer's GPU, by cohort; empty but in a relaxation,
@@ -199,19 +199,32 @@ def add_choices(model: Model) -> None:
 
 
 def add_compute(model: Model) -> None:
-    """A GPU's compute buffer holds its graph; the first one's also tensors streamed from RAM.
+    """A compute buffer holds its graph; the first GPU's also tensors streamed from RAM.
 
-    compute[d] >= graph(d); for every cohort c that may be in RAM and option o: compute[GPU0] >=
-    (around + largest[c,o]) z[c,o] and x[c,o,CPU] <= size(c) z[c,o], z binary.
+    compute[d] >= graph(d). Where GPUs may work as a pipeline: compute[d] >= pipelined(d) p and
+    p + sum x[c,o,CPU] over the cohorts c of layers >= 1, p binary. For every cohort c that is
+    streamed from RAM and option o: compute[GPU0] >= (around + largest[c,o]) z[c,o] and
+    x[c,o,CPU] <= size(c) z[c,o], z binary.
     """
     problem = model.problem
-    for d, device in enumerate(problem.machine.gpus):
-        graph = problem.compute_bytes(device, 0) / _MIB
+    for d, device in enumerate(problem.machine.devices):
+        graph = problem.compute_bytes(device) / _MIB
         model.compute[device.name] = model.lp.add_variable(f"compute_{d}", lowBound=graph)
-    for choice, count in model.x.items():
-        c, o, name = choice
-        if name != problem.machine.ram.name or not problem.is_streamed(model.group(choice)):
+    in_ram = {
+        choice: count
+        for choice, count in model.x.items()
+        if choice[2] == problem.machine.ram.name and model.group(choice).layer is not None
+    }
+    if problem.may_pipeline():
+        pipelines = model.lp.add_variable("pipeline", cat=pulp.LpBinary)
+        model.lp += pipelines + pulp.lpSum(in_ram.values()) >= 1
+        for device in problem.machine.devices:
+            held = problem.compute_bytes(device, is_pipeline=True)
+            model.lp += model.compute[device.name] >= held / _MIB * pipelines
+    for choice, count in in_ram.items():
+        if not problem.is_streamed(model.group(choice)):
             continue
+        c, o, _ = choice
         streams = model.lp.add_variable(f"z_{c}_{o}", cat=pulp.LpBinary)
         model.lp += count <= len(model.cohorts[c].members) * streams
         held = problem.around_streamed_bytes + model.option(choice).largest_bytes
@@ -282,14 +295,11 @@ def add_memory(model: Model) -> None:
         budget = 0
         for device in pool:
             budget += device.usable_bytes - _TOLERANCE_BYTES
+            used.append(model.compute[device.name])
             if model.relaxed:
                 budget -= problem.trailing_cache_bytes if device == problem.output_device else 0
             else:
                 budget -= problem.device_cache_bytes(device)
-            if device.kind == "gpu":
-                used.append(model.compute[device.name])
-            else:
-                budget -= problem.compute_bytes(device, 0)
             for choice, count in model.x.items():
                 group, option = model.group(choice), model.option(choice)
                 n_bytes = problem.bytes_on(device, group, option, choice[2])

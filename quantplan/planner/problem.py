@@ -144,30 +144,43 @@ class Problem:
         architecture, n_vocab = self.inventory.architecture, self.inventory.n_vocab
         return self._planned(compute.around_streamed(architecture, n_vocab, self._launch))
 
-    def compute_estimate(self, device: Device, streamed_bytes: int) -> Estimate:
-        """The compute buffer of a device, given the largest tensor that is streamed from RAM.
+    def may_pipeline(self) -> bool:
+        """Whether several GPUs work as a pipeline if every tensor of a layer is on a GPU."""
+        is_whole = self.machine.ram.name not in self.layer_devices
+        return len(self.machine.gpus) > 1 and is_whole
 
-        Experts may be on any device, so the larger of both graphs counts.
+    def compute_bytes(
+        self, device: Device, streamed_bytes: int = 0, *, is_pipeline: bool = False
+    ) -> int:
+        """The compute buffer of a device that the plan reckons with.
+
+        What is on the device is not settled yet: of all graphs that it may get the largest counts.
+
+        Args:
+            device: The device.
+            streamed_bytes: The largest tensor that is streamed from RAM, to the first GPU.
+            is_pipeline: Whether the GPUs work as a pipeline.
         """
         architecture, n_vocab = self.inventory.architecture, self.inventory.n_vocab
+        is_first = device == self.machine.devices[0]
         is_gpu = device.kind == "gpu"
         work = Work(
             device_kind=device.kind,
-            has_layers=is_gpu or device.name in self.layer_devices,
             has_output=device == self.output_device,
-            streamed_bytes=streamed_bytes if device == self.machine.devices[0] and is_gpu else 0,
-            n_input_copies=compute.n_input_copies(architecture, self._launch, self.machine),
-            is_first=device == self.machine.devices[0],
+            streamed_bytes=streamed_bytes if is_first and is_gpu else 0,
+            n_input_copies=compute.PIPELINE_COPIES if is_pipeline else 1,
+            is_first=is_first,
         )
-        found = compute.estimate(architecture, n_vocab, self._launch, work)
-        if not architecture.n_expert:
-            return found
-        with_experts = replace(work, has_experts=True)
-        return found.at_least(compute.estimate(architecture, n_vocab, self._launch, with_experts))
-
-    def compute_bytes(self, device: Device, streamed_bytes: int) -> int:
-        """The compute buffer of a device that the plan reckons with."""
-        return self._planned(self.compute_estimate(device, streamed_bytes))
+        has_layers = (True,) if is_gpu else (False, True)
+        if device.name not in self.layer_devices and not is_gpu:
+            has_layers = (False,)
+        has_experts = (False, True) if architecture.n_expert else (False,)
+        return max(
+            self._planned(compute.estimate(architecture, n_vocab, self._launch, graph))
+            for layers in has_layers
+            for experts in has_experts
+            for graph in [replace(work, has_layers=layers, has_experts=experts)]
+        )
 
     def _planned(self, estimate: Estimate) -> int:
         return estimate.high if self.plans_with_high_end else estimate.expected

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import highspy
 import pulp
 
-from quantplan.costs.compute import Estimate
 from quantplan.errors import SolverError
 from quantplan.hardware import Device
 from quantplan.planner.milp import (
@@ -41,14 +40,12 @@ class DeviceBytes:
         padding: What a CUDA buffer takes on top.
         cache: KV cache and recurrent state.
         compute: Compute buffer, as the plan reckons with it.
-        compute_estimate: Compute buffer with its interval.
     """
 
     weights: int
     padding: int
     cache: int
     compute: int
-    compute_estimate: Estimate
 
     @property
     def total(self) -> int:
@@ -292,16 +289,18 @@ def _checked(problem: Problem, choices: list[tuple[Option, str]]) -> Solution:
 def _bytes_of(problem: Problem, device: Device, choices: list[tuple[Option, str]]) -> DeviceBytes:
     ram = problem.machine.ram.name
     weights = padding = streamed = 0
+    is_pipeline = problem.may_pipeline()
     for group, (option, name) in zip(problem.groups, choices, strict=True):
         copies = problem.copies_on(device, group, name)
         weights += copies * option.n_bytes
         padding += copies * option.padding_bytes if device.kind == "gpu" else 0
-        if problem.is_streamed(group) and name == ram:
-            streamed = max(streamed, option.largest_bytes)
+        if group.layer is not None and name == ram:
+            is_pipeline = False
+            if problem.is_streamed(group):
+                streamed = max(streamed, option.largest_bytes)
     return DeviceBytes(
-        weights,
-        padding,
-        problem.device_cache_bytes(device),
-        problem.compute_bytes(device, streamed),
-        problem.compute_estimate(device, streamed),
+        weights=weights,
+        padding=padding,
+        cache=problem.device_cache_bytes(device),
+        compute=problem.compute_bytes(device, streamed, is_pipeline=is_pipeline),
     )

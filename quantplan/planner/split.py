@@ -21,7 +21,7 @@ def _room(problem: Problem) -> list[int]:
         max(
             0,
             gpu.usable_bytes
-            - problem.compute_bytes(gpu, 0)
+            - problem.compute_bytes(gpu)
             - (output if gpu == problem.output_device else 0),
         )
         for gpu in problem.machine.gpus
