@@ -1,6 +1,6 @@
 """Holds predicted memory against what published load logs printed.
 
-    python benchmarks/validate_memory.py --cases CASES.jsonl.gz
+    PYTHONPATH=. python benchmarks/validate_memory.py --cases CASES.jsonl.gz
 
 Per case and device: predicted and measured weights, KV cache, compute buffer and total, in MiB. The
 last line is one JSON object of shares and relative errors, each with its count ``n_...``:

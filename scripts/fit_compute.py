@@ -35,7 +35,8 @@ Floats = NDArray[np.float64]
 OUT = Path(__file__).parents[1] / "quantplan/costs/data/compute.json"
 _SIZES = (
     "mask_inputs", "mask", "first_mask", "residual", "queries", "latents", "convolved", "ffn",
-    "experts_middle", "experts_out", "scores", "logits", "rope_copies", "expanded", "expanded_pieces", "joined",
+    "experts_middle", "experts_out", "scores", "logits", "rope_copies", "expanded",
+    "expanded_pieces", "joined",
 )  # fmt: skip
 # With fewer buffers a fit says more about them than about the graph.
 _LEAST_BUFFERS = 8
