@@ -11,7 +11,8 @@ from quantplan.costs.evidence import Evidence
 from quantplan.costs.memory import pad
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.quality import kld_nats, link
-from quantplan.costs.traffic import collect
+from quantplan.costs.speed import SpeedPrediction, predict_traffic
+from quantplan.costs.traffic import Traffic, collect
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import placement_flags, server_command, workload_flags
 from quantplan.hardware import Machine
@@ -21,7 +22,7 @@ from quantplan.planner.search import best_solution, reachable_gap
 from quantplan.planner.solve import Solution, Status, solver_name, solver_options
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
-from quantplan.predict import DeviceUse, compute_buffer, device_line
+from quantplan.predict import DeviceUse, compute_buffer, device_line, speed_lines
 from quantplan.qtypes import qtype
 from quantplan.recipe import Assignment, Provenance, Recipe, RecipeTensor
 from quantplan.schema import Frozen
@@ -62,6 +63,7 @@ class Plan(Frozen):
         gap: Proven relative gap of the objective.
         devices: What is on each device.
         predicted: Speed, loss and size.
+        speed: Decode and prefill speed over the depth of the context, with 80 % intervals.
         assignments: Type and device of every tensor, in file order.
         flags: Flags for llama.cpp, one argument each.
         notes: What a person should know about this plan.
@@ -76,6 +78,7 @@ class Plan(Frozen):
     gap: float
     devices: tuple[DeviceUse, ...]
     predicted: Prediction
+    speed: SpeedPrediction
     assignments: tuple[RecipeTensor, ...]
     flags: tuple[str, ...]
     notes: tuple[str, ...]
@@ -104,10 +107,9 @@ class Plan(Frozen):
         rows = [
             f"{self.model} on {self.machine.describe()}",
             f"  {self.status}, proven gap {self.gap:.3%}",
-            f"  decode {self.predicted.decode_tps:.1f} tokens/s (context full), "
-            f"prefill {self.predicted.prefill_tps:.0f} tokens/s, "
-            f"loss {self.predicted.loss_nats:.4f} nats/token, "
+            f"  loss {self.predicted.loss_nats:.4f} nats/token, "
             f"file {gib(self.predicted.file_bytes)} ({self.predicted.bpw:.2f} bpw)",
+            *speed_lines(self.speed),
         ]
         rows += [device_line(device) for device in self.devices]
         rows += [f"  note: {note}" for note in self.notes]
@@ -175,6 +177,8 @@ def plan(
     problem, solution = best_solution(problem, gap=gap, time_limit_s=time_limit_s)
     assignments = _assignments(problem, solution)
     flags = _flags(problem, solution)
+    placed = {a.tensor: (a.qtype, a.device) for a in assignments if a.device is not None}
+    traffic = collect(inventory, placed, solution.layer_devices, problem.output_device.name)
     return Plan(
         model=inventory.name,
         machine=machine,
@@ -182,7 +186,8 @@ def plan(
         status=solution.status,
         gap=solution.gap,
         devices=_devices(problem, solution, assignments, flags),
-        predicted=_prediction(problem, solution, assignments),
+        predicted=_prediction(problem, solution, assignments, traffic),
+        speed=predict_traffic(traffic, machine, task),
         assignments=assignments,
         flags=flags,
         notes=(*_notes(problem, solution), *_evidence_notes(evidence)),
@@ -284,11 +289,12 @@ def _devices(
 
 
 def _prediction(
-    problem: Problem, solution: Solution, assignments: tuple[RecipeTensor, ...]
+    problem: Problem,
+    solution: Solution,
+    assignments: tuple[RecipeTensor, ...],
+    traffic: Traffic,
 ) -> Prediction:
     inventory, workload = problem.inventory, problem.workload
-    placed = {a.tensor: (a.qtype, a.device) for a in assignments if a.device is not None}
-    traffic = collect(inventory, placed, solution.layer_devices, problem.output_device.name)
     prompt_s = prefill_s(traffic, problem.machine, workload, 0)
     by_name = inventory.by_name
     file_bytes = sum(pad(by_name[a.tensor].bytes_as(a.qtype), _DATA_ALIGNMENT) for a in assignments)

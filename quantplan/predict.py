@@ -7,6 +7,8 @@ from quantplan.configuration import Configuration, Resolved, resolve
 from quantplan.costs.compute import Estimate, Work, estimate, n_input_copies, streamed_bytes
 from quantplan.costs.host import is_repacked, mapped_bytes
 from quantplan.costs.ik_caches import COMPACTS_WINDOWS, derived_weight_bytes
+from quantplan.costs.speed import Estimate as SpeedEstimate
+from quantplan.costs.speed import SpeedPrediction, predict_speed
 from quantplan.hardware import Device, Machine
 from quantplan.inventory import Inventory
 from quantplan.parts import Part, all_parts
@@ -14,6 +16,9 @@ from quantplan.qtypes import Runtime, qtype
 from quantplan.schema import Frozen
 from quantplan.units import gib
 from quantplan.workload import NEWEST_KNOWN_BUILD, Workload
+
+# Speeds from here on are shown without a decimal.
+_WHOLE_TPS = 100
 
 
 class DeviceUse(Frozen):
@@ -61,6 +66,8 @@ class MemoryPrediction(Frozen):
         model: Name of the model.
         devices: What is on each device.
         fits: Whether every device holds its part and keeps its margin.
+        speed: Decode and prefill speed over the depth of the context, with 80 % intervals; without
+            a draft model or multi-token prediction.
         warnings: Flags that do not do what they seem to say.
         notes: What was given but plays no part in the prediction.
     """
@@ -68,6 +75,7 @@ class MemoryPrediction(Frozen):
     model: str
     devices: tuple[DeviceUse, ...]
     fits: bool
+    speed: SpeedPrediction
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -75,6 +83,7 @@ class MemoryPrediction(Frozen):
         """The prediction in a few lines of text."""
         rows = [f"{self.model}: {'fits' if self.fits else 'does NOT fit'}"]
         rows += [device_line(device) for device in self.devices]
+        rows += speed_lines(self.speed)
         rows += [f"  warning: {text}" for text in self.warnings]
         rows += [f"  note: {text}" for text in self.notes]
         return "\n".join(rows)
@@ -110,6 +119,21 @@ def device_line(use: DeviceUse) -> str:
         f"compute {_compute_text(use):>15}, "
         f"free {gib(use.free_bytes):>9} of {gib(use.capacity_bytes)}"
     )
+
+
+def speed_lines(speed: SpeedPrediction) -> list[str]:
+    """Speed with an empty and with a full context as lines of text."""
+    ends = (speed.points[0], speed.points[-1])
+    return [
+        f"  {what} tokens/s: "
+        + ", ".join(f"{_interval_text(getattr(p, name))} at depth {p.depth}" for p in ends)
+        for what, name in (("decode", "decode_tps"), ("prefill", "prefill_tps"))
+    ]
+
+
+def _interval_text(tps: SpeedEstimate) -> str:
+    digits = 0 if tps.expected >= _WHOLE_TPS else 1
+    return f"{tps.expected:.{digits}f} ({tps.low:.{digits}f} to {tps.high:.{digits}f})"
 
 
 def _compute_text(use: DeviceUse) -> str:
@@ -182,8 +206,24 @@ def predict_resolved(
         model=resolved.inventory.name,
         devices=uses,
         fits=all(use.free_bytes >= use.margin_bytes for use in uses),
+        speed=_speed(resolved, machine),
         warnings=(*launch.warnings, *resolved.placement.warnings, *_foreign_types(resolved)),
         notes=(*launch.notes, *notes, *_host_notes(uses[-1]), *_ik_notes(resolved)),
+    )
+
+
+def _speed(resolved: Resolved, machine: Machine) -> SpeedPrediction:
+    inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
+    types = inventory.by_name
+    return predict_speed(
+        inventory,
+        {name: (types[name].qtype, homes[0]) for name, homes in placement.tensors.items()},
+        placement.layers,
+        placement.output,
+        machine=machine,
+        workload=launch.workload,
+        runtime="llama.cpp" if launch.ik is None else "ik_llama.cpp",
+        op_offload=launch.op_offload,
     )
 
 
