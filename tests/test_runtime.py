@@ -126,12 +126,17 @@ def test_a_sparse_file_has_the_dimensions_and_no_weights(tmp_path: Path) -> None
     assert found.architecture == inventory.architecture
 
 
+# Their layouts are ik_llama.cpp's own.
+ONLY_IK = {"BitNet-b1.58-2B-4T", "DeepSeek-V3-ik-MLA", "Kimi-K2-Instruct-ik-MLA"}
+
+
 @needs_llama_cpp
-@pytest.mark.parametrize("name", catalog_names())
+@pytest.mark.parametrize("name", [n for n in catalog_names() if n not in ONLY_IK])
 def test_catalog_models_take_what_was_predicted(llama_cpp: LlamaCpp, gpu: str, name: str) -> None:
     """Every model of the catalog, at full size: weights and caches equal llama.cpp's to the MiB."""
     inventory = qp.read_inventory(name)
-    flags = f"{gpu} -ngl 99 -c 40000 -np 2 -ot exps=CPU"
+    # llama.cpp's table of memory leaves repacked weights (of MXFP4) out.
+    flags = f"{gpu} -ngl 99 -c 40000 -np 2 -ot exps=CPU -nr"
     machine = Machine.parse("24GiB + 64GiB@80GB/s")
     predicted = qp.predict(inventory, flags, machine, llama_cpp_build=BUILD)
     measured = measure_memory(llama_cpp, inventory, flags)
