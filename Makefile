@@ -24,7 +24,8 @@ bench: .venv/tests
 
 # Against published load logs: make validate CASES=cases.jsonl.gz
 validate: .venv/tests
-	PYTHONPATH=. $(BIN)/python benchmarks/validate_memory.py --cases $(CASES)
+	$(BIN)/python benchmarks/validate_memory.py --cases $(CASES)
+	$(BIN)/python benchmarks/validate_speed.py --cases $(CASES)
 
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "quantplan needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
