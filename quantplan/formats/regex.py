@@ -41,7 +41,7 @@ def _decimals(needed: set[str], avoided: set[str] | None) -> str:
     digits form one alternative, and the prefixes are numbers again.
     """
     if needed and avoided is not None and not avoided:
-        return r"\d+"
+        return min(_decimals(needed, None), r"\d+", key=len)
     last_needed, last_avoided = _by_prefix(needed), _by_prefix(avoided or ())
     groups: list[tuple[set[str], set[str], list[str]]] = []
     for prefix in sorted(last_needed, key=lambda text: (len(text), text)):
@@ -257,7 +257,7 @@ def names_patterns(names: Iterable[str], others: Iterable[str] | None = None) ->
 
 
 def rules_by_value(
-    value_by_name: Mapping[str, str], others: Iterable[str] = ()
+    value_by_name: Mapping[str, str], others: Iterable[str] = (), *, may_overlap: bool = True
 ) -> list[tuple[str, str]]:
     """Compresses a mapping of tensor names to values into (pattern, value) rules, one per value.
 
@@ -268,13 +268,24 @@ def rules_by_value(
     Args:
         value_by_name: What to compress.
         others: Names that no rule may match.
+        may_overlap: Whether the first rule decides; otherwise no two rules match the same name, so
+            that their order does not matter.
     """
     names_of: defaultdict[str, list[str]] = defaultdict(list)
     for name, value in value_by_name.items():
         names_of[value].append(name)
+    others = list(others)
+    if not may_overlap:
+        return [
+            rule
+            for value, names in sorted(names_of.items())
+            for rule in _rules_in_order(
+                [value], names_of, [*others, *(n for n in value_by_name if n not in set(names))]
+            )
+        ]
     rare_first = sorted(names_of, key=lambda value: (len(names_of[value]), value))
     orders = [[*(v for v in rare_first if v != last), last] for last in rare_first]
-    found = [_rules_in_order(order, names_of, list(others)) for order in orders]
+    found = [_rules_in_order(order, names_of, others) for order in orders]
     return min(found, key=lambda rules: sum(map(len, (p + v for p, v in rules))), default=[])
 
 
