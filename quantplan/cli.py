@@ -264,8 +264,8 @@ def export(
     """Write a recipe in the words of another program.
 
     FORMAT is llama-quantize (a tensor-type file), llama-quantize-command, ik-custom-q,
-    ik-quantize-command, gguf-tool-suite, llama-server, llama-cli, llama-bench, ik-server, koboldcpp,
-    shell, systemd or docker-compose.
+    ik-quantize-command, gguf-tool-suite, llama-server, llama-cli, llama-bench, ik-server,
+    koboldcpp, shell, systemd or docker-compose.
     """
     import quantplan as qp  # noqa: PLC0415
     from quantplan.recipe import write_whole  # noqa: PLC0415

@@ -143,9 +143,9 @@ def import_recipe(
         inventory: The model, unquantized. What is imported does not name keeps its types.
         source: A file.
         source_format: ``gguf`` clones the types of a quantized file; ``llama-quantize`` is its
-            tensor-type file; ``rules`` is the same with ``#`` comments; ``ik-custom-q`` the value of
-            that option, on one line or several; ``gguf-tool-suite`` a ``.recipe`` file; ``command``
-            a command line, script, systemd unit or compose file with commands of llama-quantize,
+            tensor-type file; ``rules`` is the same with ``#`` comments; ``ik-custom-q`` the value
+            of that option, on one line or several; ``gguf-tool-suite`` a ``.recipe`` file;
+            ``command`` a command line, script, systemd unit or compose file with commands of llama-quantize,
             llama-server, llama-cli, llama-bench or koboldcpp. By default it is told from the file.
         engine: Whose commands they are.
         machine: Where flags are imported: the machine whose devices they put the tensors on.
@@ -170,7 +170,7 @@ def import_recipe(
     flags: list[str] = []
     runtime = engine
     if chosen == "gguf":
-        qtypes = _cloned(inventory, read_inventory(path))
+        qtypes = _cloned(inventory, path)
     else:
         text = _text(path)
         rules, dialect = _rules_in(chosen, text) if chosen != "command" else ([], LLAMA_QUANTIZE)
@@ -235,21 +235,21 @@ def _rules_in(source_format: str, text: str) -> tuple[Rules, Dialect]:
     return read_recipe_file(text), TOOL_SUITE
 
 
-def _cloned(inventory: Inventory, quantized: Inventory) -> dict[str, str]:
+def _cloned(inventory: Inventory, path: Path) -> dict[str, str]:
     """The types of a quantized file.
 
     Raises:
         RecipeError: The files do not have the same tensors in the same shapes.
     """
-    theirs = quantized.by_name
+    theirs = read_inventory(path).by_name
     missing = [t.name for t in inventory.tensors if t.name not in theirs]
     unknown = [name for name in theirs if name not in inventory.by_name]
     faults = [
-        f"{name}: {theirs[name].shape_ne} in {quantized.source}, {ours.shape_ne} in {inventory.name}"
+        f"{name} is {ours.shape_ne} in {inventory.name}, {theirs[name].shape_ne} in {path}"
         for name, ours in inventory.by_name.items()
         if name in theirs and theirs[name].shape_ne != ours.shape_ne
     ]
-    for names, where in ((missing, quantized.source), (unknown, inventory.name)):
+    for names, where in ((missing, path), (unknown, inventory.name)):
         if names:
             faults.append(f"{where} lacks {len(names)} tensors: {', '.join(names[:_NAMED])}")
     if faults:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from quantplan.errors import InputError, RecipeError
 from quantplan.formats.llama_cpp import tensor_type_file
@@ -98,14 +98,14 @@ class Provenance(Frozen):
     source: str
     header_sha256: str
     origin: str | None = None
-    cost_data: dict[str, str] = {}
+    cost_data: dict[str, str] = Field(default_factory=dict)
     policy: str | None = None
     runtime: str
     machine: Machine | None = None
     workload: Workload | None = None
     min_decode_tps: float | None = None
     solver: str | None = None
-    solver_options: dict[str, str] = {}
+    solver_options: dict[str, str] = Field(default_factory=dict)
     status: Status | None = None
     objective_nats: float | None = None
     bound_nats: float | None = None

@@ -1,7 +1,7 @@
 """ik_llama.cpp's own words: ``--custom-q`` and its llama-server's flags.
 
-``--custom-q`` is split at every ``,`` and then at the first ``=``; it is searched and matched before
-row fallbacks apply. Its ``-ngl`` counts the output layer last of all, llama.cpp's first.
+``--custom-q`` is split at every ``,`` and then at the first ``=``; it is matched before row
+fallbacks apply. Its ``-ngl`` counts the output layer last of all, llama.cpp's first.
 """
 
 from collections.abc import Mapping, Sequence

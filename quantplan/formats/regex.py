@@ -9,12 +9,11 @@ does not have, and names that an earlier rule has taken. What it must not match 
 functions below; None stands for every other name.
 """
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, takewhile
 
 from quantplan.inventory.roles import split_layer
 
@@ -30,8 +29,11 @@ def integers_pattern(numbers: Iterable[int], others: Iterable[int] | None = None
         numbers: What to match.
         others: What not to match; None for every other integer.
     """
-    avoided = None if others is None else {str(n) for n in others}
-    return _decimals({str(n) for n in numbers}, avoided)
+    needed = {str(n) for n in sorted(set(numbers))}
+    candidates = [_decimals(needed, None), "|".join(sorted(needed, key=int))]
+    if others is not None:
+        candidates.append(_decimals(needed, {str(n) for n in others}))
+    return min(candidates, key=lambda pattern: len(_group(pattern)))
 
 
 def _decimals(needed: set[str], avoided: set[str] | None) -> str:
@@ -47,10 +49,10 @@ def _decimals(needed: set[str], avoided: set[str] | None) -> str:
     for prefix in sorted(last_needed, key=lambda text: (len(text), text)):
         wanted = last_needed[prefix]
         unwanted = _DIGITS - wanted if avoided is None else last_avoided[prefix]
-        for group_wanted, group_unwanted, prefixes in groups:
-            if not (group_wanted | wanted) & (group_unwanted | unwanted):
-                group_wanted |= wanted
-                group_unwanted |= unwanted
+        for all_wanted, all_unwanted, prefixes in groups:
+            if not (all_wanted | wanted) & (all_unwanted | unwanted):
+                all_wanted.update(wanted)
+                all_unwanted.update(unwanted)
                 prefixes.append(prefix)
                 break
         else:
@@ -221,9 +223,9 @@ def _alternatives(names: Iterable[str]) -> str:
     unique = sorted(set(names))
     if len(unique) == 1:
         return _escape(unique[0])
-    prefix = os.path.commonprefix(unique)
+    prefix = _common_prefix(unique)
     stems = [name.removeprefix(prefix) for name in unique]
-    suffix = os.path.commonprefix([stem[::-1] for stem in stems])[::-1]
+    suffix = _common_prefix([stem[::-1] for stem in stems])[::-1]
     if not prefix and not suffix:
         return "|".join(_by_first_part(stems))
     stems = [stem.removesuffix(suffix) for stem in stems]
@@ -234,6 +236,12 @@ def _alternatives(names: Iterable[str]) -> str:
         middle = _alternatives(inside)
     middle = _group(middle) if len(inside) == len(stems) else _optional(middle)
     return _escape(prefix) + middle + _escape(suffix)
+
+
+def _common_prefix(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(character for character, _ in pairs)
 
 
 def _by_first_part(stems: Sequence[str]) -> list[str]:

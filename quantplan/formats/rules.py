@@ -5,9 +5,9 @@ is found decides. They differ in letter case: llama-quantize lower-cases pattern
 turns into ``\d``) and takes types in any case; ik_llama.cpp takes both literally.
 
 The programs use ECMAScript (``std::regex``), this module Python's ``re``. Patterns may hold what
-both read alike: literals, escaped punctuation, ``.``, ``\d \w \s \b`` and their opposites, plain
-classes, groups, negative lookahead, alternation, ``^ $``, and ``* + ? {n,m}`` with or without a lazy
-``?``. Everything else is refused: other escapes, backreferences, other ``(?`` groups, possessive
+both read alike: literals, escaped punctuation, ``.``, ``\b``, ``\d \w \s`` and their opposites, plain
+classes, groups, negative lookahead, alternation, ``^ $``, and ``* + ? {n,m}``, lazy or not.
+Everything else is refused: other escapes, backreferences, other ``(?`` groups, possessive
 quantifiers, braces that count nothing, ``[[:classes:]]``, letters beyond ASCII.
 """
 
@@ -27,7 +27,7 @@ _CLASS_ITEM = (
 )
 _TOKEN = re.compile(
     rf"""(?P<quantifier>[*+?]\??|\{{\d+(?:,\d*)?\}}\??)
-    |(?P<edge>[\^$]|\\[bB]|\|)
+    |(?P<edge>[\^$]|\\b|\|)
     |(?P<open>\((?:\?[:!])?)
     |(?P<close>\))
     |(?P<atom>\\[dDwWsS]|\\[^A-Za-z0-9\s]|\[\^?{_CLASS_ITEM}+\]|[^\\\[\]{{}}()*+?^$|])""",
@@ -37,14 +37,14 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a program reads rules.
+    r"""How a program reads rules.
 
     Attributes:
         name: The program.
         runtime: Whose types and row fallbacks apply.
         lowers_patterns: Patterns are lower-cased before they are used.
         any_case: Types may be written in any case.
-        is_shell: Patterns are a shell's, which knows no ``\\d``; the order of rules is not relied on.
+        is_shell: Shells match the patterns, which know no ``\d``; order is not relied on.
     """
 
     name: str
