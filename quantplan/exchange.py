@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 from quantplan.errors import InputError, RecipeError
@@ -60,7 +60,7 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
         model_path: The quantized GGUF, where a command needs it.
 
     Raises:
-        InputError: There is no such format.
+        InputError: There is no such format, or systemd gets a relative path.
         RecipeError: The program cannot do what the recipe says, or the recipe has no flags.
     """
     writers: dict[str, Callable[[], str]] = {
@@ -86,7 +86,7 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
             recipe.model, quantize_arguments(recipe.quantizable_types), _flags(recipe)
         ),
         "systemd": lambda: systemd_unit(
-            recipe.model, ["llama-server", "-m", model_path, *_flags(recipe)]
+            recipe.model, ["llama-server", "-m", _absolute(model_path), *_flags(recipe)]
         ),
         "docker-compose": lambda: compose_file(model_path, _flags(recipe)),
     }
@@ -102,6 +102,15 @@ def _matrix_types(recipe: Recipe) -> dict[str, str]:
 def _quantize_command(arguments: Sequence[str], model_path: str) -> str:
     words = ["llama-quantize", *arguments, "SOURCE.gguf", model_path, BASE_FTYPE]
     return command_line(words)
+
+
+def _absolute(model_path: str) -> str:
+    if not PurePosixPath(model_path).is_absolute():
+        raise InputError(
+            f"systemd starts programs in no folder of yours: name {model_path!r} from the root, such "
+            f"as --gguf-name /srv/models/{PurePosixPath(model_path).name}"
+        )
+    return model_path
 
 
 def _run(program: str, model_path: str, flags: Sequence[str]) -> str:
@@ -145,8 +154,9 @@ def import_recipe(
         source_format: ``gguf`` clones the types of a quantized file; ``llama-quantize`` is its
             tensor-type file; ``rules`` is the same with ``#`` comments; ``ik-custom-q`` the value
             of that option, on one line or several; ``gguf-tool-suite`` a ``.recipe`` file;
-            ``command`` a command line, script, systemd unit or compose file with commands of llama-quantize,
-            llama-server, llama-cli, llama-bench or koboldcpp. By default it is told from the file.
+            ``command`` a command line, script, systemd unit or compose file with commands of
+            llama-quantize, llama-server, llama-cli, llama-bench or koboldcpp. By default it is told
+            from the file's suffix.
         engine: Whose commands they are.
         machine: Where flags are imported: the machine whose devices they put the tensors on.
 

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -33,7 +34,7 @@ TWO = Machine.parse("2x RTX 3090 + 128GiB@80GB/s")
 EXPERTS = [t.name for t in AIR.tensors if t.role == "ffn_down_exps" and (t.layer or 0) < 46]
 
 
-def flags(n_cpu: int, n_first: int, on_cpu: list[str], **workload: object) -> list[str]:
+def flags(n_cpu: int, n_first: int, on_cpu: list[str], **workload: Any) -> list[str]:
     """Flags with so many layers in RAM and on the first of two GPUs."""
     layers = ["CPU"] * n_cpu + ["GPU0"] * n_first + ["GPU1"] * (46 - n_cpu - n_first)
     placement = placement_flags(
@@ -46,7 +47,7 @@ def flags(n_cpu: int, n_first: int, on_cpu: list[str], **workload: object) -> li
 @given(st.integers(0, 45), st.integers(0, 46), st.sets(st.sampled_from(EXPERTS), max_size=20))
 @settings(max_examples=40, deadline=None)
 def test_ik_llama_cpp_places_every_tensor_alike(n_cpu: int, n_first: int, on_cpu: set[str]) -> None:
-    """ik_llama.cpp, whose -ngl counts the output layer last, puts all tensors where llama.cpp does."""
+    """ik_llama.cpp, whose -ngl counts the output layer last, puts all tensors in the same places."""
     ours = flags(n_cpu, min(n_first, 46 - n_cpu), sorted(on_cpu))
     theirs = ik_flags(ours, n_layers=47, has_output=True)
     assert not {"-lm", "--fit", "-kvu"} & set(theirs)
@@ -136,7 +137,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("imatrix", [[], ["my imatrix.gguf"]])
 def test_the_script_runs_the_programs_as_meant(tmp_path: Path, imatrix: list[str]) -> None:
-    """A real shell starts llama-quantize once, then llama-server each time, with the exact words."""
+    """A real shell starts llama-quantize once and llama-server each time, with the exact words."""
     for name in ("llama-quantize", "llama-server"):
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -144,7 +145,7 @@ def test_the_script_runs_the_programs_as_meant(tmp_path: Path, imatrix: list[str
         program.write_text(
             "#!/bin/sh\n"
             f'printf "%s\\n" {name} "$@" >> "$LOG"\n'
-            f'[ {name} = llama-server ] || for word; do '
+            f"[ {name} = llama-server ] || for word; do "
             'case "$word" in *.part) : > "$word";; esac; done\n'
         )
         program.chmod(0o755)

@@ -111,7 +111,9 @@ def test_patterns_are_lowered_by_llama_quantize_alone() -> None:
 
 def test_rules_are_searched_and_the_first_match_wins() -> None:
     """An unanchored `output` takes attn_output too, and a later rule for it comes too late."""
-    loose = read_rules([("output", "q6_k"), ("attn_output", "q4_k"), (".", "q8_0")], AIR, TOOL_SUITE)
+    loose = read_rules(
+        [("output", "q6_k"), ("attn_output", "q4_k"), (".", "q8_0")], AIR, TOOL_SUITE
+    )
     assert loose["blk.3.attn_output.weight"] == loose["output.weight"] == "Q6_K"
     tight = read_rules([(r"^output\.weight$", "q6_k"), (".", "q8_0")], AIR, TOOL_SUITE)
     assert (tight["blk.3.attn_output.weight"], tight["output.weight"]) == ("Q8_0", "Q6_K")

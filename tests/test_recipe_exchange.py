@@ -158,6 +158,12 @@ def test_published_recipes_are_read(tmp_path: Path) -> None:
     assert found["output_norm.weight"] == "F32"
 
 
+def test_units_take_no_relative_path(planned: Recipe) -> None:
+    """systemd, which has no current folder, gets the model by its full path or not at all."""
+    with pytest.raises(qp.InputError, match=r"--gguf-name /srv/models/air\.gguf"):
+        export_recipe(planned, "systemd", model_path="my/air.gguf")
+
+
 def test_unknown_formats_name_the_known_ones(tmp_path: Path) -> None:
     """A format that does not exist, or that a suffix does not tell, is refused with the choice."""
     recipe = recipe_for(toy_moe(tmp_path / "toy.gguf"), {})

@@ -5,8 +5,8 @@ is found decides. They differ in letter case: llama-quantize lower-cases pattern
 turns into ``\d``) and takes types in any case; ik_llama.cpp takes both literally.
 
 The programs use ECMAScript (``std::regex``), this module Python's ``re``. Patterns may hold what
-both read alike: literals, escaped punctuation, ``.``, ``\b``, ``\d \w \s`` and their opposites, plain
-classes, groups, negative lookahead, alternation, ``^ $``, and ``* + ? {n,m}``, lazy or not.
+both read alike: literals, escaped punctuation, ``.``, ``\b``, ``\d \w \s`` and their opposites,
+plain classes, groups, negative lookahead, alternation, ``^ $``, and ``* + ? {n,m}``, lazy or not.
 Everything else is refused: other escapes, backreferences, other ``(?`` groups, possessive
 quantifiers, braces that count nothing, ``[[:classes:]]``, letters beyond ASCII.
 """
