@@ -20,6 +20,7 @@ lint: .venv/tests
 
 bench: .venv/tests
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/rules.py
 	$(BIN)/python benchmarks/quantize.py
 
 # Against published load logs: make validate CASES=cases.jsonl.gz

@@ -1,5 +1,6 @@
 """quantplan: which quant type should every tensor have, and where should it live?"""
 
+from quantplan.difference import RecipeDifference, diff_recipes
 from quantplan.errors import (
     InputError,
     LlamaCppError,
@@ -13,6 +14,7 @@ from quantplan.errors import (
     UnsupportedModelError,
     WorkloadError,
 )
+from quantplan.exchange import export_recipe, import_recipe
 from quantplan.ftypes import stock_mix
 from quantplan.hardware import Device, Machine
 from quantplan.inventory import Inventory, Tensor
@@ -40,6 +42,7 @@ __all__ = [
     "QuantizeError",
     "QuantplanError",
     "Recipe",
+    "RecipeDifference",
     "RecipeError",
     "SolverError",
     "SourceError",
@@ -49,6 +52,9 @@ __all__ = [
     "WorkloadError",
     "__version__",
     "catalog_names",
+    "diff_recipes",
+    "export_recipe",
+    "import_recipe",
     "plan",
     "policy",
     "predict",

@@ -24,31 +24,20 @@ from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
 from quantplan.predict import DeviceUse, compute_buffer, device_line, speed_lines
 from quantplan.qtypes import qtype
-from quantplan.recipe import Assignment, Provenance, Recipe, RecipeTensor
+from quantplan.recipe import (
+    Assignment,
+    MemoryUse,
+    Prediction,
+    Provenance,
+    Recipe,
+    RecipeTensor,
+)
 from quantplan.schema import Frozen
 from quantplan.units import gib
 from quantplan.version import __version__
 from quantplan.workload import Workload
 
 _DATA_ALIGNMENT = 32
-
-
-class Prediction(Frozen):
-    """What to expect of a plan.
-
-    Attributes:
-        decode_tps: Tokens per second of one request, with the context full.
-        prefill_tps: Prompt tokens per second in whole ubatches, at an empty context.
-        loss_nats: Mean KL divergence from the unquantized model, nats per token.
-        file_bytes: Tensor data of the quantized file.
-        bpw: Bits per weight of the file.
-    """
-
-    decode_tps: float
-    prefill_tps: float
-    loss_nats: float
-    file_bytes: int
-    bpw: float
 
 
 class Plan(Frozen):
@@ -91,6 +80,17 @@ class Plan(Frozen):
             model=self.model,
             tensors=self.assignments,
             flags=self.flags,
+            predicted=self.predicted,
+            memory=tuple(
+                MemoryUse(
+                    device=use.name,
+                    weights_bytes=use.weights_bytes,
+                    kv_bytes=use.kv_bytes,
+                    compute_bytes=use.compute_bytes,
+                    free_bytes=use.free_bytes,
+                )
+                for use in self.devices
+            ),
             provenance=self.provenance,
         )
 
@@ -346,5 +346,6 @@ def _flags(problem: Problem, solution: Solution) -> tuple[str, ...]:
         output_device=problem.output_device.name,
         gpu_names=[gpu.name for gpu in problem.machine.gpus],
         on_cpu=on_cpu,
+        others=[t.name for t in problem.inventory.tensors if t.name not in set(on_cpu)],
     )
     return (*placement, *workload_flags(problem.workload))

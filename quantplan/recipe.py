@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from quantplan.errors import InputError, RecipeError
 from quantplan.formats.llama_cpp import tensor_type_file
@@ -23,7 +24,7 @@ class Assignment(Frozen):
         tensor: Full tensor name.
         qtype: Type to write, row fallbacks already applied.
         device: ``GPU0``, ..., ``CPU``, or None where the runtime does not load the tensor
-            (next-token-prediction blocks).
+            (next-token-prediction blocks), or nobody decided.
     """
 
     tensor: str
@@ -31,13 +32,52 @@ class Assignment(Frozen):
     device: str | None
 
 
-class Provenance(Frozen):
-    """Where the numbers of a plan come from.
+class Prediction(Frozen):
+    """What to expect of a plan.
 
     Attributes:
-        quantplan_version: Version that made the plan.
+        decode_tps: Tokens per second of one request, with the context full.
+        prefill_tps: Prompt tokens per second in whole ubatches, at an empty context.
+        loss_nats: Mean KL divergence from the unquantized model, nats per token.
+        file_bytes: Tensor data of the quantized file.
+        bpw: Bits per weight of the file.
+    """
+
+    decode_tps: float
+    prefill_tps: float
+    loss_nats: float
+    file_bytes: int
+    bpw: float
+
+
+class MemoryUse(Frozen):
+    """Memory that a plan takes on one device.
+
+    Attributes:
+        device: ``GPU0``, ..., ``CPU``.
+        weights_bytes: Weights.
+        kv_bytes: KV cache and recurrent state.
+        compute_bytes: Compute buffer, expected.
+        free_bytes: What is left then, with the compute buffer at its high end.
+    """
+
+    device: str
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    free_bytes: int
+
+
+class Provenance(Frozen):
+    """Where the types, places and numbers of a recipe come from.
+
+    A recipe that was imported has an ``origin``; one that was planned has all the rest.
+
+    Attributes:
+        quantplan_version: Version that made the recipe.
         source: Path or catalog name of the inventory.
         header_sha256: Hash of the header that the inventory was read from.
+        origin: Where types were imported from, and in which format; None for a plan.
         cost_data: SHA-256 of every data file that the cost models read, by file name.
         policy: Name of the policy.
         runtime: Runtime whose types and flags were used.
@@ -57,18 +97,19 @@ class Provenance(Frozen):
     quantplan_version: str
     source: str
     header_sha256: str
-    cost_data: dict[str, str]
-    policy: str
+    origin: str | None = None
+    cost_data: dict[str, str] = Field(default_factory=dict)
+    policy: str | None = None
     runtime: str
     machine: Machine | None = None
     workload: Workload | None = None
     min_decode_tps: float | None = None
-    solver: str
-    solver_options: dict[str, str]
-    status: Status
-    objective_nats: float
-    bound_nats: float
-    gap: float
+    solver: str | None = None
+    solver_options: dict[str, str] = Field(default_factory=dict)
+    status: Status | None = None
+    objective_nats: float | None = None
+    bound_nats: float | None = None
+    gap: float | None = None
 
 
 class RecipeTensor(Assignment):
@@ -88,7 +129,9 @@ class Recipe(Frozen):
         schema_version: Version of this format.
         model: Name of the model.
         tensors: One entry for every tensor of the model.
-        flags: Placement flags for llama.cpp, one argument each.
+        flags: Placement flags for llama.cpp, one argument each; empty where none were imported.
+        predicted: What to expect; None where nothing was predicted.
+        memory: Predicted memory of every device.
         provenance: Where the decisions come from.
     """
 
@@ -96,6 +139,8 @@ class Recipe(Frozen):
     model: str
     tensors: tuple[RecipeTensor, ...]
     flags: tuple[str, ...]
+    predicted: Prediction | None = None
+    memory: tuple[MemoryUse, ...] = ()
     provenance: Provenance
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -129,16 +174,24 @@ class Recipe(Frozen):
     def tensor_type_file(self) -> str:
         """The text of a file for ``llama-quantize --pure --tensor-type-file``.
 
-        Every tensor that the recipe changes is matched by exactly one anchored pattern.
-        """
-        return tensor_type_file({t.tensor: t.qtype for t in self._quantizable()})
+        The first pattern that matches a tensor names its type; every tensor is matched.
 
-    def _quantizable(self) -> list[RecipeTensor]:
-        return [
-            t
-            for t in self.tensors
-            if Tensor(name=t.tensor, shape_ne=t.shape_ne, qtype=t.qtype).is_quantizable
-        ]
+        Raises:
+            RecipeError: llama-quantize cannot write a type, or cannot match a name.
+        """
+        return tensor_type_file(self.quantizable_types)
+
+    @cached_property
+    def inventory_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors as an inventory of the quantized file has them."""
+        return tuple(
+            Tensor(name=t.tensor, shape_ne=t.shape_ne, qtype=t.qtype) for t in self.tensors
+        )
+
+    @property
+    def quantizable_types(self) -> dict[str, str]:
+        """Types of the tensors that a quantizer may change, by name."""
+        return {t.name: t.qtype for t in self.inventory_tensors if t.is_quantizable}
 
 
 def write_whole(path: Path, text: str) -> None:

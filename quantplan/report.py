@@ -36,10 +36,16 @@ def inventory_text(inventory: Inventory) -> str:
 def recipe_text(recipe: Recipe) -> str:
     """A recipe in a few lines: where it comes from, types and places, flags."""
     made = recipe.provenance
-    return "\n".join(
-        [
+    if made.gap is None:
+        origin = [f"{recipe.model}, types from {made.origin} for {made.source}"]
+    else:
+        origin = [
             f"{recipe.model}, planned by quantplan {made.quantplan_version} from {made.source}",
             f"  {made.status}, proven gap {made.gap:.3%}, policy {made.policy}, {made.solver}",
+        ]
+    return "\n".join(
+        [
+            *origin,
             "  types and places:",
             *(f"    {line}" for line in summarize(recipe.tensors)),
             f"  flags: {shlex.join(recipe.flags)}",

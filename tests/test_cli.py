@@ -102,6 +102,24 @@ def test_plan_then_quantize_on_the_command_line(tmp_path: Path) -> None:
     assert len(set(wanted.values())) > 2
 
 
+def test_recipes_go_out_come_in_and_are_compared(tmp_path: Path) -> None:
+    """`export`, `import` and `diff` hand a plan through a shell script without a difference."""
+    recipe, script, back = (tmp_path / name for name in ("air.json", "air.sh", "back.json"))
+    assert quantplan(*AIR, "--recipe", recipe).returncode == 0
+    assert quantplan("export", recipe, "shell", "--output", script).returncode == 0
+    assert quantplan("export", recipe, "shell").stdout == script.read_text(encoding="utf-8")
+    machine = AIR[AIR.index("--machine") + 1]
+    done = quantplan("import", "GLM-4.5-Air", script, "--recipe", back, "--machine", machine)
+    assert done.returncode == 0, done.stderr
+    assert "types from air.sh (command)" in done.stdout
+    assert "the same types, places and flags" in quantplan("diff", recipe, back).stdout
+    found = qp.RecipeDifference.model_validate_json(
+        quantplan("diff", recipe, back, "--json").stdout
+    )
+    assert found.is_empty
+    assert found.n_bytes[0] == found.n_bytes[1] > 0
+
+
 def test_prediction_takes_a_recipe_in_place_of_flags(tmp_path: Path) -> None:
     """A saved recipe is predicted with its own types and flags."""
     recipe, machine = tmp_path / "air.json", "RTX 4090 + 64GiB@80GB/s"
@@ -137,6 +155,9 @@ def test_prediction_knows_ik_llama_cpp_and_a_margin() -> None:
         ([*AIR, "--kv", "q9_9"], "q8_0"),
         (["plan", "GLM-4.5-Air"], "machine"),
         (["show", "missing.json"], "No such file"),
+        (["diff", "missing.json", "missing.json"], "No such file"),
+        (["export", "missing.json", "shell"], "No such file"),
+        (["import", "GLM-4.5-Air", "a.txt", "--recipe", "b.json"], "gguf-tool-suite"),
         (["quantize", "missing.json", "a.gguf", "b.gguf"], "No such file"),
     ],
 )  # fmt: skip

@@ -14,7 +14,8 @@ from quantplan.inventory.sources import read_inventory
 
 DECIMALS = tuple(map(str, range(5001)))
 # What ECMAScript and Python read alike, and what llama.cpp does not split its arguments at.
-PLAIN = re.compile(r"\^([a-z0-9_|()-]|\\\.|\[[0-9-]+\])+\$", re.ASCII)
+PLAIN = re.compile(r"\^([a-z0-9_|()?+*-]|\\\.|\\d|\[[a-z0-9-]+\])+\$", re.ASCII)
+EVERYTHING = "^.+$"
 TYPES = ("Q8_0", "Q6_K", "Q4_K", "IQ4_XS")
 
 
@@ -127,24 +128,50 @@ def test_scattered_assignments_come_back(inventory: Inventory, salt: int) -> Non
 
 
 def test_layered_assignments_come_back_from_few_rules(inventory: Inventory) -> None:
-    """An assignment by roles and ranges of layers comes back from twenty times fewer rules."""
+    """An assignment by roles and ranges of layers comes back from one short rule a value."""
     assignment = layered(inventory)
     rules = rules_by_value(assignment)
     assert {name: first_match(rules, name) for name in assignment} == assignment
-    assert 20 * len(rules) < len(assignment)
+    assert len(rules) == len(set(assignment.values()))
+    assert sum(len(pattern) for pattern, _ in rules) < len(assignment)
 
 
-def test_the_order_of_rules_does_not_matter(inventory: Inventory) -> None:
-    """No two rules match the same name, so that any order gives the same assignment."""
-    names = [tensor.name for tensor in inventory.tensors]
-    found = expand([pattern for pattern, _ in rules_by_value(layered(inventory))], names)
-    assert sum(map(len, found)) == len(names)
+def test_rules_that_may_not_overlap_do_not(inventory: Inventory) -> None:
+    """Where asked for, no two rules match the same name, so that any order gives the same types."""
+    assignment = layered(inventory)
+    rules = rules_by_value(assignment, may_overlap=False)
+    found = expand([pattern for pattern, _ in rules], list(assignment))
+    assert sum(map(len, found)) == len(assignment)
+    assert {name: first_match(rules[::-1], name) for name in assignment} == assignment
+
+
+def test_names_without_a_value_match_no_rule(inventory: Inventory) -> None:
+    """Names that are given as others are left alone, though they are much like the rest."""
+    assignment = scattered(inventory, 1)
+    others = list(assignment)[::7]
+    rules = rules_by_value({n: v for n, v in assignment.items() if n not in others}, others)
+    for name, value in assignment.items():
+        assert first_match(rules, name) == (None if name in others else value)
+
+
+@given(st.data(), st.integers(1, 99))
+@settings(deadline=None)
+def test_integers_that_nobody_asks_for_may_match(data: st.DataObject, n_layers: int) -> None:
+    """A pattern matches all its numbers, none of the others, and is no longer than an exact one."""
+    numbers = data.draw(st.sets(st.integers(0, n_layers), min_size=1))
+    others = data.draw(st.sets(st.integers(0, n_layers))) - numbers
+    pattern = integers_pattern(numbers, others)
+    matched = {n for n in numbers | others if re.fullmatch(pattern, str(n))}
+    assert matched == numbers
+    assert len(pattern) <= len("|".join(map(str, numbers))) + 2
 
 
 def test_patterns_are_plain(inventory: Inventory) -> None:
     """Patterns are anchored and hold nothing that a runtime or a second dialect reads otherwise."""
     for assignment in (layered(inventory), scattered(inventory, 1)):
-        for pattern, _ in rules_by_value(assignment):
+        rules = rules_by_value(assignment)
+        assert rules[-1][0] == EVERYTHING
+        for pattern, _ in [*rules[:-1], *rules_by_value(assignment, may_overlap=False)]:
             assert PLAIN.fullmatch(pattern)
             assert not set(pattern) & set(",= \t\n;")
             assert pattern == pattern.lower()
@@ -176,7 +203,8 @@ identifiers = st.from_regex(
 @given(st.dictionaries(identifiers, st.sampled_from(TYPES), min_size=1, max_size=25), identifiers)
 @settings(deadline=None)
 def test_any_names_come_back(assignment: dict[str, str], other: str) -> None:
-    """Names that no model has yet come back too, and a name left out matches no rule."""
-    rules = rules_by_value(assignment)
-    assert {name: first_match(rules, name) for name in assignment} == assignment
-    assert first_match(rules, other) == assignment.get(other)
+    """Names that no model has yet come back too, and a name that is left out matches no rule."""
+    for may_overlap in (True, False):
+        rules = rules_by_value(assignment, {other} - set(assignment), may_overlap=may_overlap)
+        assert {name: first_match(rules, name) for name in assignment} == assignment
+        assert first_match(rules, other) == assignment.get(other)

@@ -1,4 +1,4 @@
-"""llama.cpp's own words: placement flags and the quantizer's tensor-type file.
+"""llama.cpp's own words: placement flags, command lines, and the quantizer's tensor-type file.
 
 What the flags do was established by running llama.cpp b10434 and b11434: ``-ot`` is split at every
 ``,`` and then at the first ``=``, searched unanchored, first match wins; the KV cache follows
@@ -6,35 +6,58 @@ What the flags do was established by running llama.cpp b10434 and b11434: ``-ot`
 and the output layer, from the back.
 """
 
-import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from quantplan.errors import RecipeError
-from quantplan.formats.regex import names_patterns, rules_by_value
+from quantplan.formats.regex import names_patterns
+from quantplan.formats.rules import LLAMA_QUANTIZE, split_rules, write_rules
 from quantplan.placement import MAX_OVERRIDES
 from quantplan.workload import Workload
 
-_MATCHABLE = re.compile(r"[a-z0-9_.-]+")
+BASE_FTYPE = "Q8_0"
+"""What llama-quantize is asked for; with F16, F32 or COPY it would ignore all types of tensors."""
+
+# Flags that llama-bench has too. It tests several contexts itself, and has no slots.
+_BENCH_FLAGS = {"-ngl", "-sm", "-ts", "-mg", "-ot", "-nkvo", "-b", "-ub", "-ctk", "-ctv", "-fa"}
+_SERVER_ONLY = {"-np", "-kvu", "-no-kvu"}
 
 
 def tensor_type_file(qtype_by_name: Mapping[str, str]) -> str:
-    r"""Text for ``llama-quantize --tensor-type-file``: one ``pattern=type`` a line.
+    """Text for ``llama-quantize --tensor-type-file``: one ``pattern=type`` a line.
 
-    llama-quantize lower-cases patterns (so ``\D`` would turn into ``\d``) and takes no comments.
-    It must be called with ``--pure``: without, tensors that no pattern names follow the base mix.
+    llama-quantize takes no comments. It must be called with ``--pure``: types of tensors that are
+    named change those of the others otherwise.
 
     Args:
         qtype_by_name: Type of every quantizable tensor, by full name.
 
     Raises:
-        RecipeError: A name has other characters than small letters, digits, ``_``, ``.`` and ``-``.
+        RecipeError: llama-quantize has no such type, or a name has other characters than small
+            letters, digits, ``_``, ``.`` and ``-``.
     """
-    odd = [n for n in qtype_by_name if not _MATCHABLE.fullmatch(n)]
-    if odd:
-        raise RecipeError(f"llama-quantize cannot match the tensor name {name!r}" for name in odd)
-    rules = rules_by_value({n: q.lower() for n, q in qtype_by_name.items()})
+    rules = write_rules(qtype_by_name, LLAMA_QUANTIZE)
     return "".join(f"{pattern}={qtype}\n" for pattern, qtype in rules)
+
+
+def read_tensor_type_file(text: str) -> list[tuple[str, str]]:
+    """The rules of a ``--tensor-type-file``: words that white space parts.
+
+    Raises:
+        RecipeError: A word is no rule; comments are none, as in llama-quantize.
+    """
+    return split_rules(text.split())
+
+
+def quantize_arguments(qtype_by_name: Mapping[str, str]) -> list[str]:
+    """Arguments of ``llama-quantize`` that name every type, without a file.
+
+    Raises:
+        RecipeError: See `tensor_type_file`.
+    """
+    rules = write_rules(qtype_by_name, LLAMA_QUANTIZE)
+    named = [("--tensor-type", f"{pattern}={qtype}") for pattern, qtype in rules]
+    return ["--pure", *(word for pair in named for word in pair)]
 
 
 def placement_flags(
@@ -44,6 +67,7 @@ def placement_flags(
     output_device: str,
     gpu_names: Sequence[str],
     on_cpu: Sequence[str],
+    others: Iterable[str] | None = None,
 ) -> list[str]:
     """Flags that put layers on devices, and single tensors of GPU layers into RAM.
 
@@ -53,6 +77,7 @@ def placement_flags(
         output_device: Device of the output matrix.
         gpu_names: All GPUs of the machine, in order.
         on_cpu: Names of the tensors to keep in RAM although their layer is on a GPU.
+        others: Names of all other tensors, which no pattern may match; None for any other name.
 
     Raises:
         RecipeError: llama.cpp cannot express it: more than 4095 overrides.
@@ -66,7 +91,7 @@ def placement_flags(
         # The skipped next-token-prediction blocks and the output layer come last.
         counts[gpu_names.index(output_device)] += n_layers - len(layer_devices) + 1
         flags += ["-sm", "layer", "-ts", ",".join(map(str, counts))]
-    overrides = names_patterns(on_cpu)
+    overrides = names_patterns(on_cpu, others)
     if len(overrides) > MAX_OVERRIDES:
         raise RecipeError(
             f"the placement needs {len(overrides)} -ot patterns, llama.cpp takes {MAX_OVERRIDES}"
@@ -101,3 +126,58 @@ def workload_flags(workload: Workload) -> list[str]:
 def server_command(model_path: str, flags: Sequence[str]) -> str:
     """A ``llama-server`` command line for a POSIX shell."""
     return shlex.join(["llama-server", "-m", model_path, *flags])
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A line for a POSIX shell."""
+    return shlex.join(words) + "\n"
+
+
+def cli_flags(flags: Sequence[str]) -> list[str]:
+    """Flags of llama-server as llama-cli takes them, which has no slots."""
+    return [word for flag, *values in options(flags) if flag not in _SERVER_ONLY
+            for word in (flag, *values)]  # fmt: skip
+
+
+def bench_flags(flags: Sequence[str]) -> list[str]:
+    """Flags of llama-server as llama-bench takes them.
+
+    ``,`` parts test cases there, so that overrides are joined by ``;`` and proportions by ``/``.
+    Context and slots are left out: llama-bench sets them for each test.
+    """
+    found = []
+    for flag, *values in options(flags):
+        if flag in _BENCH_FLAGS:
+            joint = {"-ot": ";", "-ts": "/"}.get(flag, ",")
+            found += [flag, *(_bench_value(flag, value).replace(",", joint) for value in values)]
+            found += ["1"] if flag == "-nkvo" else []
+    return found
+
+
+def _bench_value(flag: str, value: str) -> str:
+    return {"on": "1", "off": "0"}.get(value, value) if flag == "-fa" else value
+
+
+def from_bench_flags(flags: Sequence[str]) -> list[str]:
+    """Flags of llama-bench as llama-server takes them; the opposite of `bench_flags`."""
+    found = []
+    for flag, *values in options(flags):
+        if flag == "-nkvo":
+            found += [flag] if values == ["1"] else []
+        elif flag in _BENCH_FLAGS:
+            between = {"-ot": ";", "-ts": "/"}.get(flag, ",")
+            switch = {"1": "on", "0": "off"} if flag == "-fa" else {}
+            found += [flag, *(switch.get(v, v).replace(between, ",") for v in values)]
+    return found
+
+
+def options(flags: Sequence[str]) -> list[list[str]]:
+    """Flags, each with the values that follow it. Negative numbers are values."""
+    found: list[list[str]] = []
+    for word in flags:
+        is_flag = word.startswith("-") and not word[1:].replace(".", "").isdigit()
+        if is_flag or not found:
+            found.append([word])
+        else:
+            found[-1].append(word)
+    return found

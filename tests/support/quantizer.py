@@ -136,6 +136,34 @@ def llama_mixes(mixes: Iterable[tuple[Path, str, bool]]) -> list[dict[str, str] 
     ]
 
 
+def llama_reads_rules(
+    source: Path, rule_lists: Iterable[Sequence[tuple[str, str]]]
+) -> list[dict[str, str]]:
+    """Asks llama.cpp which type each tensor gets by lists of rules, without quantizing anything.
+
+    Args:
+        source: A model.
+        rule_lists: Patterns and types in order. Patterns must be lower-cased already: the
+            program llama-quantize does that, the library does not.
+
+    Returns:
+        For each list the types by tensor. What no rule matches is Q8_0, if it can be quantized.
+    """
+    runs = [
+        _run(
+            source, "Q8_0", pure=True, dry_run=True, imatrix={"any": 1},
+            overrides=[(pattern, QTYPES[qtype.upper()].ggml_id) for pattern, qtype in rules],
+        )
+        for rules in rule_lists
+    ]  # fmt: skip
+    results = _llama_runs(runs, 1)
+    assert [code for code, _, _ in results] == [0] * len(runs), results[-1][2][-2000:]
+    return [
+        {name: (new or old).upper() for name, old, new in _TENSOR_LINE.findall(log)}
+        for _, _, log in results
+    ]
+
+
 def _run(
     source: Path,
     ftype: str,

@@ -1,0 +1,146 @@
+"""Files that start a model: a shell script, a systemd unit, a docker-compose file."""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+
+from quantplan.errors import RecipeError
+from quantplan.formats.llama_cpp import BASE_FTYPE
+
+_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-cuda"
+_COMPOSE_COMMAND = re.compile(r"^\s*command:\s*(\[.*\])\s*$", re.MULTILINE)
+_PROGRAMS = {"llama-quantize", "llama-server", "llama-cli", "llama-bench", "koboldcpp"}
+
+
+def shell_script(model: str, quantize: Sequence[str], serve: Sequence[str]) -> str:
+    """A POSIX shell script that quantizes a model, unless that is done, and serves it.
+
+    Args:
+        model: What the comment calls the model.
+        quantize: Arguments of llama-quantize that name the types.
+        serve: Flags of llama-server.
+    """
+    words = [shlex.quote(word) for word in quantize]
+    title = " ".join(model.split())
+    return "\n".join(
+        [
+            "#!/bin/sh",
+            f"# Quantizes {title}, and serves it.",
+            "# Usage: sh SCRIPT SOURCE.gguf TARGET.gguf [IMATRIX]",
+            "set -eu",
+            'if [ ! -e "$2" ]; then',
+            '  llama-quantize ${3:+--imatrix "$3"} \\',
+            *(f"    {line} \\" for line in _lines(words)),
+            f'    "$1" "$2.part" {BASE_FTYPE}',
+            '  mv "$2.part" "$2"',
+            "fi",
+            'exec llama-server -m "$2" \\',
+            " \\\n".join(f"  {line}" for line in _lines(list(map(shlex.quote, serve)))),
+            "",
+        ]
+    )
+
+
+def _lines(words: Sequence[str]) -> list[str]:
+    """A line for every flag with its values."""
+    lines: list[str] = []
+    for word in words:
+        if word.startswith("-") or not lines:
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    return lines
+
+
+def systemd_unit(model: str, command: Sequence[str]) -> str:
+    """A systemd service; the command's paths should be absolute."""
+    return "\n".join(
+        [
+            "[Unit]",
+            f"Description=llama-server with {' '.join(model.split()).replace('%', '%%')}",
+            "After=network.target",
+            "",
+            "[Service]",
+            f"ExecStart={' '.join([command[0], *map(_systemd_word, command[1:])])}",
+            "Restart=on-failure",
+            "",
+            "[Install]",
+            "WantedBy=multi-user.target",
+            "",
+        ]
+    )
+
+
+def _systemd_word(word: str) -> str:
+    """A word that systemd reads as meant: it expands % and $, and reads C escapes."""
+    for character in ("\\", '"'):
+        word = word.replace(character, f"\\{character}")
+    return f'"{word.replace("%", "%%").replace("$", "$$")}"'
+
+
+def compose_file(model_path: str, flags: Sequence[str]) -> str:
+    """A docker-compose file with llama.cpp's CUDA image; the model's folder is mounted."""
+    folder, name = os.path.split(model_path)
+    command = ["-m", f"/models/{name}", *flags, "--host", "0.0.0.0"]  # noqa: S104 (in a container)
+    words = json.dumps([word.replace("$", "$$") for word in command])
+    volume = json.dumps(f"{folder or '.'}:/models:ro".replace("$", "$$"))
+    return f"""services:
+  llama-server:
+    image: {_IMAGE}
+    command: {words}
+    volumes: [{volume}]
+    ports: ["8080:8080"]
+    restart: unless-stopped
+    deploy:
+      resources:
+        reservations:
+          devices: [{{driver: nvidia, count: all, capabilities: [gpu]}}]
+"""
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The commands of llama.cpp and its kin in a command line, script, unit or compose file.
+
+    Of a compose file, ``command`` must be on one line, as a list; it is llama-server's.
+
+    Raises:
+        RecipeError: There is none, or its quotes do not match.
+    """
+    composed = _COMPOSE_COMMAND.search(text)
+    if composed:
+        try:
+            words = json.loads(composed[1])
+        except ValueError as error:
+            raise RecipeError(
+                f"the compose file's command is no list of strings: {error}"
+            ) from error
+        return [["llama-server", *(str(word).replace("$$", "$") for word in words)]]
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        is_unit, _, unit_command = line.strip().partition("ExecStart=")
+        if not is_unit and unit_command:
+            found += _programs(_unit_words(unit_command))
+        elif any(program in line for program in _PROGRAMS) and not line.lstrip().startswith("#"):
+            try:
+                found += _programs(shlex.split(line))
+            except ValueError as error:
+                raise RecipeError(f"{line.strip()!r} is no command line: {error}") from error
+    if not found:
+        raise RecipeError(f"no command of {', '.join(sorted(_PROGRAMS))} found")
+    return found
+
+
+def _unit_words(text: str) -> list[str]:
+    return [word.replace("%%", "%").replace("$$", "$") for word in shlex.split(text)]
+
+
+def _programs(words: Iterable[str]) -> list[list[str]]:
+    """The words from a program's name on."""
+    words = list(words)
+    for index, word in enumerate(words):
+        name = os.path.basename(word).removesuffix(".exe").removesuffix(".py")  # noqa: PTH119
+        if name in _PROGRAMS:
+            return [[name, *words[index + 1 :]]]
+    return []

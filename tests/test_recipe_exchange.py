@@ -1,0 +1,180 @@
+"""Recipes that go out in the words of other programs and come back."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import quantplan as qp
+from quantplan.exchange import ExportFormat, ImportFormat, export_recipe, import_recipe
+from quantplan.recipe import Recipe
+from tests.support.llama_cpp import needs_llama_cpp
+from tests.support.models import toy_moe
+from tests.support.quantizer import llama_quantize, recipe_for, spread
+
+MACHINE = qp.Machine.parse("RTX 4090 + 64GiB@80GB/s")
+AIR = qp.read_inventory("GLM-4.5-Air")
+SUFFIXES: dict[ExportFormat, tuple[str, ImportFormat | None]] = {
+    "llama-quantize": (".txt", "llama-quantize"),
+    "llama-quantize-command": (".txt", "command"),
+    "ik-custom-q": (".txt", "ik-custom-q"),
+    "ik-quantize-command": (".sh", None),
+    "gguf-tool-suite": (".recipe", None),
+    "shell": (".sh", None),
+}
+RUNNING: tuple[ExportFormat, ...] = (
+    "llama-server", "llama-cli", "llama-bench", "koboldcpp", "shell", "systemd", "docker-compose",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planned() -> Recipe:
+    """A plan for a real model, with tensors on both devices."""
+    work = qp.Workload(context=32768, kv_type="q8_0")
+    return qp.plan(AIR, MACHINE, work, min_decode_tps=10).recipe
+
+
+def types(recipe: Recipe) -> dict[str, str]:
+    """Types by tensor."""
+    return {t.tensor: t.qtype for t in recipe.tensors}
+
+
+@pytest.mark.parametrize("target", SUFFIXES)
+def test_types_come_back_from_every_format(
+    tmp_path: Path, planned: Recipe, target: ExportFormat
+) -> None:
+    """What is exported for a quantizer is imported again with the same type for every tensor."""
+    suffix, source_format = SUFFIXES[target]
+    path = tmp_path / f"types{suffix}"
+    path.write_text(export_recipe(planned, target), encoding="utf-8")
+    found = import_recipe(AIR, path, source_format=source_format)
+    assert types(found) == types(planned)
+    assert found.provenance.origin is not None
+    assert found.provenance.origin.startswith(path.name)
+    assert found.provenance.header_sha256 == planned.provenance.header_sha256
+
+
+@pytest.mark.parametrize("target", RUNNING)
+def test_places_come_back_from_every_command(
+    tmp_path: Path, planned: Recipe, target: ExportFormat
+) -> None:
+    """What is exported to run a model puts every tensor on the same device when it is imported."""
+    path = tmp_path / "run"
+    path.write_text(export_recipe(planned, target, model_path="/m/air.gguf"), encoding="utf-8")
+    quantized = AIR.with_qtypes(types(planned))
+    found = import_recipe(quantized, path, source_format="command", machine=MACHINE)
+    assert {t.tensor: t.device for t in found.tensors} == {
+        t.tensor: t.device for t in planned.tensors
+    }
+    if target in ("llama-server", "shell", "systemd"):
+        assert found.flags == planned.flags
+
+
+def test_ik_commands_come_back(tmp_path: Path, planned: Recipe) -> None:
+    """ik_llama.cpp's flags are read as its own, and are not handed on as llama.cpp's."""
+    path = tmp_path / "ik.sh"
+    path.write_text(export_recipe(planned, "ik-server"), encoding="utf-8")
+    found = import_recipe(
+        AIR.with_qtypes(types(planned)), path, engine="ik_llama.cpp", machine=MACHINE
+    )
+    assert [t.device for t in found.tensors] == [t.device for t in planned.tensors]
+    assert export_recipe(found, "ik-server") == path.read_text()
+    with pytest.raises(qp.RecipeError, match=r"flags are ik_llama\.cpp's"):
+        export_recipe(found, "llama-server")
+
+
+def test_imported_recipes_are_saved_and_predicted(tmp_path: Path, planned: Recipe) -> None:
+    """An imported recipe survives a trip through JSON, and its memory is the plan's."""
+    path = tmp_path / "run.sh"
+    path.write_text(export_recipe(planned, "shell"), encoding="utf-8")
+    import_recipe(AIR, path, machine=MACHINE).save(tmp_path / "back.json")
+    found = Recipe.load(tmp_path / "back.json")
+    assert found == import_recipe(AIR, path, machine=MACHINE)
+    uses = zip(qp.predict(AIR, found, MACHINE).devices, planned.memory, strict=True)
+    assert all(use.weights_bytes == memory.weights_bytes for use, memory in uses)
+
+
+def test_a_file_that_commands_name_is_read(tmp_path: Path, planned: Recipe) -> None:
+    """A llama-quantize command with --tensor-type-file is read with that file, found beside it."""
+    (tmp_path / "types.txt").write_text(export_recipe(planned, "llama-quantize"))
+    script = tmp_path / "quantize.sh"
+    script.write_text(
+        "#!/bin/sh\n"
+        "./build/bin/llama-quantize --pure --tensor-type-file types.txt \\\n"
+        "  in.gguf out.gguf Q8_0\n"
+    )
+    assert types(import_recipe(AIR, script)) == types(planned)
+    (tmp_path / "types.txt").unlink()
+    with pytest.raises(qp.RecipeError, match=r"types\.txt: No such file"):
+        import_recipe(AIR, script)
+
+
+@needs_llama_cpp
+def test_llama_cpps_own_file_is_cloned(tmp_path: Path) -> None:
+    """The types of a GGUF that llama.cpp wrote, fallbacks and all, become a recipe for its source."""
+    source, target = toy_moe(tmp_path / "toy.gguf"), tmp_path / "theirs.gguf"
+    llama_quantize(source, target, spread(source, ["Q4_K", "Q6_K", "IQ4_NL", "Q2_K"]))
+    found = import_recipe(qp.read_inventory(source), target)
+    qp.quantize(found, source, tmp_path / "ours.gguf")
+    ours, theirs = (qp.read_inventory(tmp_path / f"{n}.gguf").tensors for n in ("ours", "theirs"))
+    assert {t.name: t.qtype for t in ours} == {t.name: t.qtype for t in theirs}
+    assert len({t.qtype for t in theirs}) > 4
+
+
+def test_only_the_same_model_is_cloned(tmp_path: Path) -> None:
+    """A GGUF of another model is refused with what differs: tensors on both sides, and shapes."""
+    other = toy_moe(tmp_path / "other.gguf", "qwen3moe")
+    with pytest.raises(qp.RecipeError, match=r"lacks \d+ tensors") as caught:
+        import_recipe(qp.read_inventory(toy_moe(tmp_path / "toy.gguf")), other)
+    assert len(caught.value.faults) >= 2
+
+
+def test_a_list_by_hand_is_read_with_its_comments(tmp_path: Path) -> None:
+    """Rules with comments and blank lines are read; what they do not name keeps its type."""
+    path = tmp_path / "mine.txt"
+    path.write_text("# experts low\nffn_.*_exps=Q4_K\n\nattn_(q|k|v)\\.weight=q8_0  # careful\n")
+    found = types(import_recipe(AIR, path, source_format="rules"))
+    assert found["blk.5.ffn_up_exps.weight"] == "Q4_K"
+    assert found["blk.5.ffn_down_exps.weight"] == "Q5_0"
+    assert found["blk.5.attn_q.weight"] == "Q8_0"
+    assert found["output.weight"] == AIR.by_name["output.weight"].qtype
+
+
+def test_published_recipes_are_read(tmp_path: Path) -> None:
+    """A .recipe in the style of GGUF-Tool-Suite, unanchored in part, gives each tensor its type."""
+    path = tmp_path / "air.recipe"
+    path.write_text(
+        "## Model head & embeddings\n^output\\.weight$=iq6_k\n^token_embd\\.weight$=q8_0\n"
+        "^output_norm\\.weight$=f32\n\n## Attention\n"
+        "^blk\\.([0-9]|[1-3][0-9]|4[0-6])\\.attn_.*\\.weight$=iq5_ks\n"
+        "blk\\.46\\.ffn_up_exps\\.weight=q4_0\nffn_.*_exps\\.weight=iq3_k\n"
+    )
+    found = types(import_recipe(AIR, path))
+    assert found["output.weight"] == "IQ6_K"
+    assert found["blk.46.attn_v.weight"] == "IQ5_KS"
+    assert found["blk.46.ffn_up_exps.weight"] == "Q4_0"
+    assert found["blk.45.ffn_up_exps.weight"] == "IQ3_K"
+    assert found["blk.45.ffn_down_exps.weight"] == "IQ4_NL"
+    assert found["output_norm.weight"] == "F32"
+
+
+def test_units_take_no_relative_path(planned: Recipe) -> None:
+    """systemd, which has no current folder, gets the model by its full path or not at all."""
+    with pytest.raises(qp.InputError, match=r"--gguf-name /srv/models/air\.gguf"):
+        export_recipe(planned, "systemd", model_path="my/air.gguf")
+
+
+def test_unknown_formats_name_the_known_ones(tmp_path: Path) -> None:
+    """A format that does not exist, or that a suffix does not tell, is refused with the choice."""
+    recipe = recipe_for(toy_moe(tmp_path / "toy.gguf"), {})
+    with pytest.raises(qp.InputError, match=get_args(ExportFormat)[-1]):
+        export_recipe(recipe, "ollama")  # type: ignore[arg-type]
+    with pytest.raises(qp.InputError, match=get_args(ImportFormat)[-1]):
+        import_recipe(AIR, tmp_path / "x.txt", source_format="ollama")  # type: ignore[arg-type]
+    with pytest.raises(qp.InputError, match=r"no format is known by the suffix '\.txt'"):
+        import_recipe(AIR, tmp_path / "x.txt")
+    (tmp_path / "x.recipe").write_bytes(b"\xff\xfe")
+    with pytest.raises(qp.RecipeError, match="is no text"):
+        import_recipe(AIR, tmp_path / "x.recipe")
+    with pytest.raises(qp.RecipeError, match="No such file"):
+        import_recipe(AIR, tmp_path / "missing.recipe")
