@@ -257,11 +257,11 @@ def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Wor
         launch: Runtime, context, ubatch and KV types.
         work: What the device computes.
     """
-    if work == Work("gpu", has_layers=False, is_first=False, n_input_copies=work.n_input_copies):
-        return Estimate(low=0, expected=0, high=0)
     sizes = graph_sizes(architecture, n_vocab, launch, work)
     fits = _fits()[runtime_of(launch)]
-    found = _interval(fit_of(architecture, launch, work), sizes)
+    found = Estimate(low=0, expected=0, high=0)
+    if work.device_kind == "cpu" or work.has_layers or work.has_experts or work.is_first:
+        found = _interval(fit_of(architecture, launch, work), sizes)
     if work.has_output and "output" in fits:
         found = found.at_least(_interval(fits["output"], sizes))
     if work.streamed_bytes:

@@ -16,7 +16,7 @@ from quantplan.schema import Frozen
 from quantplan.workload import Workload
 
 # 80 % of a normal distribution is within so many standard deviations.
-_Z80 = 1.2816
+Z80 = 1.2816
 _DEPTHS = 9
 
 
@@ -181,7 +181,7 @@ def interval(what: str, where: Where, machine: Machine, tps: float) -> Estimate:
     """
     low, high = load_data("speed.json")["measured_over_predicted"][what][where]
     if what == "decode" and machine.speed_log_sd is not None:
-        spread = math.exp(_Z80 * machine.speed_log_sd)
+        spread = math.exp(Z80 * machine.speed_log_sd)
         low, high = max(low, 1 / spread), min(high, spread)
     return Estimate(low=tps * low, expected=tps, high=tps * high)
 
