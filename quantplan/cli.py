@@ -277,7 +277,8 @@ def _policy(name: str, pins: list[str], allowed: list[str]) -> "Policy":
     from quantplan.policy import parse_rule  # noqa: PLC0415
     from quantplan.policy import policy as preset  # noqa: PLC0415
 
-    found, faults = preset(name), []
+    found = preset(name)
+    faults: list[str] = []
     for text in (*pins, *allowed):
         try:
             pattern, types = parse_rule(text)

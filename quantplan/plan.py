@@ -123,20 +123,24 @@ class Plan(Frozen):
         ]
         rows += [device_line(device) for device in self.devices]
         if self.baselines:
-            rows.append("  beside plain answers, with the same memory and predictions:")
+            rows.append("  beside plain answers, with the same memory and predictions (GiB):")
             rows += [f"    {line}" for line in self._baseline_table()]
         rows += [f"  note: {note}" for note in self.notes]
         rows.append("  types and places:")
         rows += [f"    {line}" for line in summarize(self.assignments)]
         return "\n".join(rows)
 
-
     def _baseline_table(self) -> list[str]:
         used = [use.capacity_bytes - use.free_bytes for use in self.devices]
         row = baseline_row(
-            "this plan", "", self.predicted.file_bytes, sum(used[:-1]), used[-1],
-            self.predicted.decode_tps, self.predicted.loss_nats,
-        )  # fmt: skip
+            types="this plan",
+            placement="",
+            file_bytes=self.predicted.file_bytes,
+            vram_bytes=sum(used[:-1]),
+            ram_bytes=used[-1],
+            decode_tps=self.predicted.decode_tps,
+            loss_nats=self.predicted.loss_nats,
+        )
         return baseline_table(row, self.baselines, _SHOWN_BASELINES)
 
 
@@ -204,9 +208,8 @@ def plan(
     assignments = _assignments(problem, solution)
     found: tuple[Baseline, ...] = ()
     if baselines:
-        types = {a.tensor: a.qtype for a in assignments}
-        losses = LossTable(inventory, evidence)
-        found = find_baselines(problem, losses, types, solution.decode_s)
+        chosen = {a.tensor: (a.qtype, a.device) for a in assignments if a.device is not None}
+        found = find_baselines(problem, LossTable(inventory, evidence), chosen)
     return Plan(
         model=inventory.name,
         machine=machine,
@@ -362,9 +365,7 @@ def _baseline_notes(baselines: tuple[Baseline, ...]) -> tuple[str, ...]:
     )
 
 
-def _imatrix_notes(
-    assignments: tuple[RecipeTensor, ...], inventory: Inventory
-) -> tuple[str, ...]:
+def _imatrix_notes(assignments: tuple[RecipeTensor, ...], inventory: Inventory) -> tuple[str, ...]:
     """Names the types that quantizers make with an importance matrix only."""
     kept = {t.name: t.qtype for t in inventory.tensors}
     types = sorted({a.qtype for a in assignments if a.qtype != kept[a.tensor]})

@@ -1,4 +1,4 @@
-"""Rules about types and places, as data: floors, ties, allowed types, what may leave the GPU, why."""
+"""Rules about types and places, as data: floors, ties, allowed types, places, and why."""
 
 import difflib
 import json
@@ -162,9 +162,7 @@ class Policy(Frozen):
                 return names
             return (rule.usual,) if rule.usual in names else names[-1:]
         floor = qtype(rule.floor).bpw if rule.floor else 0.0
-        offered = rule.types or (
-            self.candidates if runtime == "llama.cpp" else self.ik_candidates
-        )
+        offered = rule.types or (self.candidates if runtime == "llama.cpp" else self.ik_candidates)
         names = offered if is_loaded else (rule.usual,)
         found: dict[str, QType] = {}
         for name in names:

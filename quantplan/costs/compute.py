@@ -34,7 +34,8 @@ _FEW_OUTPUTS_FROM_BUILD = 10434
 # other (GGML_OP_OFFLOAD_MIN_BATCH). ik_llama.cpp wants as many tokens for each expert, since the
 # pull request of this day (520).
 _LEAST_STREAMED_BATCH = 32
-_PIPELINE_COPIES = 4
+# GGML_SCHED_MAX_COPIES
+PIPELINE_COPIES = 4
 # Their scores need more than the flash-attention kernels do (position biases, capped scores).
 _WITHOUT_FLASH_ATTENTION = {"grok", "t5", "t5encoder"}
 _IK_COUNTS_EXPERTS_SINCE = datetime.date(2025, 6, 11)
@@ -290,7 +291,7 @@ def n_input_copies(architecture: Architecture, launch: Launch, machine: Machine)
     wanted = launch.n_gpu_layers
     is_whole = wanted is None or wanted > architecture.n_layers
     pipes = is_whole and launch.split_mode == "layer" and launch.cache_on_gpu
-    return _PIPELINE_COPIES if pipes and len(machine.gpus) > 1 and not launch.overrides else 1
+    return PIPELINE_COPIES if pipes and len(machine.gpus) > 1 and not launch.overrides else 1
 
 
 def streams(launch: Launch) -> bool:

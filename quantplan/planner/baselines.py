@@ -1,8 +1,8 @@
 """The plain answers that a plan is measured against, under the same predictions.
 
-Types that people use without a planner (stock mixes as llama-quantize assigns them, `hq4k`, one type
-for all) in the best placements that plain flags make (``--fit``, ``--cpu-moe``, ``--n-cpu-moe N``,
-``--n-cpu-ffn N``, ``-ngl N``).
+Types that people use without a planner (stock mixes as llama-quantize assigns them, ``hq4k``, one
+type for all) in the best placements that plain flags make (``--fit``, ``--cpu-moe``,
+``--n-cpu-moe N``, ``--n-cpu-ffn N``, ``-ngl N``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +12,12 @@ import numpy as np
 
 from quantplan.costs.memory import pad
 from quantplan.costs.quality import LossTable, kld_nats, type_errors
-from quantplan.costs.speed import Z80, Estimate, interval
+from quantplan.costs.speed import Z80, Estimate, difference_s, interval
 from quantplan.costs.traffic import Where
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import workload_flags
 from quantplan.ftypes import stock_mix
+from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, RoleClass
 from quantplan.planner.fit import fit
 from quantplan.planner.plain import N_PARTS, Layouts, Outcomes, PlainCosts, TypedModel, parts_of
@@ -34,6 +35,9 @@ _STOCK_MIXES = {
     "Q3_K_S": False, "IQ3_XXS": True, "Q2_K": False, "IQ2_M": True,
 }  # fmt: skip
 AS_IT_IS = "as it is"
+# Part of the speed below which a difference is no reason for anything: repeated runs of llama-bench
+# scatter by a few percent.
+_NOTICEABLE = 0.05
 _DATA_ALIGNMENT = 32
 
 
@@ -45,8 +49,8 @@ class Baseline(Frozen):
         placement: The flags that make the placement; ``--fit`` stands for what it comes to.
         fits: Whether every device keeps its margin.
         reaches_speed: Whether it decodes as fast as the plan was asked to.
-        is_as_good: Whether the plan is better by no more than its uncertainty: neither its loss nor
-            its speed is outside of what the models call likely (80 %).
+        is_as_good: Whether the plan is better by no more than its uncertainty: the models are less
+            than 90 % sure that it has less loss, and that it is faster, or that is below 5 %.
         below_floor: Classes of tensors whose types are below the floors of the plan's policy.
         file_bytes: Tensor data of the file.
         vram_bytes: Memory used on all GPUs, compute buffers included.
@@ -106,21 +110,28 @@ class _Placed:
         return self.model.where(self.layouts, self.index)
 
     @property
+    def seconds_by_type(self) -> dict[tuple[str, str], float]:
+        """Decode seconds by device name and type."""
+        costs = self.model.costs
+        parts, homes = self.layouts.parts[self.index], self.layouts.homes[self.index]
+        return self.model.seconds_by_type(parts[costs.part, costs.layer], homes)
+
+    @property
     def homes(self) -> bytes:
         """What tells placements apart."""
-        return self.layouts.homes[self.index].tobytes() + self.layouts.parts[self.index].tobytes()
+        homes, parts = self.layouts.homes[self.index], self.layouts.parts[self.index]
+        return bytes(homes.tobytes() + parts.tobytes())
 
 
 def find_baselines(
-    problem: Problem, losses: LossTable, chosen: Mapping[str, str], decode_s: float
+    problem: Problem, losses: LossTable, chosen: Mapping[str, tuple[str, str]]
 ) -> tuple[Baseline, ...]:
     """Every plain answer, the best first.
 
     Args:
-        problem: Model, machine, workload, policy and speed target of the plan.
+        problem: Model, machine, workload, policy, speed target and layers of the plan.
         losses: The loss table that the plan was made with.
-        chosen: The plan's types, by full tensor name.
-        decode_s: The plan's seconds per token.
+        chosen: The plan's type and device name of each loaded tensor.
 
     Returns:
         Answers that fit and are fast enough first, by the plan's objective, then by speed.
@@ -132,19 +143,43 @@ def find_baselines(
         problem.workload,
         plans_with_high_end=problem.plans_with_high_end,
     )
+    types = {name: kind for name, (kind, _) in chosen.items()}
+    plan_s = _plan_seconds(problem, costs, chosen)
     found = []
     for name, qtypes in _type_sets(inventory).items():
         typed = _typed(problem, losses, name, qtypes)
-        difference, sd = losses.difference_nats(chosen, qtypes)
+        difference, sd = losses.difference_nats(types, qtypes)
+        has_less_loss = difference < -Z80 * sd
         for placed in _placements(TypedModel(costs, qtypes)):
             made = _baseline(problem, typed, placed)
-            is_better = difference < -Z80 * sd or 1 / decode_s > made.decode_tps.high
-            made = made.model_copy(update={"is_as_good": made.is_answer and not is_better})
+            if made.is_answer and not has_less_loss:
+                is_as_good = not _is_faster(problem.machine, plan_s, placed.seconds_by_type)
+                made = made.model_copy(update={"is_as_good": is_as_good})
             seconds = 1 / made.decode_tps.expected
             objective = typed.summed_loss_nats + problem.decode_price_nats_per_s * seconds
             found.append((not made.is_answer, objective, seconds, made))
     found.sort(key=lambda entry: entry[:3])
     return tuple(made for *_, made in found)
+
+
+def _plan_seconds(
+    problem: Problem, costs: PlainCosts, chosen: Mapping[str, tuple[str, str]]
+) -> dict[tuple[str, str], float]:
+    index = {device.name: d for d, device in enumerate(problem.machine.devices)}
+    devices = [index[chosen[tensor.name][1]] for tensor in costs.in_layers]
+    homes = [index[name] for name in (*problem.layer_devices, problem.output_device.name)]
+    typed = TypedModel(costs, {name: kind for name, (kind, _) in chosen.items()})
+    return typed.seconds_by_type(np.array(devices, np.intp), np.array(homes, np.intp))
+
+
+def _is_faster(
+    machine: Machine,
+    seconds: Mapping[tuple[str, str], float],
+    others: Mapping[tuple[str, str], float],
+) -> bool:
+    """Whether decoding is noticeably faster, and by more than the model is unsure of."""
+    difference, sd = difference_s(seconds, others, machine)
+    return -difference > max(Z80 * sd, _NOTICEABLE * sum(seconds.values()))
 
 
 def _type_sets(inventory: Inventory) -> dict[str, dict[str, str]]:
@@ -195,7 +230,7 @@ def _all_placements(model: TypedModel) -> Iterator[_Placed]:
     if not costs.machine.gpus:
         yield _best(model, costs.layouts([costs.homes(0)]), lambda n: ("-ngl", str(n)))
         return
-    everywhere = [costs.homes(n) for n in range(n_all + 1)]
+    everywhere = costs.all_homes
     yield _best(model, costs.layouts(everywhere), lambda n: ("-ngl", str(n)))
     is_moe = costs.inventory.architecture.n_expert > 0
     moved = np.full((N_PARTS, costs.n_layers), -1)
@@ -212,9 +247,7 @@ def _all_placements(model: TypedModel) -> Iterator[_Placed]:
     yield _Placed("--fit", fitted.flags, model, fitted.layout, fitted.outcome, 0)
 
 
-def _best(
-    model: TypedModel, layouts: Layouts, flags: Callable[[int], tuple[str, ...]]
-) -> _Placed:
+def _best(model: TypedModel, layouts: Layouts, flags: Callable[[int], tuple[str, ...]]) -> _Placed:
     """The best one of the placements that a flag makes with the numbers from 0."""
     outcomes = model.evaluate(layouts)
     made = flags(outcomes.best)
@@ -224,9 +257,7 @@ def _best(
     return _Placed(name, made, model, layouts, outcomes, outcomes.best)
 
 
-def _typed(
-    problem: Problem, losses: LossTable, name: str, qtypes: Mapping[str, str]
-) -> _TypeSet:
+def _typed(problem: Problem, losses: LossTable, name: str, qtypes: Mapping[str, str]) -> _TypeSet:
     inventory = problem.inventory
     by_name = inventory.by_name
     return _TypeSet(
@@ -273,7 +304,7 @@ def _below_floor(problem: Problem, qtypes: Mapping[str, str]) -> tuple[RoleClass
     )
 
 
-def baseline_table(plan_row: Sequence[str], found: Sequence[Baseline], n_rows: int) -> list[str]:
+def baseline_table(plan_row: tuple[str, ...], found: Sequence[Baseline], n_rows: int) -> list[str]:
     """The plan beside the best plain answers, one of each mix, in lines of at most 80 columns.
 
     Args:
@@ -288,11 +319,16 @@ def baseline_table(plan_row: Sequence[str], found: Sequence[Baseline], n_rows: i
     rows = [plan_row]
     for baseline in list(best.values())[:n_rows]:
         row = baseline_row(
-            baseline.types, baseline.placement, baseline.file_bytes, baseline.vram_bytes,
-            baseline.ram_bytes, baseline.decode_tps.expected, baseline.loss_nats,
-        )  # fmt: skip
+            types=baseline.types,
+            placement=baseline.placement,
+            file_bytes=baseline.file_bytes,
+            vram_bytes=baseline.vram_bytes,
+            ram_bytes=baseline.ram_bytes,
+            decode_tps=baseline.decode_tps.expected,
+            loss_nats=baseline.loss_nats,
+        )
         rows.append(row)
-    header = ("types", "placement", "file GiB", "VRAM", "RAM", "tokens/s", "loss")
+    header = ("types", "placement", "file", "VRAM", "RAM", "tokens/s", "loss")
     widths = (12, 18, 8, 7, 7, 8, 8)
     lines = []
     for row in [header, *rows]:
@@ -307,6 +343,7 @@ def baseline_table(plan_row: Sequence[str], found: Sequence[Baseline], n_rows: i
 
 
 def baseline_row(
+    *,
     types: str,
     placement: str,
     file_bytes: int,

@@ -1,10 +1,10 @@
 r"""Where llama.cpp's ``--fit`` puts a model whose context is given.
 
 Its steps, in llama.cpp b11434: all on the GPUs, if that fits. Else layers from the back, GPU by GPU
-from the last, with the experts of all of them in RAM; then, if the rest of the model fits so, layers
-with all their experts from the front, GPU by GPU from the first, and at last a part of one more layer
-on each GPU: its up experts, then its gate experts too, or else its attention alone. The number of
-layers is found by trial, as here. It knows neither the size of the RAM nor speeds.
+from the last, with the experts of all of them in RAM. Then, if the rest of the model fits so, full
+layers from the front, GPU by GPU from the first. At last a part of one more layer on each GPU: its
+up experts, then its gate experts too, or else its attention alone. The number of layers is found by
+trial, as here. It knows neither the size of the RAM nor speeds.
 
 It counts layers without next-token-prediction blocks, ``-ngl`` counts them too: where a model has
 one, the first layer stays in RAM.
@@ -170,7 +170,7 @@ class _Fit:
         return low
 
     def _with_part_of_a_layer(self, low: _Trial, d: int, start: int) -> _Trial:
-        """The trial with a part of one more layer on a GPU, the rest overflowing to the next one."""
+        """The trial with a part of one more layer on a GPU, the rest on the next device."""
         base = _with(low.shares, start, low.shares[start].plus(0, -1))
         for overflows in (("all but up", "down"), ("all but attention",)):
             best = low

@@ -5,6 +5,7 @@ a layer, so that all values of a flag are compared at the price of one.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,15 +109,16 @@ class PlainCosts:
         self.n_layers = inventory.architecture.n_layers
         self.shares = np.zeros((N_PARTS, self.n_layers))
         self.has_experts = np.zeros((N_PARTS, self.n_layers), bool)
-        self.tensors: list[tuple[Tensor, int]] = []
+        loaded = [tensor for tensor in inventory.tensors if inventory.is_loaded(tensor)]
+        self.in_layers = [tensor for tensor in loaded if tensor.layer is not None]
+        self.outside = [tensor for tensor in loaded if tensor.layer is None]
+        self.part = np.array([_part_of(tensor) for tensor in self.in_layers], np.intp)
+        self.layer = np.array([tensor.layer for tensor in self.in_layers], np.intp)
         shares = crossing_shares(inventory)
-        for tensor in inventory.tensors:
-            if inventory.is_loaded(tensor):
-                part = _part_of(tensor)
-                self.tensors.append((tensor, part))
-                if tensor.layer is not None:
-                    self.shares[part, tensor.layer] += shares.get(tensor.name, 0.0)
-                    self.has_experts[part, tensor.layer] |= "_exps" in tensor.name
+        for part, tensor in zip(self.part, self.in_layers, strict=True):
+            self.shares[part, tensor.layer] += shares.get(tensor.name, 0.0)
+            self.has_experts[part, tensor.layer] |= "_exps" in tensor.name
+        self.is_matrix = np.array([len(tensor.shape_ne) > 1 for tensor in self.in_layers])
         self._prices: dict[tuple[str, tuple[int, ...], str], _Price] = {}
         self._buffers: dict[Work, int] = {}
 
@@ -169,6 +171,11 @@ class PlainCosts:
         index = {device.name: d for d, device in enumerate(self.machine.devices)}
         return [index[name] for name in layer_devices(self.inventory, self.machine, launch)]
 
+    @cached_property
+    def all_homes(self) -> list[list[int]]:
+        """`homes` of every ``-ngl``, from 0."""
+        return [self.homes(n) for n in range(self.n_layers + 2)]
+
     def layouts(
         self, homes: Sequence[Sequence[int]], moved: Sequence[NDArray[np.intp]] | None = None
     ) -> Layouts:
@@ -183,7 +190,7 @@ class PlainCosts:
         is_overridden = np.zeros(len(rows), bool)
         if moved is not None:
             named = np.array(moved, np.intp)
-            is_overridden = (named >= 0).any(axis=(1, 2))
+            is_overridden |= (named >= 0).any(axis=(1, 2))
             parts = np.where(named >= 0, named, parts)
         return Layouts(rows, parts, is_overridden)
 
@@ -207,7 +214,7 @@ class PlainCosts:
     @cached_property
     def n_pipeline_copies(self) -> int:
         """Copies of the graph's inputs where all is on GPUs and nothing is overridden."""
-        return compute.n_input_copies(self.inventory.architecture, self._launch, self.machine)
+        return compute.PIPELINE_COPIES if len(self.machine.gpus) > 1 else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,29 +241,52 @@ class TypedModel:
         self.seconds = np.zeros((n_devices, *shape))
         self.outside_bytes = np.zeros((3, 2), np.int64)  # output layer, embedding, its copy
         self.outside_s = np.zeros((3, n_devices))
-        for tensor, part in costs.tensors:
-            name = qtypes.get(tensor.name, tensor.qtype)
-            price = costs.price(tensor, name)
-            both = (price.n_bytes, price.n_bytes + price.padding_bytes)
-            if tensor.layer is None:
-                self._add_outside(tensor, name, both, price.seconds)
-                continue
-            at = part, tensor.layer
-            self.n_bytes[0, *at] += both[0]
-            self.n_bytes[1, *at] += both[1]
-            self.seconds[:, *at] += price.seconds
-            if len(tensor.shape_ne) > 1:
-                self.largest[at] = max(self.largest[at], price.n_bytes)
+        prices = [costs.price(t, qtypes.get(t.name, t.qtype)) for t in costs.in_layers]
+        self._tensor_s = np.array([price.seconds for price in prices])
+        sizes = np.array([(price.n_bytes, price.padding_bytes) for price in prices], np.int64)
+        at = costs.part, costs.layer
+        np.add.at(self.n_bytes[0], at, sizes[:, 0])
+        np.add.at(self.n_bytes[1], at, sizes.sum(axis=1))
+        for d in range(n_devices):
+            np.add.at(self.seconds[d], at, self._tensor_s[:, d])
+        np.maximum.at(self.largest, at, np.where(costs.is_matrix, sizes[:, 0], 0))
+        for tensor in costs.outside:
+            self._add_outside(tensor)
 
-    def _add_outside(
-        self, tensor: Tensor, name: str, both: tuple[int, int], seconds: NDArray[np.float64]
-    ) -> None:
+    def _add_outside(self, tensor: Tensor) -> None:
+        name = self.qtypes.get(tensor.name, tensor.qtype)
+        price = self.costs.price(tensor, name)
+        both = (price.n_bytes, price.n_bytes + price.padding_bytes)
         row = 1 if tensor.role_class == "embedding" else 0
         self.outside_bytes[row] += both
-        self.outside_s[row] += seconds
+        self.outside_s[row] += price.seconds
         if tensor.role == "token_embd" and self.costs.inventory.has_tied_output:
             self.outside_bytes[2] += both
             self.outside_s[2] += self.costs.seconds(output_read(tensor, name))
+
+    def seconds_by_type(
+        self, devices: NDArray[np.intp], homes: NDArray[np.intp]
+    ) -> dict[tuple[str, str], float]:
+        """Decode seconds by device name and type, without hops.
+
+        Args:
+            devices: Device of each loaded tensor of a layer.
+            homes: Device of each layer and, last, of the output layer.
+        """
+        costs = self.costs
+        names = [device.name for device in costs.machine.devices]
+        found: dict[tuple[str, str], float] = defaultdict(float)
+        seconds = self._tensor_s[np.arange(len(devices)), devices].tolist()
+        for tensor, d, s in zip(costs.in_layers, devices.tolist(), seconds, strict=True):
+            found[names[d], self.qtypes.get(tensor.name, tensor.qtype)] += s
+        for layer, d in enumerate(homes[: costs.cache_s.shape[1]].tolist()):
+            found[names[d], "cache"] += float(costs.cache_s[d, layer])
+        for tensor in costs.outside:
+            is_embedding = tensor.role_class == "embedding"
+            d = costs.ram if is_embedding else int(homes[-1])
+            name = self.qtypes.get(tensor.name, tensor.qtype)
+            found[names[d], name] += float(costs.price(tensor, name).seconds[d])
+        return found
 
     def evaluate(self, layouts: Layouts) -> Outcomes:
         """Memory and speed of placements."""
@@ -312,9 +342,7 @@ class TypedModel:
         crossings = (is_away * costs.shares).sum(axis=(1, 2))
         run = np.concatenate([homes[:, :n_loaded], output[:, None]], axis=1)
         crossings += (run[:, 1:] != run[:, :-1]).sum(axis=1) / 2
-        found: NDArray[np.float64] = (
-            seconds + crossings * shipped().crossing_s + shipped().fixed_s
-        )
+        found: NDArray[np.float64] = seconds + crossings * shipped().crossing_s + shipped().fixed_s
         return found
 
     def where(self, layouts: Layouts, b: int) -> Where:
