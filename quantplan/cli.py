@@ -16,6 +16,7 @@ from quantplan.workload import NEWEST_KNOWN_BUILD, KVType
 if TYPE_CHECKING:
     from quantplan.costs.evidence import Evidence
     from quantplan.hardware import Machine
+    from quantplan.policy import Policy
 
 EngineName = Literal["llama.cpp", "ik_llama.cpp", "ik"]
 
@@ -95,7 +96,19 @@ def plan(
     min_tps: Annotated[
         float | None, typer.Option(help="Least decode speed in tokens/s, context full.")
     ] = None,
-    policy: Annotated[str, typer.Option(help="Rules about types and places.")] = "quality",
+    policy: Annotated[
+        str, typer.Option(help="Rules about types and places: quality, compact, free or hq4k.")
+    ] = "quality",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=TYPE,...", help="Types for the tensors whose names match; repeatable."
+        ),
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=TYPE", help="One type, ahead of --allow; repeatable."),
+    ] = None,
     measured: MeasuredOption = None,
     weights: WeightsOption = None,
     gap: Annotated[float, typer.Option(help="Relative gap at which to stop.")] = 1e-4,
@@ -130,7 +143,7 @@ def plan(
             llama_cpp_build=llama_build,
         ),
         min_decode_tps=min_tps,
-        policy=policy,
+        policy=_policy(policy, pin or [], allow or []),
         evidence=_evidence(measured, weights),
         gap=gap,
     )
@@ -257,6 +270,26 @@ def calibrate(
     )
     found.save(save)
     typer.echo(found.summary())
+
+
+def _policy(name: str, pins: list[str], allowed: list[str]) -> "Policy":
+    """A preset with the rules of the command line; pins come first."""
+    from quantplan.policy import parse_rule  # noqa: PLC0415
+    from quantplan.policy import policy as preset  # noqa: PLC0415
+
+    found = preset(name)
+    faults: list[str] = []
+    for text in (*pins, *allowed):
+        try:
+            pattern, types = parse_rule(text)
+            if text in pins and len(types) > 1:
+                raise InputError(f"--pin {text} has several types: use --allow")
+            found = found.allow(pattern, *types)
+        except InputError as error:
+            faults += error.faults
+    if faults:
+        raise InputError(faults)
+    return found
 
 
 def _evidence(measured: Path | None, weights: Path | None) -> "Evidence | None":

@@ -144,7 +144,7 @@ def place(
         InputError: More than 4095 overrides, a pattern that is no regular expression, an unknown
             buffer type, or more proportions than GPUs. All faults are gathered.
     """
-    devices = _layer_devices(inventory, machine, launch)
+    devices = layer_devices(inventory, machine, launch)
     layers, output = devices[:-1], devices[-1]
     rules = _compiled(machine, launch)
     won: list[list[str]] = [[] for _ in rules]
@@ -229,7 +229,7 @@ def _check_homes(inventory: Inventory, machine: Machine, homes: Mapping[str, str
         raise InputError(faults)
 
 
-def _layer_devices(inventory: Inventory, machine: Machine, launch: Launch) -> tuple[str, ...]:
+def layer_devices(inventory: Inventory, machine: Machine, launch: Launch) -> tuple[str, ...]:
     """Device of every layer and, last, of the output layer."""
     n_all = inventory.architecture.n_layers + 1
     wanted = n_all if launch.n_gpu_layers is None else launch.n_gpu_layers

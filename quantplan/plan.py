@@ -10,13 +10,14 @@ from quantplan.costs import data_hashes
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.memory import pad
 from quantplan.costs.prefill import prefill_s
-from quantplan.costs.quality import kld_nats, link
+from quantplan.costs.quality import LossTable, kld_nats, link, type_errors
 from quantplan.costs.speed import SpeedPrediction, predict_traffic
 from quantplan.costs.traffic import Traffic, collect
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import placement_flags, server_command, workload_flags
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
+from quantplan.planner.baselines import Baseline, baseline_row, baseline_table, find_baselines
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import best_solution, reachable_gap
 from quantplan.planner.solve import Solution, Status, solver_name, solver_options
@@ -38,6 +39,8 @@ from quantplan.version import __version__
 from quantplan.workload import Workload
 
 _DATA_ALIGNMENT = 32
+# Plain answers that a summary shows.
+_SHOWN_BASELINES = 3
 
 
 class Plan(Frozen):
@@ -55,6 +58,7 @@ class Plan(Frozen):
         speed: Decode and prefill speed over the depth of the context, with 80 % intervals.
         assignments: Type and device of every tensor, in file order.
         flags: Flags for llama.cpp, one argument each.
+        baselines: What plain answers come to, the best first.
         notes: What a person should know about this plan.
         provenance: Where the numbers come from.
     """
@@ -70,8 +74,17 @@ class Plan(Frozen):
     speed: SpeedPrediction
     assignments: tuple[RecipeTensor, ...]
     flags: tuple[str, ...]
+    baselines: tuple[Baseline, ...] = ()
     notes: tuple[str, ...]
     provenance: Provenance
+
+    @property
+    def plain_answer(self) -> Baseline | None:
+        """The plain answer to prefer, because the plan is better by no more than its uncertainty.
+
+        None where the plan is better than every plain answer that fits and is fast enough.
+        """
+        return next((baseline for baseline in self.baselines if baseline.is_as_good), None)
 
     @property
     def recipe(self) -> Recipe:
@@ -112,10 +125,26 @@ class Plan(Frozen):
             *speed_lines(self.speed),
         ]
         rows += [device_line(device) for device in self.devices]
+        if self.baselines:
+            rows.append("  beside plain answers, with the same memory and predictions (GiB):")
+            rows += [f"    {line}" for line in self._baseline_table()]
         rows += [f"  note: {note}" for note in self.notes]
         rows.append("  types and places:")
         rows += [f"    {line}" for line in summarize(self.assignments)]
         return "\n".join(rows)
+
+    def _baseline_table(self) -> list[str]:
+        used = [use.capacity_bytes - use.free_bytes for use in self.devices]
+        row = baseline_row(
+            types="this plan",
+            placement="",
+            file_bytes=self.predicted.file_bytes,
+            vram_bytes=sum(used[:-1]),
+            ram_bytes=used[-1],
+            decode_tps=self.predicted.decode_tps,
+            loss_nats=self.predicted.loss_nats,
+        )
+        return baseline_table(row, self.baselines, _SHOWN_BASELINES)
 
 
 def summarize(assignments: tuple[RecipeTensor, ...]) -> list[str]:
@@ -143,6 +172,7 @@ def plan(
     gap: float = 1e-4,
     time_limit_s: float = 60.0,
     compute_buffers: Literal["high", "expected"] = "high",
+    baselines: bool = True,
 ) -> Plan:
     """Chooses the type and the device of every tensor together.
 
@@ -161,9 +191,11 @@ def plan(
         time_limit_s: Time for the whole search, in seconds.
         compute_buffers: Which end of their estimate to reckon with; with ``expected`` about half
             of all plans leave less than the margin free.
+        baselines: Whether to work out what plain answers come to.
 
     Raises:
-        InputError: A number is out of range, or llama.cpp does not load the model's types.
+        InputError: A number is out of range, llama.cpp does not load the model's types, or a rule
+            of the policy about single tensors does not fit the model.
         WorkloadError: The model cannot have the KV types.
         NoPlanError: Nothing fits, or the speed is out of reach; the message says by how much.
         UnsupportedModelError: The memory of the architecture is not known.
@@ -171,6 +203,7 @@ def plan(
     """
     _check(inventory, min_decode_tps, gap, time_limit_s)
     rules = policy_preset(policy) if isinstance(policy, str) else policy
+    rules.check(inventory, priced=type_errors())
     task = workload or Workload()
     problem = build_problem(inventory, machine, task, rules, min_decode_tps, evidence=evidence)
     problem = replace(problem, plans_with_high_end=compute_buffers == "high")
@@ -179,6 +212,9 @@ def plan(
     flags = _flags(problem, solution)
     placed = {a.tensor: (a.qtype, a.device) for a in assignments if a.device is not None}
     traffic = collect(inventory, placed, solution.layer_devices, problem.output_device.name)
+    found: tuple[Baseline, ...] = ()
+    if baselines:
+        found = find_baselines(problem, LossTable(inventory, evidence), placed)
     return Plan(
         model=inventory.name,
         machine=machine,
@@ -190,7 +226,13 @@ def plan(
         speed=predict_traffic(traffic, machine, task),
         assignments=assignments,
         flags=flags,
-        notes=(*_notes(problem, solution), *_evidence_notes(evidence)),
+        baselines=found,
+        notes=(
+            *_baseline_notes(found),
+            *_notes(problem, solution),
+            *_imatrix_notes(assignments, inventory),
+            *_evidence_notes(evidence),
+        ),
         provenance=_provenance(problem, solution, reachable_gap(problem, gap), time_limit_s),
     )
 
@@ -226,7 +268,7 @@ def _provenance(
         source=problem.inventory.source,
         header_sha256=problem.inventory.header_sha256,
         cost_data=data_hashes(),
-        policy=problem.policy.name,
+        policy=problem.policy.describe(),
         runtime="llama.cpp",
         machine=problem.machine,
         workload=problem.workload,
@@ -325,6 +367,29 @@ def _notes(problem: Problem, solution: Solution) -> tuple[str, ...]:
     if solution.status == "time_limit":
         notes.append("the search ended before the gap was closed; the gap is what it proved")
     return tuple(notes)
+
+
+def _baseline_notes(baselines: tuple[Baseline, ...]) -> tuple[str, ...]:
+    """Says which plain answer is as good, if one is."""
+    plain = next((baseline for baseline in baselines if baseline.is_as_good), None)
+    if plain is None:
+        return ()
+    floors = f"; below the policy's floors: {', '.join(plain.below_floor)}"
+    return (
+        f"{plain.describe()} is as good as far as the models can tell "
+        f"({plain.decode_tps.expected:.1f} tokens/s, loss {plain.loss_nats:.4f}): prefer it, it is "
+        f"simpler{floors if plain.below_floor else ''}",
+    )
+
+
+def _imatrix_notes(assignments: tuple[RecipeTensor, ...], inventory: Inventory) -> tuple[str, ...]:
+    """Names the types that quantizers make with an importance matrix only."""
+    kept = {t.name: t.qtype for t in inventory.tensors}
+    types = sorted({a.qtype for a in assignments if a.qtype != kept[a.tensor]})
+    needing = [name for name in types if qtype(name).needs_imatrix]
+    if not needing:
+        return ()
+    return (f"{', '.join(needing)}: to be written with an importance matrix, by llama-quantize",)
 
 
 def _evidence_notes(evidence: Evidence | None) -> tuple[str, ...]:

@@ -42,6 +42,25 @@ def test_command_shown_holds_exactly_the_flags() -> None:
     assert shlex.split(shown) == ["llama-server", "-m", "my air.gguf", *found.flags]
 
 
+def test_rules_of_the_command_line_hold() -> None:
+    """`--pin` and `--allow` decide types, pins first, and the plan says which rules it had."""
+    rules = ["--allow", "exps=Q8_0,Q5_0", "--pin", "ffn_up_exps=Q4_K", "--pin", "gate_exps=Q4_K"]
+    done = quantplan(*AIR, "--policy", "compact", *rules, "--json")
+    assert done.returncode == 0, done.stderr
+    found = qp.Plan.model_validate_json(done.stdout)
+    kinds = {(a.tensor.split(".")[2], a.qtype) for a in found.assignments if "_exps" in a.tensor}
+    assert {q for role, q in kinds if role in {"ffn_up_exps", "ffn_gate_exps"}} == {"Q4_K"}
+    assert {q for role, q in kinds if role == "ffn_down_exps"} <= {"Q8_0", "Q5_0"}
+    assert found.provenance.policy.startswith("compact, ffn_up_exps=Q4_K")
+
+
+def test_faults_in_rules_are_told_together() -> None:
+    """Rules that cannot be read are all named, with exit code 2."""
+    done = quantplan(*AIR, "--pin", "attn", "--pin", "attn=Q4_K,Q5_K", "--allow", "attn=Q9")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 3
+
+
 def test_saved_recipe_is_shown_again(tmp_path: Path) -> None:
     """A recipe that `plan` saves is what `show` prints."""
     recipe = tmp_path / "air.json"

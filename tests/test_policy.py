@@ -6,11 +6,13 @@ from typing import get_args
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+import quantplan as qp
+from quantplan.costs.quality import type_errors
 from quantplan.errors import InputError
 from quantplan.inventory import Inventory, RoleClass, Tensor
 from quantplan.inventory.catalog import catalog_names
 from quantplan.inventory.sources import read_inventory
-from quantplan.policy import SOURCE, policy
+from quantplan.policy import SOURCE, parse_rule, policy, policy_names
 from quantplan.qtypes import QTYPES, fitting_qtype
 
 ROLE_CLASSES = get_args(RoleClass)
@@ -43,28 +45,38 @@ def expert(role: str, n_columns: int, qtype: str = "BF16") -> Tensor:
     return Tensor(name=f"blk.3.{role}.weight", shape_ne=(n_columns, 4096, 128), qtype=qtype)
 
 
-def test_every_class_has_exactly_one_rule() -> None:
+every_preset = pytest.mark.parametrize(
+    "preset", [policy(n) for n in policy_names()], ids=policy_names()
+)
+
+
+@every_preset
+def test_every_class_has_exactly_one_rule(preset: qp.Policy) -> None:
     """No class of tensors is without a rule or has two, and every rule gives its reason."""
-    rules = policy().rules
+    rules = preset.rules
     assert Counter(c for rule in rules for c in rule.classes) == Counter(ROLE_CLASSES)
-    assert all(role in policy().rule(role).classes for role in ROLE_CLASSES)
+    assert all(role in preset.rule(role).classes for role in ROLE_CLASSES)
     assert all(rule.why for rule in rules)
+    assert all((preset.why, preset.ties_why, preset.decode_price_why))
 
 
-def test_types_of_the_preset_exist() -> None:
+@every_preset
+def test_types_of_the_preset_exist(preset: qp.Policy) -> None:
     """Candidates, floors and usual types are ones that llama-quantize writes without an imatrix."""
-    preset = policy()
     names = {name for name in preset.candidates if name != SOURCE}
     names |= {rule.usual for rule in preset.rules}
     names |= {rule.floor for rule in preset.rules if rule.floor}
+    names |= {name for rule in preset.rules for name in rule.types or () if name != SOURCE}
+    assert names <= type_errors().keys()
     assert all(QTYPES[name].is_file_target for name in names)
     assert not any(QTYPES[name].needs_imatrix for name in names)
     assert all("llama.cpp" in QTYPES[name].runtimes for name in names)
 
 
-def test_usual_types_respect_their_floors() -> None:
+@every_preset
+def test_usual_types_respect_their_floors(preset: qp.Policy) -> None:
     """What a rule gives to tensors that are not loaded is not below its own floor."""
-    for rule in policy().rules:
+    for rule in preset.rules:
         assert rule.floor is None or bpw(rule.usual) >= bpw(rule.floor)
 
 
@@ -180,3 +192,149 @@ def test_unknown_presets_are_refused() -> None:
     """An unknown preset is refused with the names of those that exist."""
     with pytest.raises(InputError, match="unknown policy 'speed'; known are quality"):
         policy("speed")
+
+
+# The other presets.
+
+
+def of_role(model: str, role: str) -> Tensor:
+    """The last tensor of a role that is loaded."""
+    inventory = read_inventory(model)
+    return [t for t in inventory.tensors if t.role == role and inventory.is_loaded(t)][-1]
+
+
+@pytest.mark.parametrize(("strict", "lax"), [("quality", "compact"), ("compact", "free")])
+@pytest.mark.parametrize("model", ["GLM-4.5-Air", "Qwen3.5-27B"])
+def test_presets_allow_more_and_more(model: str, strict: str, lax: str) -> None:
+    """What `quality` allows `compact` does too, and `free` what that allows; each allows more."""
+    tensors = read_inventory(model).tensors
+    few, many = (
+        [set(policy(name).candidates_for(tensor, is_loaded=True)) for tensor in tensors]
+        for name in (strict, lax)
+    )
+    assert all(a <= b for a, b in zip(few, many, strict=True))
+    assert few != many
+
+
+@pytest.mark.parametrize(
+    ("model", "role", "expected"),
+    [
+        ("GLM-4.5-Air", "attn_q", "Q8_0"),
+        ("GLM-4.5-Air", "ffn_up_exps", "Q4_K"),
+        ("GLM-4.5-Air", "ffn_gate_exps", "Q4_K"),
+        ("GLM-4.5-Air", "ffn_down_exps", "Q8_0"),
+        ("DeepSeek-V3.1-Terminus", "ffn_down_exps", "Q6_K"),
+        ("DeepSeek-V3.1-Terminus", "attn_kv_a_mqa", "Q8_0"),
+        ("GLM-4.5-Air", "ffn_down_shexp", "BF16"),
+        ("GLM-4.5-Air", "token_embd", "BF16"),
+        ("GLM-4.5-Air", "output", "BF16"),
+        ("GLM-4.5-Air", "attn_norm", "F32"),
+        ("GLM-4.5-Air", "ffn_gate_inp", "F32"),
+    ],
+)
+def test_the_hand_made_recipe_leaves_no_choice(model: str, role: str, expected: str) -> None:
+    """hq4k gives every tensor one type: that of the rules which people apply by hand."""
+    found = policy("hq4k").candidates_for(of_role(model, role), is_loaded=True)
+    assert found == (expected,)
+
+
+@every_preset
+def test_each_runtime_is_offered_types_that_it_loads(preset: qp.Policy) -> None:
+    """Candidates for llama.cpp are llama.cpp's; for ik_llama.cpp there are some of its own."""
+    tensor = of_role("DeepSeek-V3.1-Terminus", "ffn_up_exps")
+    for runtime, own in (("llama.cpp", set()), ("ik_llama.cpp", {"IQ4_KS"})):
+        found = preset.candidates_for(tensor, is_loaded=True, runtime=runtime)  # type: ignore[arg-type]
+        assert all(runtime in QTYPES[name].runtimes for name in found)
+        assert own <= set(found) or preset.name == "hq4k"
+
+
+# What a person says about single tensors.
+
+
+def test_a_pin_is_kept_by_the_plan() -> None:
+    """Pinned tensors have their type in the plan, below the floor too, and others do not."""
+    inventory = read_inventory("Qwen3-4B-Thinking-2507")
+    rules = policy().pin(r"blk\.[0-3]\.attn_q\.", "q4_k").allow("ffn_down", "Q5_K", "Q6_K")
+    machine = qp.Machine.parse("4GiB@300GB/s + 64GiB@80GB/s")
+    made = qp.plan(inventory, machine, policy=rules, baselines=False)
+    types = {a.tensor: a.qtype for a in made.assignments}
+    for name, kind in types.items():
+        is_pinned = "attn_q." in name and int(name.split(".")[1]) <= 3
+        assert (kind == "Q4_K") == is_pinned or "attn" not in name
+        assert kind in {"Q5_K", "Q6_K"} or "ffn_down" not in name
+    assert made.provenance.policy == rules.describe()
+    assert "attn_q" in made.provenance.policy
+
+
+def test_the_first_rule_decides() -> None:
+    """Of several rules that match a tensor, the first one counts."""
+    rules = policy().pin("ffn_up_exps", "Q6_K").allow("exps", "Q4_K", "SOURCE")
+    up, down = expert("ffn_up_exps", 4096), expert("ffn_down_exps", 4096)
+    assert rules.candidates_for(up, is_loaded=True) == ("Q6_K",)
+    assert rules.candidates_for(down, is_loaded=True) == ("BF16", "Q4_K")
+
+
+def test_rules_that_differ_undo_a_tie() -> None:
+    """Up and gate experts with rules of their own are decided each for itself."""
+    inventory = read_inventory("DeepSeek-V2-Lite")
+    machine = qp.Machine.parse("8GiB@300GB/s + 64GiB@80GB/s")
+    rules = policy().pin("ffn_up_exps", "Q6_K").pin("ffn_gate_exps", "Q4_K")
+    made = qp.plan(inventory, machine, policy=rules, baselines=False)
+    found = {(a.tensor.split(".")[2], a.qtype) for a in made.assignments if "exps" in a.tensor}
+    assert {kind for role, kind in found if role == "ffn_up_exps"} == {"Q6_K"}
+    assert {kind for role, kind in found if role == "ffn_gate_exps"} == {"Q4_K"}
+
+
+def test_rules_leave_alone_what_no_quantizer_changes() -> None:
+    """A pattern that also matches norms and quantized tensors changes neither."""
+    rules = policy().pin("blk", "Q6_K")
+    norm = Tensor(name="blk.0.attn_norm.weight", shape_ne=(4096,), qtype="F32")
+    assert rules.candidates_for(norm, is_loaded=True) == ("F32",)
+    quantized = expert("ffn_up_exps", 4096, "Q4_K")
+    assert rules.candidates_for(quantized, is_loaded=True) == ("Q4_K",)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "types", "fault"),
+    [
+        ("ffn_dwn_exps", ["Q8_0"], "matches no tensor of GLM-4.5-Air; similar names are blk"),
+        ("attn_norm", ["Q8_0"], "matches only tensors that keep their type"),
+        ("ffn_down_exps", ["Q6_K"], "1408 weights .* no whole number .* would write Q8_0"),
+        ("ffn_up_exps", ["IQ4_KS"], "llama.cpp does not load the type IQ4_KS"),
+        ("ffn_up_exps", ["NVFP4"], "the loss of the type NVFP4 is not known"),
+        ("ffn_up_exps", ["F32"], "is BF16 and stays so, or is quantized; say SOURCE"),
+    ],
+)
+def test_rules_that_do_not_fit_the_model_are_refused(
+    pattern: str, types: list[str], fault: str
+) -> None:
+    """A rule that matches nothing or names an impossible type is refused before any solving."""
+    rules = policy().allow(pattern, *types)
+    with pytest.raises(InputError, match=fault):
+        qp.plan(read_inventory("GLM-4.5-Air"), qp.Machine.parse("64GiB@80GB/s"), policy=rules)
+
+
+def test_faults_of_rules_are_gathered() -> None:
+    """Every rule that does not fit is named at once."""
+    rules = policy().pin("nothing_like_it", "Q8_0").pin("ffn_down_exps", "Q6_K")
+    with pytest.raises(InputError) as caught:
+        rules.check(read_inventory("GLM-4.5-Air"), priced=type_errors())
+    assert len(caught.value.faults) == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "types", "n_faults"),
+    [("(", ["Q8_0"], 1), ("attn", ["Q9_0", "Q8_1"], 2), ("", [], 2), ("attn", [""], 1)],
+)
+def test_rules_that_mean_nothing_are_refused(pattern: str, types: list[str], n_faults: int) -> None:
+    """No regular expression, no type and unknown types are refused whatever the model."""
+    with pytest.raises(InputError) as caught:
+        policy().allow(pattern, *types)
+    assert len(caught.value.faults) == n_faults
+
+
+def test_rules_are_written_as_on_the_command_line() -> None:
+    """Everything after the last = is types, so that a pattern may hold one itself."""
+    assert parse_rule("(?=blk).*exps=Q4_K,Q5_K") == ("(?=blk).*exps", ("Q4_K", "Q5_K"))
+    with pytest.raises(InputError, match="is not regex=type"):
+        parse_rule("ffn_down_exps")

@@ -10,6 +10,7 @@ predict families that were left out.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -217,6 +218,38 @@ class LossTable:
         """Predicted KLD of the model with the types given by full tensor name, others kept."""
         by_name = self._inventory.by_name
         return self._link.kld(sum(self.loss_nats(by_name[n], q) for n, q in qtypes.items()))
+
+    def difference_nats(
+        self, qtypes: Mapping[str, str], others: Mapping[str, str]
+    ) -> tuple[float, float]:
+        """Summed loss of the model in some types less that in other ones, and how sure that is.
+
+        What is common to both does not count: the scale of the model, and tensors of one type. Of
+        the rest, errors of sensitivities are taken as common to the tensors of a class, and errors
+        of types as common to all tensors of the type, which is the careful end: were they
+        independent, they would average out.
+
+        Args:
+            qtypes: Type by full tensor name; tensors left out are kept.
+            others: The same for what it is compared with.
+
+        Returns:
+            The difference in nats, and its standard deviation.
+        """
+        by_class: dict[str, float] = defaultdict(float)
+        by_type: dict[str, float] = defaultdict(float)
+        total = 0.0
+        for tensor in self._inventory.tensors:
+            one, other = (names.get(tensor.name, tensor.qtype) for names in (qtypes, others))
+            if one == other or tensor.name not in self._s:
+                continue
+            losses = self.loss_nats(tensor, one), self.loss_nats(tensor, other)
+            own_variance = self._ln_sd[tensor.name] ** 2 - self._scale_sd**2
+            total += losses[0] - losses[1]
+            by_class[tensor.role_class] += (losses[0] - losses[1]) * math.sqrt(max(0, own_variance))
+            by_type[one] += losses[0] * self._sd["type"]
+            by_type[other] -= losses[1] * self._sd["type"]
+        return total, math.hypot(*by_class.values(), *by_type.values())
 
     def explain(self, tensor: Tensor, qtype_name: str) -> Explanation:
         """Says which evidence gave one entry of the table.

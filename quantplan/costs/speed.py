@@ -16,7 +16,7 @@ from quantplan.schema import Frozen
 from quantplan.workload import Workload
 
 # 80 % of a normal distribution is within so many standard deviations.
-_Z80 = 1.2816
+Z80 = 1.2816
 _DEPTHS = 9
 
 
@@ -181,9 +181,41 @@ def interval(what: str, where: Where, machine: Machine, tps: float) -> Estimate:
     """
     low, high = load_data("speed.json")["measured_over_predicted"][what][where]
     if what == "decode" and machine.speed_log_sd is not None:
-        spread = math.exp(_Z80 * machine.speed_log_sd)
+        spread = math.exp(Z80 * machine.speed_log_sd)
         low, high = max(low, 1 / spread), min(high, spread)
     return Estimate(low=tps * low, expected=tps, high=tps * high)
+
+
+def difference_s(
+    seconds: Mapping[tuple[str, str], float],
+    others: Mapping[tuple[str, str], float],
+    machine: Machine,
+) -> tuple[float, float]:
+    """Seconds per token of one configuration less those of another one, and how sure that is.
+
+    What both do on one device with one type does not count. Of the rest, what a device's rates are
+    wrong by is common to all types on it, by as much as published machines show; what predictions
+    for one machine still scatter is a matter of each type (``speed.json``).
+
+    Args:
+        seconds: Decode seconds by device name and type.
+        others: The same for what it is compared with.
+        machine: The devices; of calibrated ones the rates are known.
+
+    Returns:
+        The difference, and its standard deviation.
+    """
+    spread = load_data("speed.json")["calibration"]["decode"]
+    by_device: dict[str, float] = {}
+    parts = []
+    for device, kind in seconds.keys() | others.keys():
+        difference = seconds.get((device, kind), 0.0) - others.get((device, kind), 0.0)
+        by_device[device] = by_device.get(device, 0.0) + difference
+        parts.append(difference * spread["noise"])
+    if machine.speed_log_sd is None:
+        kinds = {device.name: device.kind for device in machine.devices}
+        parts += [total * spread[kinds[device]] for device, total in by_device.items()]
+    return sum(by_device.values()), math.hypot(*parts)
 
 
 def _depths(traffic: Traffic, workload: Workload) -> list[int]:

@@ -298,7 +298,8 @@ def build_problem(
             if place == "layer" and len(policy.candidates_for(tensor, is_loaded=True)) == 1:
                 key = "fixed experts" if is_expert(tensor) else "fixed"
             elif tensor.role in tied_roles:
-                key = f"tie {tied_roles[tensor.role]}"
+                # Rules of a person that differ within a tie undo it.
+                key = f"tie {tied_roles[tensor.role]} {policy.tensor_rule(tensor)}"
             else:
                 key = tensor.name
             buckets[tensor.layer, key].append(tensor)
