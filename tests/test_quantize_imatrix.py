@@ -31,7 +31,7 @@ NAME = "blk.0.ffn_up.weight"
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture of experts whose rows admit every type."""
-    return toy_moe(tmp_path_factory.mktemp("toy") / "toy.gguf", "qwen3moe", layers=3)
+    return toy_moe(tmp_path_factory.mktemp("toy") / "toy.gguf", "qwen3moe")
 
 
 @pytest.fixture

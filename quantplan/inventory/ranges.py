@@ -145,8 +145,12 @@ def located(source: str | os.PathLike[str]) -> Location:
     return source if isinstance(source, str) and is_url(source) else Path(source)
 
 
-def open_ranges(source: str | os.PathLike[str]) -> Ranges:
+def open_ranges(source: str | os.PathLike[str], *, read_ahead: int = 0) -> Ranges:
     """Opens a file on the disk, or behind HTTP where the source is a URL.
+
+    Args:
+        source: The file.
+        read_ahead: Blocks of a remote file to fetch before they are needed.
 
     Raises:
         SourceError: It cannot be opened.
@@ -154,5 +158,5 @@ def open_ranges(source: str | os.PathLike[str]) -> Ranges:
     if isinstance(source, str) and is_url(source):
         from quantplan.inventory.remote import HttpFile  # noqa: PLC0415 (local files go without)
 
-        return HttpFile(source)
+        return HttpFile(source, read_ahead=read_ahead)
     return LocalFile(source)

@@ -35,7 +35,7 @@ class HttpFile:
         self,
         url: str,
         *,
-        read_ahead: int = 4,
+        read_ahead: int = 0,
         timeout_s: float = 30,
         retries: int = 5,
         block_bytes: int = _BLOCK_BYTES,

@@ -26,6 +26,12 @@ from quantplan.recipe import Recipe
 from quantplan.version import __version__
 
 
+# At most so much of a large tensor is lost when a run ends.
+_MARKED_BYTES = 16 << 20
+# Blocks of 4 MiB of a remote source to fetch while earlier ones are converted.
+_READ_AHEAD = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a file has been written.
@@ -131,21 +137,29 @@ def quantize(
         metadata=_provenance(files, imatrix, backend),
         split_max_bytes=split_max_bytes,
     )
+    total_bytes = sum(layout.n_bytes for layout in layouts)
     _prepare(backend, layouts)
     with contextlib.ExitStack() as stack:
-        sources = {place: stack.enter_context(open_ranges(place)) for place, _ in files}
+        sources = {
+            place: stack.enter_context(open_ranges(place, read_ahead=_READ_AHEAD))
+            for place, _ in files
+        }
         parts = [
             stack.enter_context(PartialFile(layout.path, _job(layout, sources), resume=resume))
             for layout in layouts
         ]
         tools = _Tools(sources, backend, threads)
-        report = _reporter(progress, sum(layout.n_bytes for layout in layouts))
+
+        def report(tensor: str) -> None:
+            if progress:
+                progress(Progress(tensor, sum(part.n_bytes for part in parts), total_bytes))
+
         for layout, part in zip(layouts, parts, strict=True):
             _write(layout, part, tools, report)
         checked = _finish(layouts, parts, tools, verify=verify)
     return QuantizeResult(
         path=target if split_max_bytes is None else layouts[0].path,
-        n_bytes=sum(layout.n_bytes for layout in layouts),
+        n_bytes=total_bytes,
         duration_s=time.perf_counter() - started,
         verification=checked,
     )
@@ -189,20 +203,6 @@ def _job(layout: Layout, sources: Mapping[Location, Ranges]) -> str:
     return digest.hexdigest()
 
 
-def _reporter(
-    progress: Callable[[Progress], None] | None, total_bytes: int
-) -> Callable[[str, int], None]:
-    done = 0
-
-    def report(tensor: str, n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        if progress:
-            progress(Progress(tensor, done, total_bytes))
-
-    return report
-
-
 @dataclass(frozen=True, slots=True)
 class _Tools:
     """What the work is done with."""
@@ -212,31 +212,32 @@ class _Tools:
     threads: int
 
 
-def _write(
-    layout: Layout, file: PartialFile, tools: _Tools, report: Callable[[str, int], None]
-) -> None:
+def _write(layout: Layout, file: PartialFile, tools: _Tools, report: Callable[[str], None]) -> None:
     """Writes the header and then every tensor, in order, from where the file ends."""
     n_header = len(layout.header)
     if not file.n_bytes:
         file.write(layout.header)
-    begin = file.n_bytes
-    left = [move for move in layout.moves if n_header + move.target.offset >= begin]
+    begin = marked = file.n_bytes
+    todo = (
+        chunk
+        for move in layout.moves
+        for chunk in chunks(move)
+        if n_header + chunk.target_begin >= begin
+    )
 
     def convert(workspace: Workspace, chunk: Chunk) -> memoryview:
         return workspace.convert(chunk, tools.sources[chunk.move.location], tools.backend)
 
-    reported = 0
-    todo = (chunk for move in left for chunk in chunks(move))
-    workspaces = (Workspace(left) for _ in range(4 * tools.threads if left else 0))
+    workspaces = (Workspace(layout.moves) for _ in range(4 * tools.threads))
     with contextlib.closing(in_order(convert, todo, workspaces, tools.threads)) as converted:
         try:
             for chunk, data in converted:
                 file.write(bytes(n_header + chunk.target_begin - file.n_bytes))
                 file.write(data)
-                if chunk.is_last:
+                if chunk.is_last or file.n_bytes - marked > _MARKED_BYTES:
                     file.mark()
-                report(chunk.move.target.name, file.n_bytes - reported)
-                reported = file.n_bytes
+                    marked = file.n_bytes
+                report(chunk.move.target.name)
         except WeightError:
             file.discard()
             raise

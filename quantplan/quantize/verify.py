@@ -20,6 +20,7 @@ from quantplan.quantize.layout import Layout
 from quantplan.quantize.workers import in_order
 
 _READ_BYTES = 1 << 20
+_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,15 @@ class Verification:
 
     sha256: dict[str, str]
     relative_squared_error: dict[str, float]
+
+    def summary(self) -> str:
+        """Hashes, and the tensors with the largest errors."""
+        lines = [f"{digest}  {name}" for name, digest in self.sha256.items()]
+        errors = self.relative_squared_error
+        worst = sorted(errors, key=lambda name: -errors[name])[:_SHOWN]
+        if worst:
+            lines.append(f"relative squared error of {len(errors)} converted tensors, worst first:")
+        return "\n".join([*lines, *(f"  {errors[name]:.3g}  {name}" for name in worst)])
 
 
 def verify_header(layout: Layout, path: Path) -> None:
