@@ -104,7 +104,9 @@ def nominal_recipe(case: Case) -> Inventory:
     for name in names:
         base = next((q for q in (name, re.sub(r"_(M|S|L|XL)$", "", name)) if q in QTYPES), None)
         if base is None:
-            base = next((q for q in sorted(QTYPES, key=len, reverse=True) if name.startswith(q)), None)
+            base = next(
+                (q for q in sorted(QTYPES, key=len, reverse=True) if name.startswith(q)), None
+            )
         if base is not None and base not in ("F32", "F16", "BF16"):
             block = QTYPES[base].block
             return case.inventory.with_qtypes(

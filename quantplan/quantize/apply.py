@@ -25,7 +25,6 @@ from quantplan.quantize.workers import in_order
 from quantplan.recipe import Recipe
 from quantplan.version import __version__
 
-
 # At most so much of a large tensor is lost when a run ends.
 _MARKED_BYTES = 16 << 20
 # Blocks of 4 MiB of a remote source to fetch while earlier ones are converted.
