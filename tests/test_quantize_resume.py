@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -196,25 +197,31 @@ def test_a_full_disk_can_be_continued(
     assert resumed(recipe, toy, target, whole)[0] > 0.3 * len(whole)
 
 
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory."""
+    folder.mkdir()
+    mount, umount = shutil.which("mount"), shutil.which("umount")
+    command = [str(mount), "-t", "tmpfs", "-o", options, "none", str(folder)]
+    done = subprocess.run(command, capture_output=True, check=False) if mount and umount else None
+    if done is None or done.returncode:
+        pytest.skip("only an administrator can mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run([str(umount), str(folder)], check=True)
+
+
 def test_a_real_full_disk_is_noticed(
     toy: Path, recipe: Recipe, whole: bytes, tmp_path: Path
 ) -> None:
     """A small file system is too small before a byte is written, and when another fills it up."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    size = f"size={len(whole) + (64 << 10)}"
-    mount, umount = shutil.which("mount"), shutil.which("umount")
-    if not mount or not umount:
-        pytest.skip("this system has no mount")
-    command = [mount, "-t", "tmpfs", "-o", size, "none", str(disk)]
-    mounted = subprocess.run(command, capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("only an administrator can mount a small file system")
-    try:
+    with small_disk(tmp_path / "disk", f"size={len(whole) + (64 << 10)}") as disk:
         target, ballast = disk / "q.gguf", disk / "ballast"
         ballast.write_bytes(bytes(len(whole) // 2))
         with pytest.raises(RecipeError, match=r"MiB free, but q[.]gguf takes"):
             quantize(recipe, toy, target)
+        assert list(disk.iterdir()) == [ballast]
         ballast.unlink()
 
         def fill(_: Progress) -> None:
@@ -225,8 +232,17 @@ def test_a_real_full_disk_is_noticed(
             quantize(recipe, toy, target, progress=fill)
         ballast.unlink()
         resumed(recipe, toy, target, whole)
-    finally:
-        subprocess.run([umount, str(disk)], check=True)
+
+
+def test_a_disk_that_cannot_be_written_is_refused(
+    toy: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    """A file system that is mounted for reading alone is named before any work is done."""
+    with (
+        small_disk(tmp_path / "disk", "ro") as disk,
+        pytest.raises(RecipeError, match=r"disk is not writable; write q[.]gguf elsewhere"),
+    ):
+        quantize(recipe, toy, disk / "q.gguf")
 
 
 def test_a_source_that_shrinks_meanwhile_is_noticed(

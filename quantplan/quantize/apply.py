@@ -227,7 +227,7 @@ def _write(layout: Layout, file: PartialFile, tools: _Tools, report: Callable[[s
     def convert(workspace: Workspace, chunk: Chunk) -> memoryview:
         return workspace.convert(chunk, tools.sources[chunk.move.location], tools.backend)
 
-    workspaces = (Workspace(layout.moves) for _ in range(4 * tools.threads))
+    workspaces = Workspace.several(4 * tools.threads, layout.moves)
     with contextlib.closing(in_order(convert, todo, workspaces, tools.threads)) as converted:
         try:
             for chunk, data in converted:

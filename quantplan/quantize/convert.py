@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,13 +88,23 @@ def chunks(move: TensorMove) -> Iterator[Chunk]:
 class Workspace:
     """Memory for one chunk in flight, used again and again."""
 
-    def __init__(self, moves: Iterable[TensorMove]) -> None:
-        """Reserves what the largest chunk takes; pages that are never touched cost nothing."""
+    def __init__(self, chunk_bytes: int, target_bytes: int, n_weights: int) -> None:
+        """Reserves memory; pages that are never touched cost nothing."""
+        self._raw = np.empty(chunk_bytes, np.uint8)
+        self._out = np.empty(target_bytes, np.uint8)
+        self._floats = np.empty(n_weights, np.float32)
+
+    @classmethod
+    def several(cls, count: int, moves: Iterable[TensorMove]) -> list[Self]:
+        """Workspaces that hold the largest chunk of any of the tensors."""
         firsts = [next(chunks(move)) for move in moves]  # no later chunk of a tensor is larger
         converted = [chunk for chunk in firsts if not chunk.move.is_copy]
-        self._raw = np.empty(max(chunk.n_bytes for chunk in firsts), np.uint8)
-        self._out = np.empty(max((c.target_n_bytes for c in converted), default=0), np.uint8)
-        self._floats = np.empty(max((c.n_weights for c in converted), default=0), np.float32)
+        sizes = (
+            max(chunk.n_bytes for chunk in firsts),
+            max((chunk.target_n_bytes for chunk in converted), default=0),
+            max((chunk.n_weights for chunk in converted), default=0),
+        )
+        return [cls(*sizes) for _ in range(count)]
 
     def convert(self, chunk: Chunk, source: Ranges, backend: Backend) -> memoryview:
         """Reads a chunk and converts it.

@@ -100,7 +100,7 @@ def llama_quantize(
         (f"^{name.replace('.', '[.]')}$", QTYPES[qtype].ggml_id) for name, qtype in qtypes.items()
     ]
     run = _run(source, "Q8_0", target=target, pure=True, overrides=overrides)
-    run["imatrix"] = imatrix and {n: v.ravel().tolist() for n, v in imatrix.items()}
+    run["imatrix"] = {n: v.ravel().tolist() for n, v in (imatrix or {}).items()}
     run["allow_requantize"] = allow_requantize
     ((code, seconds, log),) = _llama_runs([run], threads)
     assert code == 0, log[-2000:]
