@@ -216,13 +216,18 @@ def predict(
 def _machine(text: str, margin: str | None) -> "Machine":
     """The machine of the command line, with the margin that its user wants."""
     import quantplan as qp  # noqa: PLC0415
+
+    return qp.Machine.parse(text, margin_bytes=_bytes("--margin", margin))
+
+
+def _bytes(option: str, text: str | None) -> int | None:
+    """The bytes that an option states."""
     from quantplan.units import parse_bytes  # noqa: PLC0415
 
     try:
-        margin_bytes = None if margin is None else parse_bytes(margin)
+        return None if text is None else parse_bytes(text)
     except ValueError as error:
-        raise InputError(f"--margin: {error}") from error
-    return qp.Machine.parse(text, margin_bytes=margin_bytes)
+        raise InputError(f"{option}: {error}") from error
 
 
 @app.command()
@@ -496,8 +501,28 @@ def _is_recipe(source: str) -> bool:
 @app.command()
 def quantize(
     recipe: Annotated[Path, typer.Argument(help="A recipe that `quantplan plan` saved.")],
-    source: Annotated[Path, typer.Argument(help="The F32, F16 or BF16 GGUF (any shard).")],
+    source: Annotated[
+        str, typer.Argument(help="The F32, F16 or BF16 GGUF (any shard): a file or an HTTP URL.")
+    ],
     target: Annotated[Path, typer.Argument(help="The GGUF to write.")],
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Importance matrix of llama.cpp, GGUF or .dat."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run has stopped.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read all back, hash it, compare the weights."),
+    ] = False,
+    split_max_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Write shards with at most so much, such as 40GiB."),
+    ] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Convert quantized tensors too.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Worker threads; all cores.")] = None,
 ) -> None:
     """Write a GGUF with the types of a recipe, and check it."""
@@ -529,9 +554,20 @@ def quantize(
             bar.update(task, completed=step.done_bytes, total=step.total_bytes)
 
         result = qp.quantize(
-            qp.Recipe.load(recipe), source, target, threads=threads, progress=report
+            qp.Recipe.load(recipe),
+            source,
+            target,
+            imatrix=imatrix,
+            allow_requantize=allow_requantize,
+            split_max_bytes=_bytes("--split-max-size", split_max_size),
+            resume=resume,
+            verify=verify,
+            threads=threads,
+            progress=report,
         )
     typer.echo(f"{result.path}: {result.n_bytes} bytes in {result.duration_s:.1f} s, checked")
+    if result.verification is not None:
+        typer.echo(result.verification.summary())
 
 
 def _exit_on_signals() -> None:

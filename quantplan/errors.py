@@ -10,6 +10,7 @@ QuantplanError
 ├── NoPlanError             the input is sound, but nothing satisfies the constraints (exit code 1)
 ├── SolverError             the solver failed or contradicted itself (exit code 1)
 ├── QuantizeError           writing the quantized file failed (exit code 1)
+│   └── WeightError         a weight of the source cannot be converted
 └── LlamaCppError           llama.cpp is missing, does not run, or failed (exit code 1)
 
 A message says what failed, the value with its unit, the limit, and what to change.
@@ -82,6 +83,10 @@ class SolverError(QuantplanError):
 
 class QuantizeError(QuantplanError):
     """The quantized file could not be written; the target was left as it was."""
+
+
+class WeightError(QuantizeError):
+    """A weight of the source is not finite, or too large for the type that it should get."""
 
 
 class LlamaCppError(QuantplanError):

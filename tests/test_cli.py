@@ -1,5 +1,6 @@
 """The command line: thin over the API, exit codes, output that parses."""
 
+import hashlib
 import json
 import os
 import re
@@ -113,8 +114,10 @@ def test_plan_then_quantize_on_the_command_line(tmp_path: Path) -> None:
     machine = "10MiB@300GB/s + 20MiB@20GB/s"
     planned = quantplan("plan", source, "--machine", machine, "--ctx", "256", "--recipe", recipe)
     assert planned.returncode == 0, planned.stderr
-    done = quantplan("quantize", recipe, source, target)
+    done = quantplan("quantize", recipe, source, target, "--verify", "--resume")
     assert done.returncode == 0, done.stderr
+    assert hashlib.sha256(target.read_bytes()).hexdigest() in done.stdout
+    assert "relative squared error" in done.stdout
     written = qp.read_inventory(target)
     wanted = {t.tensor: t.qtype for t in qp.Recipe.load(recipe).tensors}
     assert {t.name: t.qtype for t in written.tensors} == wanted
@@ -217,7 +220,7 @@ def test_no_progress_is_shown_before_input_errors(tmp_path: Path, missing: str) 
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX has these signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_no_temporary_file(tmp_path: Path, number: signal.Signals) -> None:
-    """`quantize` that is told to end removes what it has written so far."""
+    """`quantize` that is told to end before a tensor is done leaves nothing."""
     source = sparse(tmp_path / "large.gguf", n_rows=1 << 17)
     recipe_for(source, {"blk.0.ffn_up.weight": "Q4_K"}).save(tmp_path / "recipe.json")
     folder = tmp_path / "target"

@@ -1,6 +1,8 @@
 """The header parser, compared with `gguf.GGUFReader` and fed with damage of every kind."""
 
 import hashlib
+import json
+import re
 import struct
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +15,6 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFEndian, GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import toy_moe
 
 from quantplan.errors import SourceError
 from quantplan.inventory.header import (
@@ -23,13 +24,10 @@ from quantplan.inventory.header import (
     parse_header,
     read_header,
 )
+from tests.support.headers import blob, strings, text, u32
+from tests.support.models import toy_moe
 
 READ_AHEAD_BYTES = 1 << 20
-Entry = tuple[str, bytes]
-"""A key and its encoded type and value."""
-Tensor = tuple[str, Sequence[int], int, int]
-"""Name, shape in GGUF order, type number and offset."""
-
 both_byte_orders = pytest.mark.parametrize("endianess", GGUFEndian, ids=lambda e: e.name.lower())
 # One value of every type, at an end of its range where it has one.
 SCALARS: Mapping[str, tuple[Any, GGUFValueType]] = {
@@ -91,43 +89,6 @@ def write_with_gguf(path: Path, endianess: GGUFEndian = GGUFEndian.LITTLE) -> Pa
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def text(value: str, order: str = "<") -> bytes:
-    """Encodes a string as GGUF does."""
-    raw = value.encode()
-    return struct.pack(f"{order}Q", len(raw)) + raw
-
-
-def u32(value: int) -> bytes:
-    """Encodes an unsigned value with its type."""
-    return struct.pack("<II", GGUFValueType.UINT32, value)
-
-
-def strings(values: Sequence[str | int]) -> bytes:
-    """Encodes an array of strings; a number stands for so many letters."""
-    items = [text(v if isinstance(v, str) else "x" * v) for v in values]
-    return struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.STRING, len(items)) + b"".join(
-        items
-    )
-
-
-def blob(
-    entries: Sequence[Entry] = (),
-    tensors: Sequence[Tensor] = (("a", (8,), 0, 0),),
-    *,
-    counts: tuple[int, int] | None = None,
-    version: int = 3,
-    data: bytes = bytes(64),
-) -> bytes:
-    """Writes a GGUF by hand, however wrong it may be."""
-    n_tensors, n_keys = counts or (len(tensors), len(entries))
-    raw = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_keys)
-    raw += b"".join(text(key) + value for key, value in entries)
-    for name, shape_ne, kind, offset in tensors:
-        raw += text(name) + struct.pack(f"<I{len(shape_ne)}Q", len(shape_ne), *shape_ne)
-        raw += struct.pack("<IQ", kind, offset)
-    return raw + bytes(-len(raw) % 32) + data
 
 
 def parse(raw: bytes) -> Header:
@@ -502,6 +463,21 @@ def test_lost_and_inserted_bytes_never_crash(begin: int, n_lost: int, inserted: 
 def test_noise_after_the_magic_number_never_crashes(noise: bytes) -> None:
     """Noise that starts like a GGUF is read or refused with a SourceError."""
     accept_or_refuse(b"GGUF\3\0\0\0" + noise)
+
+
+CORPUS = json.loads(Path(__file__).with_name("data").joinpath("header_corpus.json").read_text())
+
+
+@pytest.mark.parametrize("says", sorted(CORPUS))
+def test_every_known_damage_is_refused_alike(says: str) -> None:
+    """What benchmarks/fuzz_header.py found once is answered as it was then."""
+    raw = bytes.fromhex(CORPUS[says])
+    if says == "accepted":
+        accept_or_refuse(raw)
+        return
+    with pytest.raises(SourceError) as caught:
+        parse_header(lambda offset, size: raw[offset : offset + size], len(raw), "fuzz")
+    assert re.sub(r"'.*'|\".*\"|\d+", "_", str(caught.value), flags=re.DOTALL) == says
 
 
 TYPES: Mapping[GGUFValueType, st.SearchStrategy[Any]] = {

@@ -15,6 +15,7 @@ from typing import Any
 from gguf import GGUFValueType
 
 from quantplan.errors import SourceError
+from quantplan.inventory.ranges import open_ranges
 from quantplan.qtypes import QType, qtype_by_id
 
 MAGIC = b"GGUF"
@@ -299,20 +300,11 @@ def _sha256(read_at: ReadAt, end: int) -> str:
     return digest.hexdigest()
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """Reads the header of a GGUF file on disk.
+def read_header(source: str | os.PathLike[str]) -> Header:
+    """Reads the header of a GGUF file on disk, or behind an HTTP URL.
 
     Raises:
         SourceError: The file cannot be opened, or `parse_header` refuses it.
     """
-    try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (os.PathLike, unbuffered)
-            size = os.fstat(file.fileno()).st_size
-
-            def read_at(offset: int, n_bytes: int) -> bytes:
-                file.seek(offset)
-                return file.read(n_bytes)
-
-            return parse_header(read_at, size, os.fspath(path))
-    except OSError as error:
-        raise SourceError(f"{os.fspath(path)}: {error.strerror or error}") from error
+    with open_ranges(source) as file:
+        return parse_header(file.read_at, file.size, file.name)

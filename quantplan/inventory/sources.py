@@ -1,52 +1,72 @@
-"""Where an inventory comes from: a GGUF file, a split GGUF, or the catalog."""
+"""Where an inventory comes from: a GGUF file, whole or split, local or remote, or the catalog."""
 
 import hashlib
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
+from urllib.parse import urlsplit, urlunsplit
 
 from quantplan.errors import SourceError
 from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.catalog import catalog_names, read_catalog
 from quantplan.inventory.header import Header, SkippedArray, read_header
+from quantplan.inventory.ranges import Location, is_url, located
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 def shard_paths(path: Path) -> tuple[Path, ...]:
-    """All files of a model, given any of them.
+    """All files of a model on the disk, given any of them.
 
     Raises:
         SourceError: Shards are missing; all of them are named.
     """
-    match = _SHARD.fullmatch(path.name)
-    if match is None:
-        return (path,)
-    count = int(match["count"])
-    if not 1 <= int(match["index"]) <= count:
-        raise SourceError(f"{path}: there is no shard {match['index']} of {match['count']}")
-    shards = [
-        path.with_name(f"{match['stem']}-{index:05d}-of-{match['count']}.gguf")
-        for index in range(1, count + 1)
-    ]
-    missing = [shard for shard in shards if not shard.is_file()]
+    shards = tuple(path.with_name(name) for name in _shard_names(path.name))
+    missing = [shard for shard in shards if len(shards) > 1 and not shard.is_file()]
     if missing:
         raise SourceError(
-            f"{len(missing)} of {count} shards are missing: put {shard} beside {path}"
+            f"{len(missing)} of {len(shards)} shards are missing: put {shard} beside {path}"
             for shard in missing
         )
-    return tuple(shards)
+    return shards
 
 
-def read_headers(path: Path) -> tuple[tuple[Path, Header], ...]:
+def _shard_urls(url: str) -> tuple[str, ...]:
+    parts = urlsplit(url)
+    folder, _, last = parts.path.rpartition("/")
+    names = _shard_names(last)
+    return tuple(urlunsplit(parts._replace(path=f"{folder}/{name}")) for name in names)
+
+
+def _shard_names(name: str) -> list[str]:
+    """The names of all shards, given one of them; a file that is no shard is alone."""
+    match = _SHARD.fullmatch(name)
+    if match is None:
+        return [name]
+    count = int(match["count"])
+    if not 1 <= int(match["index"]) <= count:
+        raise SourceError(f"{name}: there is no shard {match['index']} of {match['count']}")
+    return [f"{match['stem']}-{i:05d}-of-{match['count']}.gguf" for i in range(1, count + 1)]
+
+
+def read_headers(source: str | os.PathLike[str]) -> tuple[tuple[Location, Header], ...]:
     """Reads the headers of a model's files and checks that they belong together.
+
+    Args:
+        source: A GGUF file or any shard of one, by its path or its HTTP URL.
 
     Raises:
         SourceError: A file is missing or damaged, or the shards contradict each other.
     """
-    _refuse_irregular(path)
-    files = tuple((shard, read_header(shard)) for shard in shard_paths(path))
+    location = located(source)
+    shards: tuple[Location, ...]
+    if isinstance(location, Path):
+        _refuse_irregular(location)
+        shards = shard_paths(location)
+    else:
+        shards = _shard_urls(location)
+    files = tuple((shard, read_header(shard)) for shard in shards)
     first = files[0][1]
     count = _count(files[0], "split.count") or len(files)
     names = [t.name for _, header in files for t in header.tensors]
@@ -55,19 +75,26 @@ def read_headers(path: Path) -> tuple[tuple[Path, Header], ...]:
     faults = []
     if count != len(files):
         faults.append(
-            f"{path}: the file says that it is one of {count} shards, but its name does not follow "
-            f"NAME-00001-of-{count:05d}.gguf; restore the names that the shards were made with"
+            f"{location}: the file says that it is one of {count} shards, but its name does not "
+            f"follow NAME-00001-of-{count:05d}.gguf; restore the names that the shards were made "
+            "with"
         )
     elif len(names) != expected or len(set(names)) != len(names):
         faults.append(
-            f"{path}: the shards hold {len(set(names))} different tensors in {len(names)} entries, "
-            f"but {expected} are announced; they come from different models"
+            f"{location}: the shards hold {len(set(names))} different tensors in {len(names)} "
+            f"entries, but {expected} are announced; they come from different models"
         )
     if "general.architecture" not in first.metadata:
-        faults.append(f"{path}: the metadata name no general.architecture; this is no model")
+        faults.append(f"{location}: the metadata name no general.architecture; this is no model")
     if faults:
         raise SourceError(faults)
     return files
+
+
+def headers_sha256(headers: Sequence[Header]) -> str:
+    """The hash that identifies a model's files: of their headers, in order."""
+    hashes = [header.sha256 for header in headers]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _refuse_irregular(path: Path) -> None:
@@ -77,7 +104,7 @@ def _refuse_irregular(path: Path) -> None:
         raise SourceError(f"{_text(path)}: is no regular file, but a device or a pipe")
 
 
-def _count(file: tuple[Path, Header], key: str) -> int | None:
+def _count(file: tuple[Location, Header], key: str) -> int | None:
     """A count of a shard's metadata, or None where it has none."""
     path, header = file
     value = header.metadata.get(key)
@@ -86,22 +113,20 @@ def _count(file: tuple[Path, Header], key: str) -> int | None:
     return value
 
 
-def _text(path: str | Path) -> str:
+def _text(path: str | PurePath) -> str:
     """A path as text that JSON can hold."""
     return os.fsencode(path).decode("utf-8", errors="replace")
 
 
-def _from_files(path: Path) -> Inventory:
-    files = read_headers(path)
+def _from_files(source: Location) -> Inventory:
+    files = read_headers(source)
+    path = PurePosixPath(urlsplit(source).path) if isinstance(source, str) else source
     headers: Sequence[Header] = [header for _, header in files]
     metadata = {k: v for k, v in headers[0].metadata.items() if not k.startswith("split.")}
-    hashes = [header.sha256 for header in headers]
     return Inventory(
         name=str(metadata.get("general.name") or _text(path.stem)),
-        source=_text(path),
-        header_sha256=(
-            hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-        ),
+        source=_text(source),
+        header_sha256=headers_sha256(headers),
         metadata={k: v for k, v in metadata.items() if not isinstance(v, SkippedArray)},
         array_lengths={k: v.length for k, v in metadata.items() if isinstance(v, SkippedArray)},
         tensors=tuple(
@@ -119,13 +144,15 @@ def read_inventory(source: str | Path) -> Inventory:
     the size of the model.
 
     Args:
-        source: A GGUF file, any shard of a split GGUF, or a name of the catalog such as
-            ``GLM-4.5-Air``, in any spelling that `read_named` takes.
+        source: A GGUF file or any shard of a split one, by its path or its HTTP URL, or a name of
+            the catalog such as ``GLM-4.5-Air``, in any spelling that `read_named` takes.
 
     Raises:
         SourceError: The file is missing, no regular file, no GGUF, truncated or damaged, a shard
             is missing, or the catalog has no such name; similar names are suggested.
     """
+    if isinstance(source, str) and is_url(source):
+        return _from_files(source)
     path = Path(source)
     try:
         is_file = path.is_file()

@@ -1,23 +1,34 @@
 """Carries a recipe out: writes the quantized file, whole or not at all."""
 
 import contextlib
+import hashlib
 import os
+import platform
 import time
-from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantplan.errors import InputError, QuantizeError, SourceError
-from quantplan.inventory.header import read_header
-from quantplan.inventory.sources import read_headers
-from quantplan.quantize.check import checked_layout
-from quantplan.quantize.convert import Chunk, Shards, Workspace, chunks
+from quantplan.errors import InputError, QuantizeError, WeightError
+from quantplan.inventory.ranges import Location, Ranges, open_ranges
+from quantplan.inventory.sources import headers_sha256, read_headers
+from quantplan.qtypes import QType
+from quantplan.quantize.backend import Backend
+from quantplan.quantize.check import checked_layouts
+from quantplan.quantize.convert import Chunk, Workspace, chunks
 from quantplan.quantize.ggml import ggml
-from quantplan.quantize.layout import Layout
+from quantplan.quantize.imatrix import read_imatrix
+from quantplan.quantize.layout import Files, Layout
 from quantplan.quantize.partial import PartialFile
+from quantplan.quantize.verify import Verification, file_hash, squared_errors, verify_header
+from quantplan.quantize.workers import in_order
 from quantplan.recipe import Recipe
+from quantplan.version import __version__
+
+# At most so much of a large tensor is lost when a run ends.
+_MARKED_BYTES = 16 << 20
+# Blocks of 4 MiB of a remote source to fetch while earlier ones are converted.
+_READ_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +51,16 @@ class QuantizeResult:
     """The file that was written.
 
     Attributes:
-        path: The file.
-        n_bytes: Its size.
+        path: The file, or the first of its shards.
+        n_bytes: Its size, that of all shards.
         duration_s: Wall time that it took.
+        verification: What was found where everything was read back.
     """
 
     path: Path
     n_bytes: int
     duration_s: float
+    verification: Verification | None = None
 
 
 def quantize(
@@ -55,49 +68,100 @@ def quantize(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
+    imatrix: str | os.PathLike[str] | None = None,
+    allow_requantize: bool = False,
+    split_max_bytes: int | None = None,
+    resume: bool = False,
+    verify: bool = False,
+    backend: Backend | None = None,
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> QuantizeResult:
     """Writes a model with the types of a recipe.
 
     The data are those that llama-quantize writes for the same types on the same kind of processor,
-    whatever the number of threads. Memory does not grow with the model: about 6 MB per thread. The
-    target appears under its name only when it is complete and its header has been read back; until
-    then an existing file of that name stays as it is.
+    whatever the number of threads. Memory does not grow with the model: about 6 MB per thread, and
+    about 50 MB for a remote source. The target appears under its name only when it is complete and
+    its header has been read back; until then an existing file of that name stays as it is.
+
+    A run that is killed, interrupted or fails leaves ``.TARGET.partial`` with the tensors that are
+    done and ``.TARGET.journal`` with their checksums. ``resume`` continues there and writes the
+    identical file; without it a new run starts again. Where a weight cannot be converted nothing
+    is left.
 
     Args:
         recipe: Type of every tensor; a tensor whose type does not change is copied as it is.
-        source: A GGUF file with F32, F16 or BF16 weights, or any shard of a split one.
-        target: File to write, one file in any case. Where it is a symbolic link, the file that it
-            points to is written.
+        source: A GGUF file with F32, F16 or BF16 weights, or any shard of a split one; a path or
+            an HTTP URL, which is read tensor by tensor.
+        target: File to write. Where it is a symbolic link, the file that it points to is written.
+        imatrix: An importance matrix of llama.cpp, GGUF or ``.dat``. Tensors that it does not
+            cover are quantized without.
+        allow_requantize: Convert quantized tensors as well.
+        split_max_bytes: Write shards ``TARGET-00001-of-00003.gguf`` with at most so many bytes of
+            tensor data each; a larger tensor has a shard to itself.
+        resume: Continue what an earlier run has left.
+        verify: Read everything back: compare the bytes with those written, hash them, and compare
+            the weights with the source's.
+        backend: What quantizes; the bundled ggml by default.
         threads: Threads that convert; by default one per processor that may be used.
         progress: Called after each part of a tensor that was written, in the calling thread.
             An exception that it raises ends the work and is passed on.
 
     Raises:
-        InputError: ``threads`` is less than 1.
-        SourceError: The source is missing, damaged, big-endian, or changes while it is read.
-        RecipeError: The recipe does not fit the source, or there is no place for the target; all
-            faults are named, and nothing has been written.
-        QuantizeError: The bundled library cannot be used, a weight is not finite or too large, or
-            writing failed.
+        InputError: ``threads`` or ``split_max_bytes`` is less than 1.
+        SourceError: The source or the importance matrix is missing, damaged, big-endian, or changes
+            while it is read; a server fails.
+        RecipeError: The recipe does not fit the source, there is no place for the target, or what
+            is to be continued is another job; all faults are named, and nothing has been written.
+        WeightError: A weight is not finite or too large.
+        QuantizeError: The backend cannot be used, or writing failed.
     """
     started = time.perf_counter()
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; it must be at least 1")
-    source, target = Path(source), Path(target)
-    real_target = Path(os.path.realpath(target))
-    layout = checked_layout(recipe, read_headers(source), real_target)
-    library = ggml()
-    for move in layout.moves:
-        if not move.is_copy:
-            library.prepare(move.target.qtype)
-    with PartialFile(real_target) as file:
-        _write(layout, file, threads or _n_processors(), progress)
-        file.sync()
-        _verify(layout, file.path)
-        file.commit()
-    return QuantizeResult(target, layout.n_bytes, time.perf_counter() - started)
+    faults = [
+        f"{name} is {value}; it must be at least 1"
+        for name, value in (("threads", threads), ("split_max_bytes", split_max_bytes))
+        if value is not None and value < 1
+    ]
+    if faults:
+        raise InputError(faults)
+    target, threads = Path(target), threads or _n_processors()
+    files, importance = read_headers(source), read_imatrix(imatrix) if imatrix else None
+    backend = backend or ggml()
+    layouts = checked_layouts(
+        recipe,
+        files,
+        Path(os.path.realpath(target)),
+        importance=importance,
+        allow_requantize=allow_requantize,
+        metadata=_provenance(files, imatrix, backend),
+        split_max_bytes=split_max_bytes,
+    )
+    total_bytes = sum(layout.n_bytes for layout in layouts)
+    _prepare(backend, layouts)
+    with contextlib.ExitStack() as stack:
+        sources = {
+            place: stack.enter_context(open_ranges(place, read_ahead=_READ_AHEAD))
+            for place, _ in files
+        }
+        parts = [
+            stack.enter_context(PartialFile(layout.path, _job(layout, sources), resume=resume))
+            for layout in layouts
+        ]
+        tools = _Tools(sources, backend, threads)
+
+        def report(tensor: str) -> None:
+            if progress:
+                progress(Progress(tensor, sum(part.n_bytes for part in parts), total_bytes))
+
+        for layout, part in zip(layouts, parts, strict=True):
+            _write(layout, part, tools, report)
+        checked = _finish(layouts, parts, tools, verify=verify)
+    return QuantizeResult(
+        path=target if split_max_bytes is None else layouts[0].path,
+        n_bytes=total_bytes,
+        duration_s=time.perf_counter() - started,
+        verification=checked,
+    )
 
 
 def _n_processors() -> int:
@@ -106,65 +170,97 @@ def _n_processors() -> int:
     return os.cpu_count() or 1
 
 
-def _write(
-    layout: Layout,
-    file: PartialFile,
-    threads: int,
-    progress: Callable[[Progress], None] | None,
-) -> None:
-    """Writes the header and then every tensor, in order."""
-    file.write(layout.header)
-    done = n_header = len(layout.header)
-    with (
-        Shards({move.path for move in layout.moves}) as shards,
-        contextlib.closing(_converted(layout, shards, threads)) as converted,
-    ):
-        for chunk, data in converted:
-            file.write(bytes(n_header + chunk.target_begin - done))
-            file.write(data)
-            done = n_header + chunk.target_begin + len(data)
-            if progress:
-                progress(Progress(chunk.move.target.name, done, layout.n_bytes))
-    file.write(bytes(layout.n_bytes - done))
+def _provenance(
+    files: Files, imatrix: str | os.PathLike[str] | None, backend: Backend
+) -> dict[str, str]:
+    """What the header says of how the file was made."""
+    stated = {
+        "quantplan.version": __version__,
+        "quantplan.backend": f"{backend.name} {platform.machine()}",
+        "quantplan.source_header_sha256": headers_sha256([header for _, header in files]),
+    }
+    if imatrix is not None:
+        stated["quantplan.imatrix_sha256"] = hashlib.sha256(Path(imatrix).read_bytes()).hexdigest()
+    return stated
 
 
-def _converted(
-    layout: Layout, shards: Shards, threads: int
-) -> Generator[tuple[Chunk, memoryview], None, None]:
-    """Converts the chunks in threads and yields them in order, a bounded number in flight."""
-    library = ggml()
-    free = [Workspace(layout.moves) for _ in range(4 * threads)]
-    flying: deque[tuple[Chunk, Workspace, Future[memoryview]]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for chunk in (chunk for move in layout.moves for chunk in chunks(move)):
-            if not free:
-                first, workspace, future = flying.popleft()
-                yield first, future.result()
-                free.append(workspace)
-            workspace = free.pop()
-            future = pool.submit(workspace.convert, chunk, shards, library)
-            flying.append((chunk, workspace, future))
-        for chunk, _, future in flying:
-            yield chunk, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _prepare(backend: Backend, layouts: Sequence[Layout]) -> None:
+    """Gets the backend ready before threads use it."""
+    always: dict[QType, bool] = {}
+    for move in (move for layout in layouts for move in layout.moves if not move.is_copy):
+        qtype = move.target.qtype
+        always[qtype] = always.get(qtype, True) and move.importance is not None
+    for qtype, has_imatrix in always.items():
+        backend.prepare(qtype, has_imatrix=has_imatrix)
 
 
-def _verify(layout: Layout, path: Path) -> None:
-    """Reads the header of the written file back and compares it with the layout."""
-    try:
-        header = read_header(path)
-    except SourceError as error:
-        raise QuantizeError(f"the written file cannot be read back: {error}") from error
-    n_bytes = path.stat().st_size
-    expected = tuple(move.target for move in layout.moves)
-    if (header.tensors, header.data_offset, n_bytes) != (
-        expected,
-        len(layout.header),
-        layout.n_bytes,
-    ):
-        raise QuantizeError(
-            f"{path} reads back with {len(header.tensors)} tensors in {n_bytes} bytes instead of "
-            f"{len(expected)} in {layout.n_bytes}; this is a fault of quantplan, please report it"
-        )
+def _job(layout: Layout, sources: Mapping[Location, Ranges]) -> str:
+    """Identifies every byte of a file: its header, with its provenance, and the source's files."""
+    digest = hashlib.sha256(layout.header)
+    for place in dict.fromkeys(move.location for move in layout.moves):
+        digest.update(f"\n{sources[place].identity}".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Tools:
+    """What the work is done with."""
+
+    sources: Mapping[Location, Ranges]
+    backend: Backend
+    threads: int
+
+
+def _write(layout: Layout, file: PartialFile, tools: _Tools, report: Callable[[str], None]) -> None:
+    """Writes the header and then every tensor, in order, from where the file ends."""
+    n_header = len(layout.header)
+    if not file.n_bytes:
+        file.write(layout.header)
+    begin = marked = file.n_bytes
+    todo = (
+        chunk
+        for move in layout.moves
+        for chunk in chunks(move)
+        if n_header + chunk.target_begin >= begin
+    )
+
+    def convert(workspace: Workspace, chunk: Chunk) -> memoryview:
+        return workspace.convert(chunk, tools.sources[chunk.move.location], tools.backend)
+
+    workspaces = Workspace.several(4 * tools.threads, layout.moves)
+    with contextlib.closing(in_order(convert, todo, workspaces, tools.threads)) as converted:
+        try:
+            for chunk, data in converted:
+                file.write(bytes(n_header + chunk.target_begin - file.n_bytes))
+                file.write(data)
+                if chunk.is_last or file.n_bytes - marked > _MARKED_BYTES:
+                    file.mark()
+                    marked = file.n_bytes
+                report(chunk.move.target.name)
+        except WeightError:
+            file.discard()
+            raise
+    file.write(bytes(layout.n_bytes - file.n_bytes))
+
+
+def _finish(
+    layouts: Sequence[Layout], parts: Sequence[PartialFile], tools: _Tools, *, verify: bool
+) -> Verification | None:
+    """Checks the files, their weights too if so wished, and gives them their names."""
+    hashes: dict[str, str] = {}
+    errors: dict[str, float] = {}
+    for layout, part in zip(layouts, parts, strict=True):
+        part.sync()
+        try:
+            verify_header(layout, part.path)
+            if verify:
+                hashes[layout.path.name] = file_hash(part.path, part.crc)
+                errors |= squared_errors(
+                    layout, part.path, tools.sources, tools.backend, tools.threads
+                )
+        except QuantizeError:
+            part.discard()
+            raise
+    for part in parts:
+        part.commit()
+    return Verification(hashes, errors) if verify else None

@@ -3,46 +3,76 @@
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from quantplan.errors import RecipeError, SourceError
 from quantplan.inventory import Tensor
 from quantplan.inventory.header import TensorEntry
 from quantplan.qtypes import QTYPES, QType
-from quantplan.quantize.layout import Files, Layout, lay_out
+from quantplan.quantize.imatrix import Importance
+from quantplan.quantize.layout import Files, Layout, Metadata, lay_out
+from quantplan.quantize.partial import begun_bytes
 from quantplan.recipe import Recipe, RecipeTensor
 from quantplan.units import mib
 
 
-def checked_layout(recipe: Recipe, files: Files, target: Path) -> Layout:
+def checked_layouts(
+    recipe: Recipe,
+    files: Files,
+    target: Path,
+    *,
+    importance: Importance | None = None,
+    allow_requantize: bool = False,
+    metadata: Metadata | None = None,
+    split_max_bytes: int | None = None,
+) -> tuple[Layout, ...]:
     """Checks a recipe against a source and a place to write to.
 
     Args:
         recipe: What to do.
         files: Files of the source, in order.
         target: File to write; no symbolic link.
+        importance: Importance of the columns by tensor name.
+        allow_requantize: Whether quantized tensors may be converted too.
+        metadata: Keys to add to the header.
+        split_max_bytes: Most tensor data in one file.
 
     Raises:
         SourceError: The source is big-endian.
         RecipeError: The recipe does not fit the source, or the target cannot be written there; all
             faults are named.
     """
-    swapped = [str(path) for path, header in files if header.byte_order != "<"]
+    swapped = [str(place) for place, header in files if header.byte_order != "<"]
     if swapped:
-        raise SourceError(f"{path} is big-endian; convert it for little-endian" for path in swapped)
-    faults = _tensor_faults(recipe, files)
-    target_faults = _target_faults(files, target)
+        raise SourceError(
+            f"{place} is big-endian; convert it for little-endian" for place in swapped
+        )
+    faults = _tensor_faults(recipe, files, importance, allow_requantize)
     if faults:
-        raise RecipeError([*faults, *target_faults])
-    layout = lay_out(files, {t.tensor: QTYPES[t.qtype.upper()] for t in recipe.tensors})
+        raise RecipeError([*faults, *_target_faults(files, target)])
+    layouts = lay_out(
+        files,
+        target,
+        {t.tensor: QTYPES[t.qtype.upper()] for t in recipe.tensors},
+        importance=importance,
+        metadata=metadata,
+        split_max_bytes=split_max_bytes,
+    )
+    target_faults = [f for layout in layouts for f in _target_faults(files, layout.path)]
     if target.parent.is_dir():
-        target_faults += _space_faults(layout, target.parent)
+        target_faults += _space_faults(layouts, target.parent)
     if target_faults:
-        raise RecipeError(target_faults)
-    return layout
+        raise RecipeError(dict.fromkeys(target_faults))
+    return layouts
 
 
-def _tensor_faults(recipe: Recipe, files: Files) -> list[str]:
+def _tensor_faults(
+    recipe: Recipe, files: Files, importance: Importance | None, allow_requantize: bool
+) -> list[str]:
     counts = Counter(t.tensor for t in recipe.tensors)
     faults = [f"the recipe names {name} {n} times" for name, n in counts.items() if n > 1]
     wanted = {t.tensor: t for t in recipe.tensors}
@@ -57,11 +87,22 @@ def _tensor_faults(recipe: Recipe, files: Files) -> list[str]:
         f"the source lacks {name}, a tensor of the recipe; plan again from this source"
         for name in wanted.keys() - present.keys()
     ]
-    both = (_tensor_fault(present[n], wanted[n]) for n in present if n in wanted)
+    if importance and not importance.keys() & present.keys():
+        faults.append("the importance matrix knows no tensor of the source; it is of another model")
+    both = (
+        _tensor_fault(present[name], wanted[name], (importance or {}).get(name), allow_requantize)
+        for name in present
+        if name in wanted
+    )
     return [*sorted(faults), *(fault for fault in both if fault)]
 
 
-def _tensor_fault(source: TensorEntry, wanted: RecipeTensor) -> str | None:
+def _tensor_fault(
+    source: TensorEntry,
+    wanted: RecipeTensor,
+    importance: NDArray[np.float32] | None,
+    allow_requantize: bool,
+) -> str | None:
     if wanted.shape_ne != source.shape_ne:
         return (
             f"{source.name} has the shape {source.shape_ne}, but the recipe was made for "
@@ -72,23 +113,37 @@ def _tensor_fault(source: TensorEntry, wanted: RecipeTensor) -> str | None:
         return f"{source.name}: there is no type {wanted.qtype!r}"
     if qtype == source.qtype:
         return None
-    fault = _type_fault(source, qtype)
+    n_columns, _, n_experts, *_ = *source.shape_ne, 1, 1
+    if importance is not None and importance.size != n_columns * n_experts:
+        return (
+            f"{source.name} has {n_columns} columns in {n_experts} experts, but the importance "
+            f"matrix has {importance.size} values for it; it is of another model"
+        )
+    fault = _source_fault(source, allow_requantize) or _type_fault(source, qtype)
+    if fault is None and qtype.needs_imatrix and importance is None:
+        fault = (
+            "the type needs an importance matrix, and none is given for this tensor; give one that "
+            "covers it, or choose another type"
+        )
     return fault and f"{source.name} cannot become {qtype.name}: {fault}"
 
 
-def _type_fault(source: TensorEntry, qtype: QType) -> str | None:
-    if not source.qtype.is_float:
+def _source_fault(source: TensorEntry, allow_requantize: bool) -> str | None:
+    if source.qtype.is_float:
+        return None
+    if "llama.cpp" not in source.qtype.runtimes or not source.qtype.is_file_target:
+        return f"it is {source.qtype.name} in the source, which only ik_llama.cpp can read"
+    if not allow_requantize:
         return (
-            f"it is {source.qtype.name} in the source, and only F32, F16 and BF16 can be "
-            "converted; start from such a file"
+            f"it is {source.qtype.name} in the source, and quantizing twice costs quality; start "
+            "from an F32, F16 or BF16 file, or allow it"
         )
+    return None
+
+
+def _type_fault(source: TensorEntry, qtype: QType) -> str | None:
     if "llama.cpp" not in qtype.runtimes or not qtype.is_file_target:
         return "llama.cpp's quantizer writes no such file; for ik_llama.cpp use its llama-quantize"
-    if qtype.needs_imatrix:
-        return (
-            "the type needs an importance matrix, which quantplan cannot pass on yet; choose "
-            "another type, or run llama-quantize --imatrix"
-        )
     tensor = Tensor(name=source.name, shape_ne=source.shape_ne, qtype=source.qtype.name)
     if not qtype.is_float and not tensor.is_quantizable:
         return "llama.cpp loads this tensor only as floating-point numbers"
@@ -111,16 +166,21 @@ def _target_faults(files: Files, target: Path) -> list[str]:
         faults.append(f"{target} is a directory; name a file")
     elif target.exists() and not target.is_file():
         faults.append(f"{target} is no regular file, but a device or a pipe; name a file")
-    elif target.exists() and any(target.samefile(path) for path, _ in files):
+    elif target.exists() and any(
+        isinstance(place, Path) and target.samefile(place) for place, _ in files
+    ):
         faults.append(f"{target} is a file of the source; name another file")
     return faults
 
 
-def _space_faults(layout: Layout, folder: Path) -> list[str]:
+def _space_faults(layouts: Sequence[Layout], folder: Path) -> list[str]:
     free = shutil.disk_usage(folder).free
-    if layout.n_bytes <= free:
+    # An unfinished file of an earlier run is continued or replaced, so its space counts as free.
+    free += sum(begun_bytes(layout.path) for layout in layouts)
+    n_bytes = sum(layout.n_bytes for layout in layouts)
+    if n_bytes <= free:
         return []
     return [
-        f"{folder} has {mib(free)} free, but the file takes "
-        f"{mib(layout.n_bytes)}; free some space or write elsewhere"
+        f"{folder} has {mib(free)} free, but {layouts[0].path.name} takes "
+        f"{mib(n_bytes)}; free some space or write elsewhere"
     ]

@@ -1,21 +1,16 @@
 """Turns one chunk of a tensor into the target's bytes; threads share nothing but the source."""
 
-import contextlib
-import os
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import FileIO
 from math import prod
-from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantplan.errors import QuantizeError, SourceError
-from quantplan.quantize.ggml import Ggml
+from quantplan.errors import WeightError
+from quantplan.inventory.ranges import Ranges
+from quantplan.quantize.backend import Backend
 from quantplan.quantize.layout import TensorMove
 
 # Small enough that converted numbers are still in the processor's cache when they are quantized,
@@ -36,6 +31,7 @@ class Chunk:
         n_bytes: Bytes of the part in the source.
         target_begin: Where it starts in the target's data section, in bytes.
         target_n_bytes: Bytes of the part in the target.
+        expert: Which expert it belongs to.
     """
 
     move: TensorMove
@@ -43,6 +39,25 @@ class Chunk:
     n_bytes: int
     target_begin: int
     target_n_bytes: int
+    expert: int = 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the tensor ends with it."""
+        target = self.move.target
+        return self.target_begin + self.target_n_bytes == target.offset + target.n_bytes
+
+    @property
+    def n_weights(self) -> int:
+        """Weights to convert, whole rows; of tensors that are copied only some may be whole."""
+        source = self.move.source
+        return self.n_bytes // source.qtype.block_bytes * source.qtype.block
+
+    @property
+    def importance(self) -> NDArray[np.float32] | None:
+        """Weights of the columns, where they are known."""
+        importance = self.move.importance
+        return None if importance is None else importance[min(self.expert, len(importance) - 1)]
 
 
 def chunks(move: TensorMove) -> Iterator[Chunk]:
@@ -56,7 +71,8 @@ def chunks(move: TensorMove) -> Iterator[Chunk]:
     n_columns, n_rows, *more = *source.shape_ne, 1
     source_row, target_row = source.qtype.row_bytes(n_columns), target.qtype.row_bytes(n_columns)
     step = max(1, _CHUNK_WEIGHTS // n_columns)
-    for first in range(0, n_rows * prod(more), n_rows):
+    for index in range(prod(more)):
+        first = index * n_rows
         for row in range(first, first + n_rows, step):
             n = min(step, first + n_rows - row)
             yield Chunk(
@@ -65,107 +81,57 @@ def chunks(move: TensorMove) -> Iterator[Chunk]:
                 n * source_row,
                 target.offset + row * target_row,
                 n * target_row,
+                index % more[0],  # the importance matrix knows the third axis alone
             )
-
-
-class Shards:
-    """The source's files, open for reading at any place by several threads at once."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        """Opens the files.
-
-        Raises:
-            SourceError: A file cannot be opened.
-        """
-        self._lock = threading.Lock()
-        self._files: dict[Path, FileIO] = {}
-        with contextlib.ExitStack() as stack:
-            for path in paths:
-                with _explained(path):
-                    self._files[path] = stack.enter_context(path.open("rb", buffering=0))
-            self._closing = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        """Returns itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Closes the files."""
-        self._closing.close()
-
-    def read_into(self, path: Path, begin: int, buffer: memoryview) -> None:
-        """Fills a buffer from one place of a file.
-
-        Raises:
-            SourceError: The file cannot be read, or has become shorter since it was opened.
-        """
-        while buffer:
-            with _explained(path):
-                n_bytes = self._read(self._files[path], begin, buffer)
-            if not n_bytes:
-                raise SourceError(
-                    f"{path} ended at byte {begin} while it was read; another program has changed "
-                    "it, so start again"
-                )
-            begin, buffer = begin + n_bytes, buffer[n_bytes:]
-
-    def _read(self, file: FileIO, begin: int, buffer: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(file.fileno(), [buffer], begin)
-        with self._lock:
-            file.seek(begin)
-            return file.readinto(buffer) or 0
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SourceError(f"{path}: {error.strerror or error}") from error
 
 
 class Workspace:
     """Memory for one chunk in flight, used again and again."""
 
-    def __init__(self, moves: Iterable[TensorMove]) -> None:
-        """Reserves what the largest chunk takes; pages that are never touched cost nothing."""
-        firsts = [next(chunks(move)) for move in moves]  # no later chunk of a tensor is larger
-        self._raw = np.empty(max(chunk.n_bytes for chunk in firsts), np.uint8)
-        self._out = np.empty(max(chunk.target_n_bytes for chunk in firsts), np.uint8)
-        self._floats = np.empty(self._raw.size // 2, np.float32)  # F16 and BF16 take two bytes
+    def __init__(self, chunk_bytes: int, target_bytes: int, n_weights: int) -> None:
+        """Reserves memory; pages that are never touched cost nothing."""
+        self._raw = np.empty(chunk_bytes, np.uint8)
+        self._out = np.empty(target_bytes, np.uint8)
+        self._floats = np.empty(n_weights, np.float32)
 
-    def convert(self, chunk: Chunk, shards: Shards, library: Ggml) -> memoryview:
+    @classmethod
+    def several(cls, count: int, moves: Iterable[TensorMove]) -> list[Self]:
+        """Workspaces that hold the largest chunk of any of the tensors."""
+        firsts = [next(chunks(move)) for move in moves]  # no later chunk of a tensor is larger
+        converted = [chunk for chunk in firsts if not chunk.move.is_copy]
+        sizes = (
+            max(chunk.n_bytes for chunk in firsts),
+            max((chunk.target_n_bytes for chunk in converted), default=0),
+            max((chunk.n_weights for chunk in converted), default=0),
+        )
+        return [cls(*sizes) for _ in range(count)]
+
+    def convert(self, chunk: Chunk, source: Ranges, backend: Backend) -> memoryview:
         """Reads a chunk and converts it.
 
         Args:
             chunk: What to convert.
-            shards: The source.
-            library: The quantizer, prepared for the chunk's type.
+            source: The chunk's file.
+            backend: The quantizer, prepared for the chunk's type.
 
         Returns:
             The chunk's bytes in the target; they are valid until the workspace is used again.
 
         Raises:
             SourceError: The source cannot be read.
-            QuantizeError: A weight is not finite or too large for the type.
+            WeightError: A weight is not finite or too large for the type.
         """
-        source, qtype = chunk.move.source, chunk.move.target.qtype
+        entry, qtype = chunk.move.source, chunk.move.target.qtype
         raw = self._raw[: chunk.n_bytes]
-        shards.read_into(chunk.move.path, chunk.begin, raw.data)
+        source.read_into(chunk.begin, raw.data)
         if chunk.move.is_copy:
             return raw.data
         out = self._out[: chunk.target_n_bytes]
-        floats = library.to_float32(source.qtype, raw, self._floats)
-        _check_magnitudes(floats, source.name)
-        if not library.quantize(qtype, floats, source.shape_ne[0], out):
-            raise QuantizeError(
-                f"{source.name}: weights up to {np.abs(floats).max():.3g} are too large for "
+        floats = backend.to_float32(entry.qtype, raw, self._floats)
+        _check_magnitudes(floats, entry.name)
+        if not backend.quantize(qtype, floats, entry.shape_ne[0], out, chunk.importance):
+            raise WeightError(
+                f"{entry.name}: weights up to {np.abs(floats).max():.3g} are too large for "
                 f"{qtype.name}; choose BF16 or F32 for it, or repair the source"
             )
         return out.data
@@ -176,7 +142,7 @@ def _check_magnitudes(floats: NDArray[np.float32], name: str) -> None:
     if low >= -_MAX_MAGNITUDE and high <= _MAX_MAGNITUDE:
         return
     worst = low if abs(low) > abs(high) else high
-    raise QuantizeError(
+    raise WeightError(
         f"{name}: it holds the weight {worst:.3g}; weights must be finite and within "
         f"{_MAX_MAGNITUDE:.0e} to be converted. The source is damaged; convert or download it again"
     )

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import sys
 import threading
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,8 +39,6 @@ _FUNCTIONS = {
         [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p],
     ),
     "ggml_get_type_traits": (ctypes.c_void_p, [ctypes.c_int]),
-    "ggml_fp16_to_fp32_row": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]),
-    "ggml_bf16_to_fp32_row": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]),
 }
 
 
@@ -65,6 +64,7 @@ class Ggml:
     Attributes:
         path: File that was loaded.
         version: Version that the library states.
+        name: The library with its version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,6 +88,8 @@ class Ggml:
             )
             raise QuantizeError(f"{path} cannot be used: {error}.{hint} {_INSTEAD}") from error
         self.version: str = self._library.ggml_version().decode()
+        self.name = f"ggml {self.version}"
+        self._dequantizer = functools.cache(self._find_dequantizer)
         self._ready: set[str] = set()
         self._lock = threading.Lock()
 
@@ -136,32 +138,32 @@ class Ggml:
     def _check_imatrix(self, qtype: QType) -> None:
         if qtype.needs_imatrix or self._library.ggml_quantize_requires_imatrix(qtype.ggml_id):
             raise QuantizeError(
-                f"{qtype.name} needs an importance matrix, which quantplan cannot pass on yet; "
-                "choose another type, or run llama-quantize --imatrix"
+                f"{qtype.name} needs an importance matrix, but there is none for it; give one, "
+                "or choose another type"
             )
 
     def to_float32(
         self, qtype: QType, raw: NDArray[np.uint8], floats: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """Converts stored floating-point numbers to single precision, exactly.
+        """Converts stored weights to single precision, floating-point numbers exactly.
 
         Args:
-            qtype: F32, F16 or BF16.
-            raw: Contiguous bytes as stored.
+            qtype: Type that they are stored in, one of llama.cpp's.
+            raw: Contiguous bytes of whole blocks.
             floats: Contiguous memory for the result, at least as long.
 
         Returns:
-            One number per stored number: a view of ``raw`` if it is F32, of ``floats`` otherwise.
+            One number per weight: a view of ``raw`` if it is F32, of ``floats`` otherwise.
         """
         if qtype.name == "F32":
             return raw.view(np.float32)
-        n_weights = raw.size // qtype.block_bytes
-        if qtype.name == "F16":
-            convert = self._library.ggml_fp16_to_fp32_row
-        else:
-            convert = self._library.ggml_bf16_to_fp32_row
-        convert(raw.ctypes.data, floats.ctypes.data, n_weights)
+        n_weights = raw.size // qtype.block_bytes * qtype.block
+        self._dequantizer(qtype.ggml_id)(raw.ctypes.data, floats.ctypes.data, n_weights)
         return floats[:n_weights]
+
+    def _find_dequantizer(self, ggml_id: int) -> Callable[[int, int, int], None]:
+        address = self._library.ggml_get_type_traits(ggml_id)
+        return _TO_FLOAT(_TypeTraits.from_address(address).to_float)
 
     def round_trip(
         self,
@@ -179,25 +181,18 @@ class Ggml:
         Returns:
             Rows of the same shape.
         """
-        n_rows, n_columns = floats.shape
-        stored = np.empty(n_rows * qtype.row_bytes(n_columns), dtype=np.uint8)
-        self._library.ggml_quantize_chunk(
-            qtype.ggml_id,
-            floats.ctypes.data,
-            stored.ctypes.data,
-            0,
-            n_rows,
-            n_columns,
-            None if importance is None else importance.ctypes.data,
-        )
-        address = self._library.ggml_get_type_traits(qtype.ggml_id)
-        restored = np.empty_like(floats)
-        convert = _TO_FLOAT(_TypeTraits.from_address(address).to_float)
-        convert(stored.ctypes.data, restored.ctypes.data, floats.size)
-        return restored
+        stored = np.empty(floats.shape[0] * qtype.row_bytes(floats.shape[1]), dtype=np.uint8)
+        self.quantize(qtype, floats, floats.shape[1], stored, importance)
+        restored = np.empty(floats.size, dtype=np.float32)
+        return self.to_float32(qtype, stored, restored).reshape(floats.shape)
 
     def quantize(
-        self, qtype: QType, floats: NDArray[np.float32], n_columns: int, out: NDArray[np.uint8]
+        self,
+        qtype: QType,
+        floats: NDArray[np.float32],
+        n_columns: int,
+        out: NDArray[np.uint8],
+        importance: NDArray[np.float32] | None = None,
     ) -> bool:
         """Quantizes whole rows; floating-point types are rounded.
 
@@ -207,6 +202,7 @@ class Ggml:
                 ggml ends the process on some others.
             n_columns: Weights per row.
             out: Contiguous memory of exactly the rows' bytes.
+            importance: Weight of each column, at least 0, as an importance matrix has it.
 
         Returns:
             Whether the result is valid: False where a number or the scale of a block overflowed.
@@ -221,7 +217,7 @@ class Ggml:
             0,
             floats.size // n_columns,
             n_columns,
-            None,
+            None if importance is None else importance.ctypes.data,
         )
         if n_bytes != out.nbytes:
             raise QuantizeError(

@@ -4,6 +4,7 @@ Two formats: GGUF, with sums of squares (``TENSOR.in_sum2``) and counts (``TENSO
 expert, and the older ``.dat``, with sums times calls.
 """
 
+import os
 import struct
 from pathlib import Path
 
@@ -18,9 +19,11 @@ Importance = dict[str, NDArray[np.float32]]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LONGEST_NAME = 1024
+# Mean squares of activations stay below 1e11; in ggml, sums with larger ones overflow.
+_MAX_IMPORTANCE = 1e15
 
 
-def read_imatrix(path: str | Path) -> Importance:
+def read_imatrix(path: str | os.PathLike[str]) -> Importance:
     """Reads an importance matrix in either format.
 
     Columns that no token reached count as 1, as in llama-quantize. The older format does not tell
@@ -37,9 +40,12 @@ def read_imatrix(path: str | Path) -> Importance:
         found = _read_gguf(path) if is_gguf else _read_dat(path.read_bytes(), path)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error}") from error
-    wrong = [n for n, v in found.items() if not (np.isfinite(v).all() and (v >= 0).all())]
+    wrong = [n for n, v in found.items() if not ((v >= 0) & (v <= _MAX_IMPORTANCE)).all()]
     if wrong:
-        raise SourceError(f"{path}: {name} has values below 0 or not finite" for name in wrong)
+        raise SourceError(
+            f"{path}: {name} has values below 0, above {_MAX_IMPORTANCE:.0e} or not finite"
+            for name in wrong
+        )
     if not found:
         raise SourceError(f"{path} holds no importance matrix of any tensor")
     return found

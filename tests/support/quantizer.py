@@ -69,11 +69,12 @@ for run in job["runs"]:
         overrides = [(p.encode(), t) for p, t in run["overrides"]] + [(None, 0)]
         params.tt_overrides = (Override * len(overrides))(*overrides)
     if run["imatrix"]:
-        importances = [(name.encode(), (ctypes.c_float * n)(*[1.0] * n), n)
-                       for name, n in run["imatrix"].items()] + [(None, None, 0)]
+        importances = [(name.encode(), (ctypes.c_float * len(v))(*v), len(v))
+                       for name, v in run["imatrix"].items()] + [(None, None, 0)]
         params.imatrix = (Importance * len(importances))(*importances)
     params.nthread, params.ftype = job["threads"], run["ftype"]
     params.pure, params.dry_run = run["pure"], run["dry_run"]
+    params.allow_requantize = run["allow_requantize"]
     began = time.perf_counter()
     code = llama.llama_model_quantize(run["source"].encode(), run["target"].encode(), params)
     print(code, time.perf_counter() - began)
@@ -86,13 +87,21 @@ _TENSOR_LINE = re.compile(
 
 
 def llama_quantize(
-    source: Path, target: Path, qtypes: Mapping[str, str], threads: int = 2
+    source: Path,
+    target: Path,
+    qtypes: Mapping[str, str],
+    threads: int = 2,
+    *,
+    imatrix: Mapping[str, np.ndarray] | None = None,
+    allow_requantize: bool = False,
 ) -> float:
     """Quantizes with llama.cpp and returns the seconds that `llama_model_quantize` took."""
     overrides = [
         (f"^{name.replace('.', '[.]')}$", QTYPES[qtype].ggml_id) for name, qtype in qtypes.items()
     ]
     run = _run(source, "Q8_0", target=target, pure=True, overrides=overrides)
+    run["imatrix"] = {n: v.ravel().tolist() for n, v in (imatrix or {}).items()}
+    run["allow_requantize"] = allow_requantize
     ((code, seconds, log),) = _llama_runs([run], threads)
     assert code == 0, log[-2000:]
     return seconds
@@ -109,7 +118,8 @@ def llama_quantize_mix(
         ftype: Name of the mix.
         imatrix: Number of columns, of all experts together, by tensor; all are equally important.
     """
-    run = _run(source, ftype, target=target, imatrix=imatrix)
+    run = _run(source, ftype, target=target)
+    run["imatrix"] = imatrix and {name: [1.0] * n for name, n in imatrix.items()}
     ((code, _, log),) = _llama_runs([run], 2)
     assert code == 0, log[-2000:]
 
@@ -125,7 +135,7 @@ def llama_mixes(mixes: Iterable[tuple[Path, str, bool]]) -> list[dict[str, str] 
         For each mix the types by tensor, or None where llama.cpp stops with an error.
     """
     runs = [
-        _run(source, ftype, dry_run=True, imatrix={"any": 1} if has_imatrix else None)
+        _run(source, ftype, dry_run=True, imatrix={"any": [1.0]} if has_imatrix else None)
         for source, ftype, has_imatrix in mixes
     ]
     return [
@@ -171,7 +181,7 @@ def _run(
     target: Path | None = None,
     pure: bool = False,
     overrides: Sequence[tuple[str, int]] = (),
-    imatrix: Mapping[str, int] | None = None,
+    imatrix: Mapping[str, list[float]] | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     number = "ALL_F32" if ftype == "F32" else f"MOSTLY_{ftype}"
@@ -183,6 +193,7 @@ def _run(
         "overrides": overrides,
         "imatrix": imatrix,
         "dry_run": dry_run,
+        "allow_requantize": False,
     }
 
 
@@ -252,6 +263,42 @@ def stored(path: Path) -> dict[str, tuple[str, bytes]]:
     return {
         t.name: (t.qtype.name, bytes(data[t.offset : t.offset + t.n_bytes])) for t in header.tensors
     }
+
+
+def random_imatrix(source: Path, seed: int = 0) -> dict[str, np.ndarray]:
+    """Makes up the importance of the columns of every tensor that can be quantized, by expert."""
+    rng = np.random.default_rng(seed)
+    return {
+        t.name: rng.lognormal(0, 2, ((*t.shape_ne, 1)[2], t.shape_ne[0])).astype(np.float32)
+        for _, header in read_headers(source)
+        for t in header.tensors
+        if is_quantizable(t.name, t.shape_ne)
+    }
+
+
+def imatrix_gguf(path: Path, importance: Mapping[str, np.ndarray], count: float = 8) -> Path:
+    """Writes an importance matrix as llama-imatrix does: sums of squares, and how many they are."""
+    writer = gguf.GGUFWriter(path, "unused")
+    writer.add_type("imatrix")
+    for name, values in importance.items():
+        writer.add_tensor(f"{name}.in_sum2", values * np.float32(count))
+        writer.add_tensor(f"{name}.counts", np.full((len(values), 1), count, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def imatrix_dat(path: Path, importance: Mapping[str, np.ndarray], calls: int = 4) -> Path:
+    """Writes an importance matrix in llama.cpp's older format."""
+    raw = struct.pack("<i", len(importance))
+    for name, values in importance.items():
+        text = name.encode()
+        raw += struct.pack(f"<i{len(text)}sii", len(text), text, calls, values.size)
+        raw += (values.ravel() * np.float32(calls)).astype("<f4").tobytes()
+    path.write_bytes(raw)
+    return path
 
 
 def entries(path: Path, header: Header) -> dict[str, bytes]:
