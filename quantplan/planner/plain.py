@@ -94,6 +94,7 @@ class PlainCosts:
         workload: Workload,
         *,
         plans_with_high_end: bool = True,
+        op_offload: bool = True,
     ) -> None:
         """Sorts the tensors into parts of layers.
 
@@ -102,9 +103,10 @@ class PlainCosts:
             machine: The devices.
             workload: Context, slots, batch and KV types.
             plans_with_high_end: Whether compute buffers count with the high end of their estimate.
+            op_offload: Whether weights in RAM may be streamed to a GPU for prompts.
         """
         self.inventory, self.machine, self.workload = inventory, machine, workload
-        self.plans_with_high_end = plans_with_high_end
+        self.plans_with_high_end, self.op_offload = plans_with_high_end, op_offload
         self.ram = len(machine.devices) - 1
         self.n_layers = inventory.architecture.n_layers
         self.shares = np.zeros((N_PARTS, self.n_layers))
@@ -204,7 +206,7 @@ class PlainCosts:
 
     @cached_property
     def _launch(self) -> Launch:
-        return Launch(workload=self.workload)
+        return Launch(workload=self.workload, op_offload=self.op_offload)
 
     @cached_property
     def streams(self) -> bool:
