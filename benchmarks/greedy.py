@@ -1,13 +1,13 @@
 """Compares the integer program with a greedy on loss per byte, on the same groups and objective.
 
-Usage: python benchmarks/greedy.py [--models GLM-4.5-Air,...] [--time-limit 10]
+Usage: python benchmarks/greedy.py [--models GLM-4.5-Air,...] [--time-limit 20]
 
 Every catalog model, with a GPU and RAM whose sizes together hold 3.5, 4.5 and 6 bits per weight,
 30 % of it on the GPU, beside 2 GiB each for caches and buffers. The greedy starts with the smallest
 types in RAM and takes the change (another type, or a move to the layer's GPU) that lowers the
 objective (loss, and the price of time) most per byte, until none fits; it does so from each of the
 splits of the layers that the search starts from, and its best counts. Exits with 1 if the greedy's
-objective is below the planner's anywhere.
+objective is below the planner's anywhere, by more than the gap at which the search may stop.
 """
 
 import argparse
@@ -30,8 +30,8 @@ BITS_PER_WEIGHT = (3.5, 4.5, 6.0)
 GPU_SHARE = 0.3
 BESIDE_WEIGHTS_BYTES = 2 * 2**30
 WORKLOAD = qp.Workload(context=8192, kv_type="q8_0")
-# Relative difference of two sums of the same numbers in another order.
-ROUNDING = 1e-9
+# At which the search over splits may stop.
+STOP_GAP = 1e-3
 
 Choice = tuple[Option, str]
 
@@ -203,7 +203,7 @@ def main() -> None:
     """Prints a row for each model and budget, then the summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(qp.catalog_names()))
-    parser.add_argument("--time-limit", type=float, default=10.0)
+    parser.add_argument("--time-limit", type=float, default=20.0)
     options = parser.parse_args()
     print(
         f"{'model':36} {'bits':>4} {'planner':>9} {'loss':>9} {'gap':>8} {'s':>6} "
@@ -221,9 +221,10 @@ def main() -> None:
     print(
         f"{len(found)} problems: the greedy's objective is above the planner's by "
         f"{statistics.median(found):.3%} in the median, {max(found):.3%} at most, "
-        f"{min(found):.3%} at least; below it in {sum(w < -ROUNDING for w in found)}"
+        f"{min(found):.3%} at least; below it by more than {STOP_GAP:.1%} in "
+        f"{sum(worse < -STOP_GAP for worse in found)}"
     )
-    sys.exit(any(worse < -ROUNDING for worse in found))
+    sys.exit(any(worse < -STOP_GAP for worse in found))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantplan.costs.memory import pad
 from quantplan.costs.quality import LossTable, kld_nats, type_errors
 from quantplan.costs.speed import Z80, Estimate, difference_s, interval
 from quantplan.costs.traffic import Where
@@ -38,7 +37,6 @@ AS_IT_IS = "as it is"
 # Part of the speed below which a difference is no reason for anything: repeated runs of llama-bench
 # scatter by a few percent.
 _NOTICEABLE = 0.05
-_DATA_ALIGNMENT = 32
 
 
 class Baseline(Frozen):
@@ -147,7 +145,7 @@ def find_baselines(
     plan_s = _plan_seconds(problem, costs, chosen)
     found = []
     for name, qtypes in _type_sets(inventory).items():
-        typed = _typed(problem, losses, name, qtypes)
+        typed = _typed(problem, costs, losses, name, qtypes)
         difference, sd = losses.difference_nats(types, qtypes)
         has_less_loss = difference < -Z80 * sd
         for placed in _placements(TypedModel(costs, qtypes)):
@@ -257,14 +255,21 @@ def _best(model: TypedModel, layouts: Layouts, flags: Callable[[int], tuple[str,
     return _Placed(name, made, model, layouts, outcomes, outcomes.best)
 
 
-def _typed(problem: Problem, losses: LossTable, name: str, qtypes: Mapping[str, str]) -> _TypeSet:
+def _typed(
+    problem: Problem,
+    costs: PlainCosts,
+    losses: LossTable,
+    name: str,
+    qtypes: Mapping[str, str],
+) -> _TypeSet:
     inventory = problem.inventory
     by_name = inventory.by_name
     return _TypeSet(
         name=name,
         summed_loss_nats=sum(losses.loss_nats(by_name[t], kind) for t, kind in qtypes.items()),
+        # A file aligns tensors as a buffer in RAM does.
         file_bytes=sum(
-            pad(t.bytes_as(qtypes.get(t.name, t.qtype)), _DATA_ALIGNMENT) for t in inventory.tensors
+            costs.price(t, qtypes.get(t.name, t.qtype)).n_bytes for t in inventory.tensors
         ),
         below_floor=_below_floor(problem, qtypes),
     )

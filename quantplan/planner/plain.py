@@ -94,6 +94,7 @@ class PlainCosts:
         workload: Workload,
         *,
         plans_with_high_end: bool = True,
+        op_offload: bool = True,
     ) -> None:
         """Sorts the tensors into parts of layers.
 
@@ -102,9 +103,10 @@ class PlainCosts:
             machine: The devices.
             workload: Context, slots, batch and KV types.
             plans_with_high_end: Whether compute buffers count with the high end of their estimate.
+            op_offload: Whether weights in RAM may be streamed to a GPU for prompts.
         """
         self.inventory, self.machine, self.workload = inventory, machine, workload
-        self.plans_with_high_end = plans_with_high_end
+        self.plans_with_high_end, self.op_offload = plans_with_high_end, op_offload
         self.ram = len(machine.devices) - 1
         self.n_layers = inventory.architecture.n_layers
         self.shares = np.zeros((N_PARTS, self.n_layers))
@@ -121,6 +123,7 @@ class PlainCosts:
         self.is_matrix = np.array([len(tensor.shape_ne) > 1 for tensor in self.in_layers])
         self._prices: dict[tuple[str, tuple[int, ...], str], _Price] = {}
         self._buffers: dict[Work, int] = {}
+        self._homes: dict[tuple[int, tuple[float, ...]], list[int]] = {}
 
     @cached_property
     def cache_bytes(self) -> NDArray[np.int64]:
@@ -165,13 +168,15 @@ class PlainCosts:
 
     def homes(self, n_gpu_layers: int, split: Sequence[float] = ()) -> list[int]:
         """Device of each layer and of the output layer, by ``-ngl`` and ``-ts``."""
-        launch = Launch(
-            n_gpu_layers=n_gpu_layers, tensor_split=tuple(split), workload=self.workload
-        )
-        index = {device.name: d for d, device in enumerate(self.machine.devices)}
-        return [index[name] for name in layer_devices(self.inventory, self.machine, launch)]
+        key = n_gpu_layers, tuple(split)
+        if key not in self._homes:
+            launch = Launch(n_gpu_layers=key[0], tensor_split=key[1], workload=self.workload)
+            index = {device.name: d for d, device in enumerate(self.machine.devices)}
+            names = layer_devices(self.inventory, self.machine, launch)
+            self._homes[key] = [index[name] for name in names]
+        return self._homes[key]
 
-    @cached_property
+    @property
     def all_homes(self) -> list[list[int]]:
         """`homes` of every ``-ngl``, from 0."""
         return [self.homes(n) for n in range(self.n_layers + 2)]
@@ -204,7 +209,7 @@ class PlainCosts:
 
     @cached_property
     def _launch(self) -> Launch:
-        return Launch(workload=self.workload)
+        return Launch(workload=self.workload, op_offload=self.op_offload)
 
     @cached_property
     def streams(self) -> bool:
