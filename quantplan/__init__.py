@@ -21,6 +21,7 @@ from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.catalog import catalog_names
 from quantplan.inventory.sources import read_inventory
 from quantplan.plan import Plan, plan
+from quantplan.planner.baselines import Baseline
 from quantplan.policy import Policy, policy
 from quantplan.predict import MemoryPrediction, predict
 from quantplan.quantize import quantize
@@ -29,6 +30,7 @@ from quantplan.version import __version__
 from quantplan.workload import Workload
 
 __all__ = [
+    "Baseline",
     "Device",
     "InputError",
     "Inventory",
