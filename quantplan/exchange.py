@@ -107,8 +107,8 @@ def _quantize_command(arguments: Sequence[str], model_path: str) -> str:
 def _absolute(model_path: str) -> str:
     if not PurePosixPath(model_path).is_absolute():
         raise InputError(
-            f"systemd starts programs in no folder of yours: name {model_path!r} from the root, such "
-            f"as --gguf-name /srv/models/{PurePosixPath(model_path).name}"
+            f"systemd starts programs in no folder of yours: name {model_path!r} from the root, "
+            f"such as --gguf-name /srv/models/{PurePosixPath(model_path).name}"
         )
     return model_path
 

@@ -47,7 +47,7 @@ def flags(n_cpu: int, n_first: int, on_cpu: list[str], **workload: Any) -> list[
 @given(st.integers(0, 45), st.integers(0, 46), st.sets(st.sampled_from(EXPERTS), max_size=20))
 @settings(max_examples=40, deadline=None)
 def test_ik_llama_cpp_places_every_tensor_alike(n_cpu: int, n_first: int, on_cpu: set[str]) -> None:
-    """ik_llama.cpp, whose -ngl counts the output layer last, puts all tensors in the same places."""
+    """ik_llama.cpp, whose -ngl counts the output layer last, puts tensors in the same places."""
     ours = flags(n_cpu, min(n_first, 46 - n_cpu), sorted(on_cpu))
     theirs = ik_flags(ours, n_layers=47, has_output=True)
     assert not {"-lm", "--fit", "-kvu"} & set(theirs)
