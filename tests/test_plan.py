@@ -200,7 +200,7 @@ def test_patterns_are_ones_that_llama_cpp_can_read(model: str, machine: str) -> 
     inventory, made = made_for(model, machine)
     rules = (value_of(made.flags, "-ot") or "").split(",")
     patterns = [rule.split("=")[0] for rule in rules if rule]
-    assert all(re.fullmatch(r"\^[a-z0-9_.()|\[\]\\-]+\$", pattern) for pattern in patterns)
+    assert all(re.fullmatch(r"\^[a-z0-9_.()|\[\]\\?*+-]+\$", pattern) for pattern in patterns)
     assert len(patterns) < 100
     for tensor in inventory.tensors:
         assert sum(bool(re.search(p, tensor.name)) for p in patterns) <= 1

@@ -111,7 +111,7 @@ def test_a_file_that_commands_name_is_read(tmp_path: Path, planned: Recipe) -> N
 
 @needs_llama_cpp
 def test_llama_cpps_own_file_is_cloned(tmp_path: Path) -> None:
-    """The types of a GGUF that llama.cpp wrote, fallbacks too, become a recipe for its source."""
+    """The types of a GGUF that llama.cpp wrote, fallbacks and all, become a recipe."""
     source, target = toy_moe(tmp_path / "toy.gguf"), tmp_path / "theirs.gguf"
     llama_quantize(source, target, spread(source, ["Q4_K", "Q6_K", "IQ4_NL", "Q2_K"]))
     found = import_recipe(qp.read_inventory(source), target)

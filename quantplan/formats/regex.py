@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations, takewhile
 
 from quantplan.inventory.roles import split_layer
@@ -158,6 +159,7 @@ class _Branch:
         return _branch(self.rests | other.rests, self.needed | other.needed, avoided)
 
 
+@lru_cache(maxsize=4096)  # the orders of values that are tried share most branches
 def _branch(
     rests: frozenset[str], needed: frozenset[int], avoided: frozenset[int] | None
 ) -> _Branch:
