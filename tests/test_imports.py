@@ -86,7 +86,6 @@ ORDER = [
     "quantize.verify",
     "quantize.apply",
     "quantize",
-    "quantize.imatrix",
     "quantize.weights",
     "runtime.sparse",
     "runtime.process",

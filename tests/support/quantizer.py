@@ -161,7 +161,7 @@ def llama_reads_rules(
     """
     runs = [
         _run(
-            source, "Q8_0", pure=True, dry_run=True, imatrix={"any": 1},
+            source, "Q8_0", pure=True, dry_run=True, imatrix={"any": [1.0]},
             overrides=[(pattern, QTYPES[qtype.upper()].ggml_id) for pattern, qtype in rules],
         )
         for rules in rule_lists
