@@ -227,12 +227,20 @@ def test_a_signal_leaves_no_temporary_file(tmp_path: Path, number: signal.Signal
     folder.mkdir()
     names = map(str, (tmp_path / "recipe.json", source, folder / "q.gguf"))
     command = [sys.executable, "-m", "quantplan.cli", "quantize", *names, "--threads", "1"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as running:
-        while not list(folder.iterdir()):
-            assert running.poll() is None
-            time.sleep(0.01)
-        running.send_signal(number)
-        assert running.wait(timeout=60) == 128 + number
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.DEVNULL,
+        # Tests that run in the background ignore SIGHUP, and what they start would too.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
+    ) as running:
+        try:
+            while not list(folder.iterdir()):
+                assert running.poll() is None
+                time.sleep(0.01)
+            running.send_signal(number)
+            assert running.wait(timeout=60) == 128 + number
+        finally:
+            running.kill()
     assert list(folder.iterdir()) == []
 
 
