@@ -1,0 +1,5 @@
+"""`python -m quantplan.cli`."""
+
+from quantplan.cli import main
+
+main()

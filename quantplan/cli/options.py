@@ -1,0 +1,118 @@
+"""Options that several commands have, and what they mean."""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from quantplan.errors import InputError
+
+if TYPE_CHECKING:
+    from quantplan.costs.evidence import Evidence
+    from quantplan.hardware import Machine
+    from quantplan.policy import Policy
+
+EngineName = Literal["llama.cpp", "ik_llama.cpp", "ik"]
+MachineOption = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        help="GPUs and RAM: 'RTX 4090 + 64GiB@80GB/s', '2x 24GiB + 128GiB@200GB/s', or the "
+        "profile of a machine (.json).",
+    ),
+]
+LlamaBuildOption = Annotated[
+    int, typer.Option(help="Build number of the llama.cpp that will run the model.")
+]
+MarginOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory to leave free on every GPU, such as 2GiB for a desktop; 10 %, at most 1 GiB.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+MeasuredOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CSV", help="Measured KLDs of this model, as GGUF-Tool-Suite or `tensor,qtype,kld`."
+    ),
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="JSON", help="Errors that `quantplan measure-weights` saved."),
+]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A GGUF file, any shard of one, or a catalog name.")
+]
+
+
+def parse_machine(text: str, margin: str | None) -> "Machine":
+    """The machine of the command line, with the margin that its user wants."""
+    import quantplan as qp  # noqa: PLC0415
+
+    return qp.Machine.parse(text, margin_bytes=parse_size("--margin", margin))
+
+
+def parse_size(option: str, text: str | None) -> int | None:
+    """The bytes that an option states."""
+    from quantplan.units import parse_bytes  # noqa: PLC0415
+
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise InputError(f"{option}: {error}") from error
+
+
+def parse_policy(name: str, pins: list[str], allowed: list[str]) -> "Policy":
+    """A preset with the rules of the command line; pins come first."""
+    from quantplan.policy import parse_rule  # noqa: PLC0415
+    from quantplan.policy import policy as preset  # noqa: PLC0415
+
+    found = preset(name)
+    faults: list[str] = []
+    for text in (*pins, *allowed):
+        try:
+            pattern, types = parse_rule(text)
+            if text in pins and len(types) > 1:
+                raise InputError(f"--pin {text} has several types: use --allow")
+            found = found.allow(pattern, *types)
+        except InputError as error:
+            faults += error.faults
+    if faults:
+        raise InputError(faults)
+    return found
+
+
+def read_evidence(measured: Path | None, weights: Path | None) -> "Evidence | None":
+    """Measurements of a model, from the files that were given."""
+    from dataclasses import replace  # noqa: PLC0415
+
+    from quantplan.costs.evidence import Evidence  # noqa: PLC0415
+    from quantplan.formats.sensitivity_tables import read_sensitivity_table  # noqa: PLC0415
+    from quantplan.quantize.weights import WeightErrors  # noqa: PLC0415
+
+    if measured is None and weights is None:
+        return None
+    found = Evidence() if measured is None else read_sensitivity_table(measured).evidence
+    if weights is not None:
+        found = replace(found, weight_errors=WeightErrors.load(weights).ratios())
+    return found
+
+
+def unchecked(text: str | None) -> Any:
+    """A text that the API checks against the values that it knows."""
+    return text
+
+
+def is_recipe(source: str) -> bool:
+    """Whether a source is meant as a recipe: by its suffix, or because it starts as JSON."""
+    if source.endswith(".json"):
+        return True
+    path = Path(source)
+    with contextlib.suppress(OSError):  # reading it as a model will say what is wrong
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(1) == b"{"
+    return False

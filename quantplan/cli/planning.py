@@ -1,0 +1,215 @@
+"""Commands that plan, predict and explain."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantplan.cli.options import (
+    EngineName,
+    JsonOption,
+    LlamaBuildOption,
+    MachineOption,
+    MarginOption,
+    MeasuredOption,
+    ModelArgument,
+    WeightsOption,
+    is_recipe,
+    parse_machine,
+    parse_policy,
+    read_evidence,
+)
+from quantplan.errors import InputError
+from quantplan.workload import NEWEST_KNOWN_BUILD, KVType
+
+
+def plan(
+    model: ModelArgument,
+    machine: MachineOption,
+    ctx: Annotated[int, typer.Option(help="Tokens of context, all slots together.")] = 4096,
+    kv: Annotated[KVType, typer.Option(help="Type of the KV cache.")] = "f16",
+    slots: Annotated[int, typer.Option(help="Requests served at the same time.")] = 1,
+    ubatch: Annotated[int, typer.Option(help="Physical batch in tokens.")] = 512,
+    llama_build: LlamaBuildOption = NEWEST_KNOWN_BUILD,
+    margin: MarginOption = None,
+    min_tps: Annotated[
+        float | None, typer.Option(help="Least decode speed in tokens/s, context full.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="Rules about types and places: quality, compact, free or hq4k.")
+    ] = "quality",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=TYPE,...", help="Types for the tensors whose names match; repeatable."
+        ),
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=TYPE", help="One type, ahead of --allow; repeatable."),
+    ] = None,
+    measured: MeasuredOption = None,
+    weights: WeightsOption = None,
+    gap: Annotated[float, typer.Option(help="Relative gap at which to stop.")] = 1e-4,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the recipe as JSON.")
+    ] = None,
+    tensor_types: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Save the types for llama-quantize --pure --tensor-type-file."
+        ),
+    ] = None,
+    gguf_name: Annotated[
+        str, typer.Option(metavar="FILE", help="Name of the quantized GGUF in the command shown.")
+    ] = "model.gguf",
+    json_output: JsonOption = False,
+) -> None:
+    """Choose types and places, and print the flags for llama.cpp."""
+    import quantplan as qp  # noqa: PLC0415 (help pages must not wait for the solver)
+    from quantplan.recipe import write_whole  # noqa: PLC0415
+
+    inventory = qp.read_inventory(model)
+    found = qp.plan(
+        inventory,
+        parse_machine(machine, margin),
+        qp.Workload(
+            context=ctx,
+            kv_type=kv,
+            slots=slots,
+            batch=max(ubatch, 2048),
+            ubatch=ubatch,
+            llama_cpp_build=llama_build,
+        ),
+        min_decode_tps=min_tps,
+        policy=parse_policy(policy, pin or [], allow or []),
+        evidence=read_evidence(measured, weights),
+        gap=gap,
+    )
+    if recipe is not None:
+        found.recipe.save(recipe)
+    if tensor_types is not None:
+        write_whole(tensor_types, found.recipe.tensor_type_file())
+    if json_output:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        typer.echo(found.summary())
+        typer.echo(f"\n{found.llama_server_command(gguf_name)}")
+
+
+def predict(
+    model: ModelArgument,
+    machine: MachineOption,
+    flags: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- FLAGS", help="Flags of llama-server, after --."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A recipe, in place of flags.")
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(help="Whose flags they are.")] = "llama.cpp",
+    engine_date: Annotated[
+        datetime | None,
+        typer.Option(
+            formats=["%Y-%m-%d"],
+            help="Day of ik_llama.cpp's sources, whose defaults changed; the newest.",
+        ),
+    ] = None,
+    llama_build: LlamaBuildOption = NEWEST_KNOWN_BUILD,
+    calibrate: Annotated[
+        bool,
+        typer.Option(help="Take the compute buffers from the llama.cpp of this machine."),
+    ] = False,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Calibrate with the llama.cpp in this folder."),
+    ] = None,
+    margin: MarginOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Say how much memory a model takes with given flags or a recipe, and whether that fits."""
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.runtime import find_llama_cpp, predict_calibrated  # noqa: PLC0415
+
+    if recipe is not None and flags:
+        raise InputError("give flags or --recipe, not both: a recipe has its flags")
+    calibrate = calibrate or llama_cpp is not None
+    if calibrate and (recipe is not None or engine != "llama.cpp"):
+        raise InputError("--calibrate asks llama.cpp about flags: give no recipe, no other engine")
+    inventory, described = qp.read_inventory(model), parse_machine(machine, margin)
+    if calibrate:
+        found = predict_calibrated(inventory, flags or [], described, find_llama_cpp(llama_cpp))
+    else:
+        found = qp.predict(
+            inventory,
+            qp.Recipe.load(recipe) if recipe is not None else flags or [],
+            described,
+            engine="llama.cpp" if engine == "llama.cpp" else "ik_llama.cpp",
+            engine_date=engine_date.date() if engine_date else None,
+            llama_cpp_build=llama_build,
+        )
+    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+
+
+def explain(
+    model: ModelArgument,
+    tensor: Annotated[str, typer.Argument(metavar="TENSOR", help="Full name of a tensor.")],
+    qtype: Annotated[str, typer.Option(help="Type to explain the loss of.")] = "Q4_K",
+    measured: MeasuredOption = None,
+    weights: WeightsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Say which evidence gives the predicted loss of a tensor at a type."""
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.costs.quality import LossTable, type_errors  # noqa: PLC0415
+    from quantplan.report import explanation_text  # noqa: PLC0415
+
+    inventory = qp.read_inventory(model)
+    faults = []
+    if tensor not in inventory.by_name:
+        faults.append(f"{inventory.name} has no tensor {tensor}; quantplan show lists them")
+    if qtype.upper() not in type_errors():
+        faults.append(f"the error of the type {qtype} was never measured")
+    if faults:
+        raise InputError(faults)
+    table = LossTable(inventory, read_evidence(measured, weights))
+    found = table.explain(inventory.by_name[tensor], qtype.upper())
+    typer.echo(found.model_dump_json(indent=1) if json_output else explanation_text(found))
+
+
+def show(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A recipe, a GGUF file, or a catalog name."),
+    ],
+    ftype: Annotated[
+        str | None,
+        typer.Option(help="Show the model as llama-quantize would make it: 'Q4_K_M'."),
+    ] = None,
+    imatrix: Annotated[
+        bool, typer.Option("--imatrix", help="With an importance matrix, which changes some types.")
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Show what is in a recipe or in a model."""
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.report import inventory_text, recipe_text  # noqa: PLC0415
+
+    found: qp.Recipe | qp.Inventory
+    if is_recipe(source):
+        if ftype is not None:
+            raise InputError(
+                f"{source} is a recipe, which has its own types; --ftype needs a model"
+            )
+        found = qp.Recipe.load(source)
+    else:
+        found = qp.read_inventory(source)
+        if ftype is not None:
+            found = found.with_qtypes(qp.stock_mix(found, ftype, has_imatrix=imatrix))
+    if json_output:
+        typer.echo(found.model_dump_json(indent=1))
+    elif isinstance(found, qp.Recipe):
+        typer.echo(recipe_text(found))
+    else:
+        typer.echo(inventory_text(found))

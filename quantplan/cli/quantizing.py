@@ -1,0 +1,106 @@
+"""Commands that read and write weights."""
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantplan.cli.options import parse_size
+
+
+def measure_weights(
+    source: Annotated[Path, typer.Argument(help="The F32, F16 or BF16 GGUF (any shard).")],
+    output: Annotated[Path, typer.Argument(metavar="JSON", help="Where to save the errors.")],
+    types: Annotated[
+        str, typer.Option(help="Types to measure, separated by commas.")
+    ] = "Q8_0,Q6_K,Q5_K,Q4_K,IQ4_XS,Q3_K,Q2_K",
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Importance matrix, GGUF or .dat.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows to sample from each tensor.")] = 64,
+) -> None:
+    """Measure the error that each type makes on a model's real weights."""
+    from quantplan.quantize.imatrix import read_imatrix  # noqa: PLC0415
+    from quantplan.quantize.weights import measure_weights as measure  # noqa: PLC0415
+    from quantplan.recipe import write_whole  # noqa: PLC0415
+
+    found = measure(
+        source,
+        [name.strip() for name in types.split(",")],
+        imatrix=None if imatrix is None else read_imatrix(imatrix),
+        rows_per_tensor=rows,
+    )
+    write_whole(output, found.model_dump_json(indent=1))
+    typer.echo(f"{output}: errors of {len(found.errors)} tensors")
+
+
+def quantize(
+    recipe: Annotated[Path, typer.Argument(help="A recipe that `quantplan plan` saved.")],
+    source: Annotated[
+        str, typer.Argument(help="The F32, F16 or BF16 GGUF (any shard): a file or an HTTP URL.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The GGUF to write.")],
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Importance matrix of llama.cpp, GGUF or .dat."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run has stopped.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read all back, hash it, compare the weights."),
+    ] = False,
+    split_max_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Write shards with at most so much, such as 40GiB."),
+    ] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Convert quantized tensors too.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Worker threads; all cores.")] = None,
+) -> None:
+    """Write a GGUF with the types of a recipe, and check it."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.quantize import Progress as Step  # noqa: PLC0415
+
+    bar = Progress(
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    task = bar.add_task("quantize", total=None)
+    with contextlib.ExitStack() as shown:
+
+        def report(step: Step) -> None:
+            if not bar.live.is_started:
+                shown.enter_context(bar)
+            bar.update(task, completed=step.done_bytes, total=step.total_bytes)
+
+        result = qp.quantize(
+            qp.Recipe.load(recipe),
+            source,
+            target,
+            imatrix=imatrix,
+            allow_requantize=allow_requantize,
+            split_max_bytes=parse_size("--split-max-size", split_max_size),
+            resume=resume,
+            verify=verify,
+            threads=threads,
+            progress=report,
+        )
+    typer.echo(f"{result.path}: {result.n_bytes} bytes in {result.duration_s:.1f} s, checked")
+    if result.verification is not None:
+        typer.echo(result.verification.summary())

@@ -1,0 +1,81 @@
+"""Commands that compare recipes and speak other programs' formats."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantplan.cli.options import EngineName, JsonOption, ModelArgument, unchecked
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(help="A recipe.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Show what differs between two recipes: types, places, bytes, predictions."""
+    import quantplan as qp  # noqa: PLC0415
+
+    found = qp.diff_recipes(qp.Recipe.load(first), qp.Recipe.load(second))
+    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+
+
+def export(
+    recipe: Annotated[Path, typer.Argument(help="A recipe.")],
+    target: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="For which program; --help names all formats.")
+    ],
+    gguf_name: Annotated[
+        str, typer.Option(metavar="FILE", help="The quantized GGUF, in commands.")
+    ] = "model.gguf",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write; to the terminal.")
+    ] = None,
+) -> None:
+    """Write a recipe in the words of another program.
+
+    FORMAT is llama-quantize (a tensor-type file), llama-quantize-command, ik-custom-q,
+    ik-quantize-command, gguf-tool-suite, llama-server, llama-cli, llama-bench, ik-server,
+    koboldcpp, shell, systemd or docker-compose.
+    """
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.recipe import write_whole  # noqa: PLC0415
+
+    text = qp.export_recipe(qp.Recipe.load(recipe), unchecked(target), model_path=gguf_name)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        write_whole(output, text)
+
+
+def import_(
+    model: ModelArgument,
+    source: Annotated[Path, typer.Argument(help="The file to read.")],
+    recipe: Annotated[Path, typer.Option(metavar="FILE", help="Where to save the recipe.")],
+    source_format: Annotated[
+        str | None,
+        typer.Option("--format", help="Of the file; told from its suffix where that is clear."),
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(help="Whose commands they are.")] = "llama.cpp",
+    machine: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Whose devices imported flags put tensors on."),
+    ] = None,
+) -> None:
+    """Make a recipe from a quantized GGUF, or from rules or commands of other programs.
+
+    --format is gguf, llama-quantize (a tensor-type file), rules (the same with # comments),
+    ik-custom-q, gguf-tool-suite, or command (a command line, script, systemd unit, compose file).
+    """
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.report import recipe_text  # noqa: PLC0415
+
+    found = qp.import_recipe(
+        qp.read_inventory(model),
+        source,
+        source_format=unchecked(source_format),
+        engine="llama.cpp" if engine == "llama.cpp" else "ik_llama.cpp",
+        machine=None if machine is None else qp.Machine.parse(machine),
+    )
+    found.save(recipe)
+    typer.echo(recipe_text(found))
