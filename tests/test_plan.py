@@ -21,6 +21,7 @@ from quantplan import (
     policy,
 )
 from quantplan import read_inventory as read
+from quantplan.planner.goal import Goal
 from quantplan.planner.problem import build_problem
 from quantplan.planner.solve import solve_split
 from quantplan.planner.split import split_layers
@@ -354,7 +355,9 @@ def test_no_other_number_of_layers_in_ram_is_better(
     """Where a GPU is nearly full, the plan is as good as the best of all numbers of RAM layers."""
     inventory, work = read("Qwen3.5-35B-A3B"), Workload(context=context, kv_type="q8_0")
     made = plan(inventory, Machine.parse(machine), work, min_decode_tps=target)
-    problem = build_problem(inventory, Machine.parse(machine), work, policy(), target)
+    problem = build_problem(
+        inventory, Machine.parse(machine), work, policy(), Goal(min_decode_tps=target)
+    )
     found = [
         solve_split(problem.with_layers(split_layers(problem, n)), 1e-4, 10.0)
         for n in range(problem.n_layers + 1)
