@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pulp import LpConstraintSenses
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from pulp import LpConstraintSenses
 
 from quantplan import (
     Device,
@@ -61,6 +61,7 @@ def toy_problem(
     gpu_share: float,
     types: tuple[str, ...],
     goal: Goal,
+    *,
     experts: int = 4,
     n_gpus: int = 1,
 ) -> Problem:

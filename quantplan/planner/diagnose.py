@@ -24,6 +24,7 @@ _TRIES = 5
 # KV types to fall back to, from the one that harms least.
 _KV_TYPES = ("f16", "q8_0", "q4_0")
 
+
 def no_plan(problem: Problem, time_limit_s: float) -> NoPlanError:
     """What is in the way, and the smallest change of each kind that removes it.
 

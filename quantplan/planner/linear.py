@@ -92,7 +92,7 @@ class LinearProgram:
         """Adds a variable by which the upper sides of rows are raised."""
         extra = self.add_variable("extra")
         for name in rows:
-            self.rows[name].addterm(extra, -1.0)
+            self.rows[name].expr.addterm(extra, -1.0)
         return extra
 
     def minimise(self, costs: Terms) -> None:
