@@ -61,6 +61,11 @@ class Group:
     options: tuple[Option, ...]
     n_crossings: float
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether these are experts, which may be on any GPU."""
+        return is_expert(self.tensors[0])
+
 
 def form_groups(
     inventory: Inventory,

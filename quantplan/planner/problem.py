@@ -236,7 +236,8 @@ class Problem:
             return (self.output_device,)
         home = self.devices[self.layer_devices[group.layer]]
         if group.place == "free" and home.kind == "gpu":
-            return (home, self.machine.ram)
+            others = (gpu for gpu in self.machine.gpus if gpu != home and group.has_experts)
+            return (home, *others, self.machine.ram)
         return (home,)
 
     def copies_on(self, device: Device, group: Group, placed_on: str) -> int:
