@@ -477,22 +477,20 @@ def _evidence_notes(evidence: Evidence | None) -> tuple[str, ...]:
 
 
 def _flags(machine: Machine, problem: Problem, solution: Solution) -> tuple[str, ...]:
-    ram = problem.machine.ram.name
-    on_cpu = [
-        tensor.name
+    moved = {
+        tensor.name: name
         for group, (_, name) in zip(problem.groups, solution.choices, strict=True)
-        if group.place == "free" and name == ram
-        and solution.layer_devices[group.layer or 0] != ram
+        if group.place == "free" and name != solution.layer_devices[group.layer or 0]
         for tensor in group.tensors
-    ]  # fmt: skip
+    }
     is_single = len(problem.machine.gpus) == 1
     placement = placement_flags(
         n_layers=problem.inventory.architecture.n_layers,
         layer_devices=solution.layer_devices,
         output_device=problem.output_device.name,
         gpu_names=[gpu.name for gpu in (problem.machine if is_single else machine).gpus],
-        on_cpu=on_cpu,
-        others=[t.name for t in problem.inventory.tensors if t.name not in set(on_cpu)],
+        moved=moved,
+        others=[t.name for t in problem.inventory.tensors if t.name not in moved],
     )
     if is_single and len(machine.gpus) > 1:
         placement += ["-sm", "none", "-mg", "0"]

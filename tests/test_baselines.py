@@ -236,6 +236,7 @@ def test_answers_that_are_too_slow_are_no_answers() -> None:
     """With a speed target only baselines that reach it may be preferred, or come first."""
     found = baselines_of("GLM-4.5-Air", ONE, min_tps=12)
     assert {b.reaches_speed for b in found} == {True, False}
+    assert all(b.reaches_goal == b.reaches_speed for b in found)
     for row in found:
         assert row.reaches_speed == (row.decode_tps.expected >= 12)
         assert row.is_answer or not row.is_as_good
@@ -350,3 +351,18 @@ def test_the_expected_end_of_compute_buffers_counts_where_it_is_asked_for() -> N
         return next(b.vram_bytes for b in rows if (b.types, b.placement) == ("Q8_0", "--cpu-moe"))
 
     assert vram_of(expected) < vram_of(high)
+
+
+def test_plain_answers_keep_to_the_limits_of_the_goal() -> None:
+    """With a longest turn, plain answers count where `predict` of their flags keeps to it."""
+    inventory, machine = read("GLM-4.5-Air"), qp.Machine.parse(ONE)
+    made = qp.plan(inventory, machine, WORK, max_turn_s=40.0)
+    mixes = [b for b in made.baselines if b.fits and b.types in ("Q4_K_M", "Q6_K", "Q3_K_M")]
+    assert {b.reaches_goal for b in mixes} == {True, False}
+    for row in mixes:
+        typed = inventory.with_qtypes(qp.stock_mix(inventory, row.types))
+        speed = qp.predict(typed, row.flags, machine).speed
+        turn_s = speed.turn_s(WORK.prompt_tokens, WORK.answer_tokens).expected
+        assert row.reaches_goal == (turn_s <= 40.0)
+    lossy = qp.plan(inventory, machine, WORK, max_loss_nats=0.005)
+    assert all(b.loss_nats <= 0.005 for b in lossy.baselines if b.is_answer)

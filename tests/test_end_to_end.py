@@ -18,7 +18,8 @@ def serve(plan: qp.Plan, source: Path, n_servers: int = 1) -> str:
     qp.quantize(plan.recipe, source, target)
     with rpc_server() as first, rpc_server() as second:
         endpoints = [first, second][:n_servers]
-        with llama_server(target, plan.flags, endpoints) as server:
+        flags = [flag.replace("=CUDA1", f"=RPC0[{second}]") for flag in plan.flags]
+        with llama_server(target, flags, endpoints) as server:
             answer = server.complete("The capital of France is", 8)
             assert "offloaded" in server.log
             assert_buffers(plan.devices, server.buffers, endpoints)
@@ -62,6 +63,18 @@ def test_two_gpus_hold_contiguous_layers_as_planned(smollm2: Path) -> None:
     plan = qp.plan(qp.read_inventory(smollm2), machine, work)
     assert {d.name for d in plan.devices if d.weights_bytes} == {"GPU0", "GPU1", "CPU"}
     assert "Paris" in serve(plan, smollm2, n_servers=2)
+
+
+def test_experts_on_another_gpu_than_their_layer_load_as_planned(tmp_path: Path) -> None:
+    """Experts that the plan puts on the second GPU, away from their layers, are there."""
+    source = toy_moe(tmp_path / "toy.gguf", "qwen3moe")
+    work = qp.Workload(context=1024, kv_type="q8_0", ubatch=32, llama_cpp_build=BUILD)
+    machine = qp.Machine.parse("8MiB@300GB/s + 6MiB@100GB/s + 4MiB@2GB/s")
+    plan = qp.plan(qp.read_inventory(source), machine, work)
+    overrides = plan.flags[plan.flags.index("-ot") + 1]
+    assert "=CUDA1" in overrides
+    assert "=CPU" in overrides
+    serve(plan, source, n_servers=2)
 
 
 def test_machine_without_gpu_loads_as_planned(smollm2: Path) -> None:

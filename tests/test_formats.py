@@ -87,7 +87,7 @@ def test_llama_cpp_puts_layers_where_the_plan_does(
         layer_devices=layers,
         output_device=output,
         gpu_names=gpus,
-        on_cpu=(),
+        moved={},
     )
     found = devices_by_llama_cpp(flags, n_layers, gpus)
     assert found[: len(layers)] == layers
@@ -101,7 +101,7 @@ def test_one_gpu_needs_no_split() -> None:
         layer_devices=["GPU0"] * 46,
         output_device="GPU0",
         gpu_names=["GPU0"],
-        on_cpu=(),
+        moved={},
     )
     assert flags == ["-ngl", "48"]
 
@@ -114,7 +114,7 @@ def test_two_gpus_share_every_layer(n_first: int) -> None:
         layer_devices=["GPU0"] * n_first + ["GPU1"] * (46 - n_first),
         output_device="GPU1",
         gpu_names=["GPU0", "GPU1"],
-        on_cpu=(),
+        moved={},
     )
     assert value_of(flags, "-sm") == "layer"
     counts = [int(count) for count in (value_of(flags, "-ts") or "").split(",")]
@@ -129,7 +129,7 @@ def test_layers_on_the_cpu_are_not_counted() -> None:
         layer_devices=["CPU"] * 12 + ["GPU0"] * 10 + ["GPU1"] * 8,
         output_device="GPU1",
         gpu_names=["GPU0", "GPU1"],
-        on_cpu=(),
+        moved={},
     )
     assert value_of(flags, "-ngl") == "19"
     assert value_of(flags, "-ts") == "10,9"
@@ -143,7 +143,7 @@ def test_nothing_on_the_gpu(gpus: tuple[str, ...]) -> None:
         layer_devices=["CPU"] * 30,
         output_device="CPU",
         gpu_names=gpus,
-        on_cpu=(),
+        moved={},
     )
     assert flags == ["-ngl", "0"]
 
@@ -163,7 +163,7 @@ def test_overrides_move_the_planned_tensors_alone(begin: int, end: int, step: in
         layer_devices=["GPU0"] * 46,
         output_device="GPU0",
         gpu_names=["GPU0"],
-        on_cpu=sorted(moved),
+        moved=dict.fromkeys(sorted(moved), "CPU"),
     )
     assert overridden(flags, names) == moved & set(names)
     assert ("-ot" in flags) == bool(moved)
@@ -187,10 +187,10 @@ def test_too_many_overrides_are_refused() -> None:
         "output_device": "GPU0",
         "gpu_names": ["GPU0"],
     }
-    flags = placement_flags(**arguments, on_cpu=distinct_sets(4095))
+    flags = placement_flags(**arguments, moved=dict.fromkeys(distinct_sets(4095), "CPU"))
     assert MAX_OVERRIDES == len((value_of(flags, "-ot") or "").split(",")) == 4095
     with pytest.raises(RecipeError, match=r"needs 4096 -ot patterns, llama\.cpp takes 4095"):
-        placement_flags(**arguments, on_cpu=distinct_sets(4096))
+        placement_flags(**arguments, moved=dict.fromkeys(distinct_sets(4096), "CPU"))
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "iq4_nl"])

@@ -39,7 +39,8 @@ def flags(n_cpu: int, n_first: int, on_cpu: list[str], **workload: Any) -> list[
     layers = ["CPU"] * n_cpu + ["GPU0"] * n_first + ["GPU1"] * (46 - n_cpu - n_first)
     placement = placement_flags(
         n_layers=47, layer_devices=layers, output_device="GPU1", gpu_names=["GPU0", "GPU1"],
-        on_cpu=on_cpu, others=[t.name for t in AIR.tensors if t.name not in set(on_cpu)],
+        moved=dict.fromkeys(on_cpu, "CPU"),
+        others=[t.name for t in AIR.tensors if t.name not in set(on_cpu)],
     )  # fmt: skip
     return [*placement, *workload_flags(Workload(**workload))]
 

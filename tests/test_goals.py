@@ -224,7 +224,7 @@ def test_every_family_of_constraints_has_the_rows_of_the_golden_program() -> Non
     goal = Goal(min_decode_tps=1.0, max_turn_s=1e4, max_loss_nats=9.0, max_file_bytes=2**30)
     problem = toy_problem([256, 256], 0.3, ("Q8_0", "Q4_K"), goal, experts=4, n_gpus=2)
     problem = problem.with_layers(("GPU0", "GPU1"))
-    model, relaxed = build_model(problem), build_relaxation(problem)
+    model, relaxed = build_model(problem), build_relaxation(problem, pooled=False)
     add_cutoff(model, 1.0)
     add_layers_in_ram(relaxed, 1, 2)
     found = ["\\ one split", *rows_as_text(model), "\\ all splits", *rows_as_text(relaxed)]

@@ -490,7 +490,13 @@ def audit(made: Plan, inventory: Inventory) -> dict[str, dict[str, int]]:
     caches = memory.cache_bytes(inventory.architecture, made.workload)
     for layer, n_bytes in enumerate(caches):
         found[layer_device.get(layer, last)]["kv"] += n_bytes
-    is_pipeline = len(gpus) > 1 and not streamed
+    is_moved = any(
+        assignment.device not in (None, layer_device.get(tensor.layer))
+        for assignment in made.assignments
+        for tensor in [inventory.by_name[assignment.tensor]]
+        if tensor.layer is not None
+    )
+    is_pipeline = len(gpus) > 1 and not streamed and not is_moved
     streams = made.workload.ubatch >= OFFLOAD_MIN_BATCH
     for name, use in found.items():
         homes = [a for a in made.assignments if a.device == name]

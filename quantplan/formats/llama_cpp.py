@@ -66,17 +66,17 @@ def placement_flags(
     layer_devices: Sequence[str],
     output_device: str,
     gpu_names: Sequence[str],
-    on_cpu: Sequence[str],
+    moved: Mapping[str, str],
     others: Iterable[str] | None = None,
 ) -> list[str]:
-    """Flags that put layers on devices, and single tensors of GPU layers into RAM.
+    """Flags that put layers on devices, and single tensors of GPU layers on others.
 
     Args:
         n_layers: ``block_count``, next-token-prediction blocks included.
         layer_devices: Device of each loaded layer; a run of ``CPU``, then GPUs in order.
         output_device: Device of the output matrix.
         gpu_names: All GPUs of the machine, in order.
-        on_cpu: Names of the tensors to keep in RAM although their layer is on a GPU.
+        moved: Device of each tensor that is not on the GPU of its layer.
         others: Names of all other tensors, which no pattern may match; None for any other name.
 
     Raises:
@@ -91,14 +91,24 @@ def placement_flags(
         # The skipped next-token-prediction blocks and the output layer come last.
         counts[gpu_names.index(output_device)] += n_layers - len(layer_devices) + 1
         flags += ["-sm", "layer", "-ts", ",".join(map(str, counts))]
-    overrides = names_patterns(on_cpu, others)
+    overrides = []
+    for device in dict.fromkeys(moved.values()):
+        here = [name for name, place in moved.items() if place == device]
+        rest = None if others is None else [*others, *(moved.keys() - set(here))]
+        buffer = buffer_type(device)
+        overrides += [f"{pattern}={buffer}" for pattern in names_patterns(here, rest)]
     if len(overrides) > MAX_OVERRIDES:
         raise RecipeError(
             f"the placement needs {len(overrides)} -ot patterns, llama.cpp takes {MAX_OVERRIDES}"
         )
     if overrides:
-        flags += ["-ot", ",".join(f"{pattern}=CPU" for pattern in overrides)]
+        flags += ["-ot", ",".join(overrides)]
     return flags
+
+
+def buffer_type(device: str) -> str:
+    """What ``-ot`` calls a device's memory: ``CPU``, or that of CUDA's GPU with its number."""
+    return device.replace("GPU", "CUDA")
 
 
 def workload_flags(workload: Workload) -> list[str]:

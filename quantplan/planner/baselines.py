@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from quantplan.costs.quality import LossTable, kld_nats, type_errors
-from quantplan.costs.speed import Z80, Estimate, difference_s, interval
-from quantplan.costs.traffic import Where
+from quantplan.costs.speed import Z80, Estimate, difference_s, interval, predict_traffic
+from quantplan.costs.traffic import Where, collect
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import workload_flags
 from quantplan.ftypes import stock_mix
@@ -47,6 +47,7 @@ class Baseline(Frozen):
         placement: The flags that make the placement; ``--fit`` stands for what it comes to.
         fits: Whether every device keeps its margin.
         reaches_speed: Whether it decodes as fast as the plan was asked to.
+        reaches_goal: Whether it keeps to every limit that the plan was asked to keep to.
         is_as_good: Whether the plan is better by no more than its uncertainty: the models are less
             than 90 % sure that it has less loss, and that it is faster, or that is below 5 %.
         below_floor: Classes of tensors whose types are below the floors of the plan's policy.
@@ -62,6 +63,7 @@ class Baseline(Frozen):
     placement: str
     fits: bool
     reaches_speed: bool
+    reaches_goal: bool
     is_as_good: bool
     below_floor: tuple[RoleClass, ...]
     file_bytes: int
@@ -74,7 +76,7 @@ class Baseline(Frozen):
     @property
     def is_answer(self) -> bool:
         """Whether it does what the plan was asked to do."""
-        return self.fits and self.reaches_speed
+        return self.fits and self.reaches_goal
 
     def describe(self) -> str:
         """Types and placement in a few words."""
@@ -280,11 +282,13 @@ def _baseline(problem: Problem, typed: _TypeSet, placed: _Placed) -> Baseline:
     used = [int(n) for n in placed.outcomes.n_bytes[placed.index]]
     decode_s = float(placed.outcomes.decode_s[placed.index])
     target = problem.goal.min_decode_tps
+    reaches_speed = target is None or decode_s * target <= 1
     return Baseline(
         types=typed.name,
         placement=placed.name,
         fits=not placed.outcomes.over_bytes[placed.index],
-        reaches_speed=target is None or decode_s * target <= 1,
+        reaches_speed=reaches_speed,
+        reaches_goal=reaches_speed and _keeps_to_limits(problem, typed, placed),
         is_as_good=False,
         below_floor=typed.below_floor,
         file_bytes=typed.file_bytes,
@@ -294,6 +298,34 @@ def _baseline(problem: Problem, typed: _TypeSet, placed: _Placed) -> Baseline:
         loss_nats=kld_nats(typed.summed_loss_nats),
         flags=(*placed.flags, *workload_flags(problem.workload)),
     )
+
+
+def _keeps_to_limits(problem: Problem, typed: _TypeSet, placed: _Placed) -> bool:
+    """Whether loss, size and turn are within the limits of the plan's goal."""
+    goal, most = problem.goal, problem.max_summed_loss_nats
+    if most is not None and typed.summed_loss_nats > most:
+        return False
+    if goal.max_file_bytes is not None and typed.file_bytes > goal.max_file_bytes:
+        return False
+    return goal.max_turn_s is None or _turn_s(problem, placed) <= goal.max_turn_s
+
+
+def _turn_s(problem: Problem, placed: _Placed) -> float:
+    """Seconds for the workload's prompt and answer."""
+    costs, qtypes = placed.model.costs, placed.model.qtypes
+    names = [device.name for device in problem.machine.devices]
+    parts = placed.layouts.parts[placed.index][costs.part, costs.layer].tolist()
+    *layers, output = (names[d] for d in placed.layouts.homes[placed.index].tolist())
+    places = {tensor.name: names[d] for tensor, d in zip(costs.in_layers, parts, strict=True)}
+    for tensor in costs.outside:
+        in_ram = tensor.role_class == "embedding"
+        places[tensor.name] = problem.machine.ram.name if in_ram else output
+    by_name = problem.inventory.by_name
+    assignment = {t: (qtypes.get(t, by_name[t].qtype), device) for t, device in places.items()}
+    traffic = collect(problem.inventory, assignment, layers[: problem.n_layers], output)
+    speed = predict_traffic(traffic, problem.machine, problem.workload)
+    work = problem.workload
+    return speed.turn_s(work.prompt_tokens, work.answer_tokens).expected
 
 
 def _below_floor(problem: Problem, qtypes: Mapping[str, str]) -> tuple[RoleClass, ...]:

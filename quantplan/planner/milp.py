@@ -86,10 +86,10 @@ class Model:
             increasing size.
         streamed: What the first GPU's compute buffer holds beyond its graph, in MiB, by its name.
         pipeline: Whether several GPUs work as a pipeline; None where they cannot.
-        caches: Caches of each kind of layer in each pool, in MiB, by the kind and the name of the
-            pool's first device; empty but in a relaxation.
-        hops: Groups of a shape that leave their layer's GPU, by shape; empty but in a relaxation,
-            where layers have no device.
+        layers: Layers with each kind of cache in each pool, by the kind and the name of the pool's
+            first device; empty but in a relaxation, where layers have no device.
+        hops: Groups of a shape in a pool that their layer is not in; likewise.
+        used: Whether a device other than the output's has layers; likewise.
     """
 
     problem: Problem
@@ -103,8 +103,9 @@ class Model:
     steps: list[pulp.LpVariable] = field(default_factory=list)
     streamed: dict[str, pulp.LpVariable] = field(default_factory=dict)
     pipeline: pulp.LpVariable | None = None
-    caches: dict[tuple[LayerCache, str], pulp.LpVariable] = field(default_factory=dict)
-    hops: dict[int, pulp.LpVariable] = field(default_factory=dict)
+    layers: dict[tuple[LayerCache, str], pulp.LpVariable] = field(default_factory=dict)
+    hops: dict[tuple[int, str], pulp.LpVariable] = field(default_factory=dict)
+    used: dict[str, pulp.LpVariable] = field(default_factory=dict)
 
     @property
     def levels(self) -> list[dict[pulp.LpVariable, float]]:
@@ -116,19 +117,22 @@ class Model:
     def decode_ms(self) -> dict[pulp.LpVariable, float]:
         """Milliseconds per token that depend on the variables."""
         problem = self.problem
-        return self._seconds(problem.decode_s, problem.cache_s, problem.hop_s)
+        boundary_s = problem.boundary_s
+        return self._seconds(problem.decode_s, problem.cache_s, problem.hop_s, boundary_s)
 
     @cached_property
     def turn_ms(self) -> dict[pulp.LpVariable, float]:
         """Milliseconds of the workload's prompt and answer that depend on the variables."""
         problem = self.problem
-        return self._seconds(problem.turn_s, problem.cache_turn_s, problem.turn_hop_s)
+        boundary_s = problem.workload.answer_tokens * problem.boundary_s
+        return self._seconds(problem.turn_s, problem.cache_turn_s, problem.turn_hop_s, boundary_s)
 
     def _seconds(
         self,
         weights: Callable[..., float],
         cache: Callable[[LayerCache, Device], float],
         hop: Callable[[Group], float],
+        boundary_s: float,
     ) -> dict[pulp.LpVariable, float]:
         problem = self.problem
         terms = {
@@ -136,11 +140,12 @@ class Model:
                                      homeless=self.relaxed)
             for (k, o, name), variable in self.x.items()
         }  # fmt: skip
-        for (kind, name), variable in self.caches.items():
-            per_mib = cache(kind, problem.devices[name]) / cache_mib(problem, kind)
-            terms[variable] = _MILLI * per_mib
-        for k, variable in self.hops.items():
+        for (kind, name), variable in self.layers.items():
+            terms[variable] = _MILLI * cache(kind, problem.devices[name])
+        for (k, _), variable in self.hops.items():
             terms[variable] = _MILLI * hop(self.shapes[k].group)
+        for variable in self.used.values():
+            terms[variable] = _MILLI * boundary_s
         return terms
 
     @cached_property
@@ -171,24 +176,22 @@ class Model:
 def form_cohorts(
     problem: Problem,
     options: Sequence[tuple[Option, ...]] | None = None,
-    *,
-    relaxed: bool = False,
+    anywhere: tuple[Device, ...] = (),
 ) -> tuple[Cohort, ...]:
     """Sorts the groups into cohorts.
 
     Args:
         problem: The groups.
         options: Options that each group may take; by default all of its own.
-        relaxed: Let every group of a layer be on any device.
+        anywhere: Devices that every group of a layer may be on, in a relaxation.
     """
-    anywhere = (*(pool[0] for pool in gpu_pools(problem)), problem.machine.ram)
     members: dict[object, list[int]] = defaultdict(list)
     places_of: list[tuple[Device, ...]] = []
     for g, group in enumerate(problem.groups):
-        is_free = relaxed and group.place in ("layer", "free")
+        is_free = anywhere and group.place in ("layer", "free")
         places_of.append(anywhere if is_free else problem.places(group))
         kind = None
-        if relaxed and group.layer is not None:
+        if anywhere and group.layer is not None:
             kind = problem.cache_kind_numbers[group.layer]
         names = tuple(device.name for device in places_of[g])
         roles = tuple(tensor.role for tensor in group.tensors)
@@ -263,14 +266,18 @@ def build_model(problem: Problem, options: Sequence[tuple[Option, ...]] | None =
     return _constrained(Model(problem, cohorts, shapes, alone, relaxed=False))
 
 
-def build_relaxation(problem: Problem) -> Model:
+def build_relaxation(problem: Problem, *, pooled: bool = True) -> Model:
     """A program whose optimum bounds those of all splits of the layers.
 
-    Every group of a layer and every part of a cache may be on any device, and GPUs of equal
-    speed share their memory.
+    Layers may be on any device, in any order.
+
+    Args:
+        problem: Groups, budgets and goal.
+        pooled: Let GPUs of equal speed share their memory, which makes a smaller program.
     """
-    pools = (*gpu_pools(problem), (problem.machine.ram,))
-    cohorts = form_cohorts(problem, relaxed=True)
+    gpus = gpu_pools(problem) if pooled else tuple((gpu,) for gpu in problem.machine.gpus)
+    pools = (*gpus, (problem.machine.ram,))
+    cohorts = form_cohorts(problem, anywhere=tuple(pool[0] for pool in pools))
     shapes = form_shapes(problem, cohorts)
     return _constrained(Model(problem, cohorts, shapes, pools, relaxed=True))
 
@@ -279,8 +286,9 @@ def _constrained(model: Model) -> Model:
     """Adds the variables, every family of constraints, and the objective."""
     add_choices(model)
     if model.relaxed:
-        add_caches(model)
+        add_layers(model)
         add_hops(model)
+        add_boundaries(model)
     add_streaming(model)
     add_pipeline(model)
     add_memory(model)
@@ -357,76 +365,92 @@ def add_streaming(model: Model) -> None:
 def add_pipeline(model: Model) -> None:
     """GPUs that hold every layer work as a pipeline, with more copies of their graphs' inputs.
 
-    p + sum x[k,o,CPU] over the shapes k of layers >= 1, p binary.
+    p + sum x[k,o,d] over the shapes k and devices d away from their layers' GPUs >= 1, p binary. A
+    relaxation knows only of the CPU and of hops.
     """
-    problem, ram = model.problem, model.problem.machine.ram.name
+    problem = model.problem
     if not problem.may_pipeline():
         return
     model.pipeline = model.lp.add_variable("pipeline", 1, is_integer=True)
-    in_ram = [
-        count
-        for (k, _, name), count in model.x.items()
-        if name == ram and model.shapes[k].group.layer is not None
-    ]
-    model.lp.add_row("pipeline", {model.pipeline: 1.0, **dict.fromkeys(in_ram, 1.0)}, lower=1.0)
+    moved = list(model.hops.values())
+    for (k, _, name), count in model.x.items():
+        group = model.shapes[k].group
+        if model.relaxed:
+            is_moved = group.layer is not None and name == problem.machine.ram.name
+        else:
+            is_moved = problem.is_moved(group, name)
+        moved += [count] if is_moved else []
+    model.lp.add_row("pipeline", {model.pipeline: 1.0, **dict.fromkeys(moved, 1.0)}, lower=1.0)
 
 
-def add_caches(model: Model) -> None:
-    """The caches of each kind of layer are somewhere.
+def add_layers(model: Model) -> None:
+    """Each layer is somewhere, whole: its cache, and what may not leave it.
 
-    sum_p cache[k,p] = all caches of kind k, cache[k,p] >= 0
+    sum_d layers[i,d] = layers with a cache of kind i, and for the shapes k of groups that stay with
+    their layers, all of which are of one kind: sum_o x[k,o,d] = layers[i,d], or <= where some of
+    the kind's layers have no such group.
     """
     problem = model.problem
-    for k, (kind, n_layers) in enumerate(Counter(problem.cache_kinds).items()):
-        total = n_layers * cache_mib(problem, kind)
-        if not total:
+    numbers = Counter(problem.cache_kinds)
+    for i, (kind, n_layers) in enumerate(numbers.items()):
+        for d, pool in enumerate(model.pools):
+            model.layers[kind, pool[0].name] = model.lp.add_variable(
+                f"layers_{i}_{d}", n_layers, is_integer=True
+            )
+        parts = {model.layers[kind, pool[0].name]: 1.0 for pool in model.pools}
+        model.lp.add_row(f"layers_{i}", parts, equal=n_layers)
+    for k, shape in enumerate(model.shapes):
+        if shape.group.place != "layer" or shape.group.layer is None:
             continue
-        parts = {}
-        for p, pool in enumerate(model.pools):
-            variable = model.lp.add_variable(f"cache_{k}_{p}")
-            model.caches[kind, pool[0].name], parts[variable] = variable, 1.0
-        model.lp.add_row(f"caches_{k}", parts, equal=total)
+        kind = problem.cache_kinds[shape.group.layer]
+        for d, pool in enumerate(model.pools):
+            terms = {model.layers[kind, pool[0].name]: -1.0, **_counts(model, k, pool[0].name)}
+            if shape.n_groups == numbers[kind]:
+                model.lp.add_row(f"stays_{k}_{d}", terms, equal=0.0)
+            else:
+                model.lp.add_row(f"stays_{k}_{d}", terms, upper=0.0)
 
 
-def cache_mib(problem: Problem, kind: LayerCache) -> float:
-    """MiB of the cache of one layer of a kind."""
-    return problem.cache_bytes[problem.cache_kinds.index(kind)] / _MIB
+def _counts(model: Model, k: int, name: str) -> dict[pulp.LpVariable, float]:
+    """The groups of a shape on a device, of all options."""
+    options = range(len(model.shapes[k].options))
+    return {model.x[k, o, name]: 1.0 for o in options if (k, o, name) in model.x}
 
 
 def add_hops(model: Model) -> None:
-    """A group in RAM leaves a GPU, unless the rest of its layer is in RAM too.
+    """What is not on a device with its layer costs a hop, in a relaxation.
 
-    hops[k] >= sum_o x[k,o,CPU] - sum_o x[a,o,CPU], hops[k] >= 0, for shapes k that may leave and
-    every shape a that may not and is in all of k's layers; and the same for their caches, counted
-    in layers.
+    hops[k,d] >= sum_o x[k,o,d] - layers[i,d], for the shapes k that may leave layers of kind i.
     """
-    problem, ram = model.problem, model.problem.machine.ram.name
-    if not problem.machine.gpus:
-        return
-    in_ram: dict[int, list[pulp.LpVariable]] = defaultdict(list)
-    for (k, _, name), variable in model.x.items():
-        if name == ram:
-            in_ram[k].append(variable)
-    layers = [
-        {problem.groups[g].layer for c in shape.cohorts for g in model.cohorts[c].members}
-        for shape in model.shapes
-    ]
-    staying = [k for k, shape in enumerate(model.shapes) if shape.group.place == "layer"]
+    problem = model.problem
     for k, shape in enumerate(model.shapes):
         group = shape.group
-        if group.place != "free" or not group.n_crossings:
+        if group.place != "free" or not group.n_crossings or group.layer is None:
             continue
-        model.hops[k] = model.lp.add_variable(f"hops_{k}")
-        leaves = {model.hops[k]: 1.0, **dict.fromkeys(in_ram[k], -1.0)}
-        for a in staying:
-            if layers[a] >= layers[k]:
-                terms = leaves | dict.fromkeys(in_ram[a], 1.0)
-                model.lp.add_row(f"hops_{k}_{a}", terms, lower=0.0)
-        kind = problem.cache_kinds[group.layer or 0]
-        cache = model.caches.get((kind, ram))
-        if cache is not None:
-            terms = leaves | {cache: 1 / cache_mib(problem, kind)}
-            model.lp.add_row(f"hops_{k}_cache", terms, lower=0.0)
+        kind = problem.cache_kinds[group.layer]
+        for d, pool in enumerate(model.pools):
+            name = pool[0].name
+            hops = model.lp.add_variable(f"hops_{k}_{d}", shape.n_groups)
+            counts = dict.fromkeys(_counts(model, k, name), -1.0)
+            terms = {hops: 1.0, model.layers[kind, name]: 1.0, **counts}
+            model.lp.add_row(f"hops_{k}_{d}", terms, lower=0.0)
+            model.hops[k, name] = hops
+
+
+def add_boundaries(model: Model) -> None:
+    """After the layers of a device, the token moves on, in a relaxation.
+
+    sum_i layers[i,d] <= layers used[d], used[d] binary, for devices d other than the output's.
+    """
+    problem = model.problem
+    for d, pool in enumerate(model.pools):
+        if problem.output_device in pool:
+            continue
+        name = pool[0].name
+        model.used[name] = model.lp.add_variable(f"used_{d}", 1, is_integer=True)
+        terms = {count: 1.0 for (_, place), count in model.layers.items() if place == name}
+        terms[model.used[name]] = -float(problem.n_layers)
+        model.lp.add_row(f"used_{d}", terms, upper=0.0)
 
 
 def add_memory(model: Model) -> None:
@@ -448,9 +472,10 @@ def add_memory(model: Model) -> None:
                 terms[model.streamed[device.name]] = 1.0
         if model.pipeline is not None:
             terms[model.pipeline] = sum(_copies_bytes(model.problem, d) for d in pool) / _MIB
-        for (_, name), variable in model.caches.items():
+        for (kind, name), variable in model.layers.items():
             if name == pool[0].name:
-                terms[variable] = 1.0
+                n_bytes = model.problem.cache_bytes[model.problem.cache_kinds.index(kind)]
+                terms[variable] = n_bytes / _MIB
         model.lp.add_row(f"memory_{p}", terms, upper=_budget_bytes(model, pool) / _MIB)
 
 
@@ -519,18 +544,10 @@ def add_size(model: Model) -> None:
 
 
 def add_layers_in_ram(model: Model, at_least: int, at_most: int) -> None:
-    """So many layers are in RAM, in a relaxation: at_least <= sum_k cache[k,CPU] <= at_most.
-
-    Counted in layers, of those that have a cache; the others may be anywhere.
-    """
+    """So many layers are in RAM, in a relaxation: at_least <= sum_i layers[i,CPU] <= at_most."""
     ram = model.problem.machine.ram.name
-    terms = {
-        variable: 1 / cache_mib(model.problem, kind)
-        for (kind, name), variable in model.caches.items()
-        if name == ram
-    }
-    without = sum(not cache_mib(model.problem, kind) for kind in model.problem.cache_kinds)
-    model.lp.add_row("in_ram_least", terms, lower=at_least - without)
+    terms = {count: 1.0 for (_, name), count in model.layers.items() if name == ram}
+    model.lp.add_row("in_ram_least", terms, lower=at_least)
     model.lp.add_row("in_ram_most", terms, upper=at_most)
 
 

@@ -111,7 +111,7 @@ class Problem:
         return self._planned(compute.around_streamed(architecture, n_vocab, self._launch))
 
     def may_pipeline(self) -> bool:
-        """Whether several GPUs work as a pipeline if every tensor of a layer is on a GPU."""
+        """Whether several GPUs work as a pipeline if every tensor is on the GPU of its layer."""
         is_whole = self.machine.ram.name not in self.layer_devices
         return len(self.machine.gpus) > 1 and is_whole
 
@@ -200,12 +200,12 @@ class Problem:
     @cached_property
     def base_decode_s(self) -> float:
         """Seconds per token that no type changes: caches, with the context full, and the rest."""
-        return self.fixed_decode_s + self._of_caches(self.cache_s) + self._boundary_s
+        return self.fixed_decode_s + self._of_caches(self.cache_s) + self._boundaries_s
 
     @cached_property
     def base_turn_s(self) -> float:
         """Seconds of the workload's turn that no type changes."""
-        boundaries = self.workload.answer_tokens * self._boundary_s
+        boundaries = self.workload.answer_tokens * self._boundaries_s
         return self.fixed_turn_s + self._of_caches(self.cache_turn_s) + boundaries
 
     def _of_caches(self, seconds: Callable[[LayerCache, Device], float]) -> float:
@@ -214,7 +214,12 @@ class Problem:
         return sum(n * seconds(kind, self.devices[name]) for (kind, name), n in pairs.items())
 
     @property
-    def _boundary_s(self) -> float:
+    def boundary_s(self) -> float:
+        """Seconds per token where the next layer, or the output, is on another device."""
+        return boundary_crossings(("CPU",), "GPU0") * shipped().crossing_s
+
+    @property
+    def _boundaries_s(self) -> float:
         n_crossings = boundary_crossings(self.layer_devices, self.output_device.name)
         return n_crossings * shipped().crossing_s
 
@@ -239,6 +244,10 @@ class Problem:
             others = (gpu for gpu in self.machine.gpus if gpu != home and group.has_experts)
             return (home, *others, self.machine.ram)
         return (home,)
+
+    def is_moved(self, group: Group, placed_on: str) -> bool:
+        """Whether a group is on another device than its layer."""
+        return group.layer is not None and placed_on != self.layer_devices[group.layer]
 
     def copies_on(self, device: Device, group: Group, placed_on: str) -> int:
         """How many copies of a group a device holds when the group is placed somewhere."""
@@ -267,8 +276,7 @@ class Problem:
             copy = output_read(group.tensors[0], option.qtypes[0])
             seconds += read_s(self.output_device, copy)
         if not homeless and group.layer is not None and group.n_crossings:
-            is_away = placed_on != self.layer_devices[group.layer]
-            seconds += self.hop_s(group) if is_away else 0.0
+            seconds += self.hop_s(group) if self.is_moved(group, placed_on) else 0.0
         return seconds
 
     def hop_s(self, group: Group) -> float:

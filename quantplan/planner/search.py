@@ -10,6 +10,7 @@ from quantplan.planner.solve import (
     Solution,
     bound_with_layers_in_ram,
     bounds_over_splits,
+    promising_split,
     raised_bound,
     solve_level,
     solve_split,
@@ -23,9 +24,10 @@ from quantplan.planner.split import first_splits, neighbours, split_layers
 _SPLIT_GAP = 1e-3
 # Relative improvement that is worth another step of that search.
 _PROGRESS = 1e-6
-# Shares of the time that is left that may go into a better bound, and into one more split.
+# Shares of the time that is left that may go into a better bound, one more split, and a guess.
 _BOUND_SHARE = 0.2
 _SPLIT_SHARE = 0.2
+_GUESS_SHARE = 0.1
 # Gap at which any solution is good enough.
 _ANY_GAP = 0.9
 
@@ -99,7 +101,11 @@ def solve(
     if not relaxed.order:
         return None
     found = _Search(problem, limits, relaxed.least_nats, best=known)
-    found.climb([*splits, *first_splits(problem)])
+    starts = [*splits, *first_splits(problem)]
+    if len(problem.machine.gpus) > 1:
+        guess = promising_split(relaxed, _GUESS_SHARE * limits.left_s)
+        starts = [*([guess] if guess else []), *starts]
+    found.climb(starts)
     if found.solve_in_order() is None:
         return None
     best, bound = found.best, relaxed.least_nats

@@ -27,6 +27,8 @@ Status = Literal["optimal", "within_gap", "time_limit"]
 
 # Losses below this many nats are equal: no text is long enough to tell them apart.
 _NEGLIGIBLE_NATS = 1e-9
+# Gap at which a guess is good enough.
+_GUESS_GAP = 1e-3
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,28 @@ def _bounds(problem: Problem, model: Model) -> Bounds:
     return Bounds(problem, model, tuple(model.lp.relax(model.levels)))
 
 
+def promising_split(relaxed: Bounds, time_limit_s: float) -> tuple[str, ...] | None:
+    """How many layers each device has in a good solution of the relaxation, with integers.
+
+    Args:
+        relaxed: Bounds without integers.
+        time_limit_s: Time at which to stop.
+    """
+    problem = relaxed.problem
+    model = build_relaxation(problem, pooled=False)
+    answer = model.lp.solve(_GUESS_GAP, time_limit_s, fixed=model.levels[relaxed.order[0]])
+    if answer.ending != "solved":
+        return None
+    names = (problem.machine.ram.name, *(gpu.name for gpu in problem.machine.gpus))
+    return tuple(
+        name
+        for name in names
+        for (_, place), count in model.layers.items()
+        if place == name
+        for _ in range(round(answer.value(count)))
+    )
+
+
 def raised_bound(relaxed: Bounds, objective_nats: float, gap: float, time_limit_s: float) -> float:
     """A higher lower bound over every split, from counts that are integers.
 
@@ -157,7 +181,7 @@ def raised_bound(relaxed: Bounds, objective_nats: float, gap: float, time_limit_
     for level in relaxed.order:
         bound = relaxed.nats(level)
         if bound < enough and time.monotonic() < end:
-            model = build_relaxation(relaxed.problem)
+            model = build_relaxation(relaxed.problem, pooled=False)
             add_cutoff(model, enough)
             left_s = end - time.monotonic()
             answer = model.lp.solve(gap / 10, left_s, fixed=model.levels[level])
@@ -370,10 +394,9 @@ def _bytes_of(problem: Problem, device: Device, choices: list[tuple[Option, str]
         copies = problem.copies_on(device, group, name)
         weights += copies * option.n_bytes
         padding += copies * option.padding_bytes if device.kind == "gpu" else 0
-        if group.layer is not None and name == ram:
-            is_pipeline = False
-            if problem.is_streamed(group):
-                streamed = max(streamed, option.largest_bytes)
+        is_pipeline &= not problem.is_moved(group, name)
+        if problem.is_streamed(group) and name == ram:
+            streamed = max(streamed, option.largest_bytes)
     return DeviceBytes(
         weights=weights,
         padding=padding,
