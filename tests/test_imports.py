@@ -95,6 +95,7 @@ ORDER = [
     "runtime.memory",
     "runtime.calibrate",
     "runtime.speed",
+    "runtime.bench",
     "runtime",
     "detect",
     "report",
