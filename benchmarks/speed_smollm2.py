@@ -28,6 +28,7 @@ from quantplan.costs.traffic import Traffic, collect
 from quantplan.detect import detect
 from quantplan.placement import Launch, place
 from quantplan.quantize import quantize
+from quantplan.runtime.process import ADDRESS
 from tests.support.llama_cpp import LlamaServer, llama_server, rpc_server
 from tests.support.models import smollm2_f16
 from tests.support.quantizer import recipe_for, spread
@@ -41,7 +42,7 @@ def answer(server: LlamaServer, n_tokens: int) -> None:
     """Lets a server generate so many tokens."""
     body = {"prompt": _PROMPT, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(  # noqa: S310 (loopback only)
-        f"{server.url}/completion",
+        f"http://{ADDRESS}:{server.port}/completion",
         data=json.dumps(body | {"cache_prompt": False}).encode(),
         headers={"Content-Type": "application/json"},
     )
