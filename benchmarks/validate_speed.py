@@ -12,11 +12,12 @@ collected them) count like all others.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.speed_cases import Case, Measured, read_cases, read_rows
 from quantplan.costs import load_data
-from quantplan.costs.calibration import Measurement, calibrate
+from quantplan.costs.calibration import Measurement, calibrate, for_model
 from quantplan.costs.decode import decode_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.prefill import prefill_s
@@ -180,8 +181,8 @@ def print_ranking(cases: Sequence[Case], choose: Choose) -> None:
 def print_calibrated(cases: Sequence[Case], choose: Choose) -> None:
     """Errors where one other case of the same rig and program has calibrated the machine.
 
-    Every ordered pair of cases counts; a case's curve over depth is one measurement, as one run of
-    a benchmark tool gives it.
+    Every ordered pair of cases counts; of the case that calibrates, the speed that it states. Pairs
+    of one source are from one day or nearly, others may be from versions that are months apart.
     """
     rigs: dict[tuple[str, str], list[Case]] = defaultdict(list)
     for case in cases:
@@ -190,25 +191,21 @@ def print_calibrated(cases: Sequence[Case], choose: Choose) -> None:
     before: dict[str, list[float]] = defaultdict(list)
     after: dict[str, list[float]] = defaultdict(list)
     inside = []
-    for some in rigs.values():
-        for known in some:
-            others = [c for c in some if c is not known]
-            if not others:
-                continue
-            runs = [
-                Measurement(known.traffic, known.workload, m.depth, m.tps, 1, known.runtime)
-                for m in known.decode[:1]
-            ]
-            machine = calibrate(known.machine, runs, factors=choose(known))
-            for other in others:
-                m = other.decode[0]
-                same = machine.model_copy(update={"gpus": _like(machine, other)})
-                tps = predicted_tps(other, m, choose(other), same)
-                ends = interval("decode", other.where, same, tps)
-                inside.append(ends.low <= m.tps <= ends.high)
-                for key in ("all", "same kind" if other.where == known.where else "other kind"):
-                    before[key].append(logs(other, [m], choose(other))[0])
-                    after[key].append(math.log(tps / m.tps))
+    for known, other in (p for some in rigs.values() for p in itertools.permutations(some, 2)):
+        stated = known.decode[0]
+        run = Measurement(
+            known.traffic, known.workload, stated.depth, stated.tps, 1, known.runtime
+        )
+        found = calibrate(known.machine, [run], factors=choose(known))
+        machine = for_model(found, other.traffic.architecture)
+        machine = machine.model_copy(update={"gpus": _like(machine, other)})
+        m = other.decode[0]
+        tps = predicted_tps(other, m, choose(other), machine)
+        ends = interval("decode", other.where, machine, tps)
+        inside.append(ends.low <= m.tps <= ends.high)
+        for key in _kinds(known, other):
+            before[key].append(logs(other, [m], choose(other))[0])
+            after[key].append(math.log(tps / m.tps))
     for key, errors in before.items():
         print(
             f"one calibrating case on the same rig, {key}: {len(after[key])} pairs, median error "
@@ -217,6 +214,14 @@ def print_calibrated(cases: Sequence[Case], choose: Choose) -> None:
         )
     if inside:
         print(f"inside the calibrated 80 % interval: {np.mean(inside):.3f}")
+
+
+def _kinds(known: Case, other: Case) -> Iterator[str]:
+    """What a pair of cases counts for."""
+    yield "all"
+    yield "same model" if known.model == other.model else "other model"
+    yield "same source" if known.thread == other.thread else "other source"
+    yield "same kind" if known.where == other.where else "other kind"
 
 
 def _like(machine: Machine, case: Case) -> tuple[Device, ...]:

@@ -184,6 +184,8 @@ class Machine(_Described):
         ram: The CPU with its RAM.
         measured: What was measured on the machine, one sentence each.
         assumed: What is not known of it and was taken to be so, one sentence each.
+        calibrated_with: The model that the slowdowns were measured with; empty where they hold for
+            all, or nothing was measured.
         speed_log_sd: Standard deviation of the logarithm of measured over predicted decode speed
             that remains after calibration; None where nothing was measured.
 
@@ -196,6 +198,7 @@ class Machine(_Described):
     ram: Device
     measured: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
+    calibrated_with: str = ""
     speed_log_sd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
