@@ -41,7 +41,7 @@ _PROMPT = "The quick brown fox"
 def answer(server: LlamaServer, n_tokens: int) -> None:
     """Lets a server generate so many tokens."""
     body = {"prompt": _PROMPT, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(  # noqa: S310 (loopback only)
+    request = urllib.request.Request(
         f"http://{ADDRESS}:{server.port}/completion",
         data=json.dumps(body | {"cache_prompt": False}).encode(),
         headers={"Content-Type": "application/json"},

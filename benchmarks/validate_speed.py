@@ -31,7 +31,7 @@ from quantplan.costs.calibration import Measurement, calibrate, for_model
 from quantplan.costs.decode import decode_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.prefill import prefill_s
-from quantplan.costs.speed import interval
+from quantplan.costs.speed import Z80, interval
 from quantplan.hardware import Device, Machine
 
 Array = NDArray[np.float64]
@@ -176,6 +176,32 @@ def print_ranking(cases: Sequence[Case], choose: Choose) -> None:
             f"ranking within {len(found)} sources: median Spearman "
             f"{np.median([r for r, _ in found]):.3f}, mean by cases {weighted:.3f}"
         )
+    print_pairs([p for some in groups.values() for p in itertools.combinations(some, 2)], choose)
+
+
+def print_pairs(pairs: Sequence[tuple[Case, Case]], choose: Choose) -> None:
+    """Pairs of alternatives that are ranked right, of those that were measured to differ.
+
+    Runs of the same model on the same rig scatter (``speed.json``); a smaller difference between
+    two runs says nothing. Pairs that are the same to the model, with other threads for example, are
+    counted apart.
+    """
+    scatter = Z80 * 2**0.5 * load_data("speed.json")["calibration"]["decode"]["noise"]
+    n_right = n_same = n_judged = 0
+    for a, b in pairs:
+        measured = math.log(a.decode[0].tps / b.decode[0].tps)
+        predicted = math.log(
+            predicted_tps(a, a.decode[0], choose(a)) / predicted_tps(b, b.decode[0], choose(b))
+        )
+        if abs(measured) > scatter:
+            n_judged += predicted != 0
+            n_same += predicted == 0
+            n_right += predicted * measured > 0
+    share = n_right / n_judged if n_judged else math.nan
+    print(
+        f"pairs of one source and rig whose speeds differ by more than {math.exp(scatter) - 1:.1%}:"
+        f" {share:.3f} of {n_judged} ranked right, {n_same} more are the same to the model"
+    )
 
 
 def print_calibrated(cases: Sequence[Case], choose: Choose) -> None:
@@ -193,9 +219,7 @@ def print_calibrated(cases: Sequence[Case], choose: Choose) -> None:
     inside = []
     for known, other in (p for some in rigs.values() for p in itertools.permutations(some, 2)):
         stated = known.decode[0]
-        run = Measurement(
-            known.traffic, known.workload, stated.depth, stated.tps, 1, known.runtime
-        )
+        run = Measurement(known.traffic, known.workload, stated.depth, stated.tps, 1, known.runtime)
         found = calibrate(known.machine, [run], factors=choose(known))
         machine = for_model(found, other.traffic.architecture)
         machine = machine.model_copy(update={"gpus": _like(machine, other)})

@@ -293,6 +293,8 @@ class Machine(_Described):
         slowed = [_slowdowns(device) for device in self.devices]
         said = [f"  measured: {text}" for text in self.measured]
         said += [f"  assumed: {text}" for text in self.assumed]
+        if self.calibrated_with:
+            said.append(f"  calibrated for: {self.calibrated_with}; less is known of other models")
         return "\n".join([self.describe(), *said, *(text for text in slowed if text)])
 
     def describe(self) -> str:

@@ -53,10 +53,10 @@ def calibrate(
     """The machine with slowdowns that agree with what was measured.
 
     The result holds for the model that was measured, and where several were for all; see
-    `for_model`. The logarithms of the GPUs' slowdown and of the CPU's are normal with the standard deviations
-    that published runs show (``speed.json``); the answer is their most probable value given the
-    measurements, each with its own noise. A measurement in which a device does little moves that
-    device little.
+    `for_model`. The logarithms of the GPUs' slowdown and of the CPU's are normal with the standard
+    deviations that published runs show (``speed.json``); the answer is their most probable value
+    given the measurements, each with its own noise. A measurement in which a device does little
+    moves that device little.
 
     Args:
         machine: The machine as it is known so far; its present slowdowns count as the prior's
