@@ -255,21 +255,23 @@ def spread(cases: Sequence[Case], residuals: Sequence[list[float]]) -> dict[str,
     Cases of one rig, model, program and thread, which is one day or nearly, are a group. Within:
     what two thirds of the differences between two cases of a group are below, over the square root
     of two. Between: what is left of the spread of all cases, and at least half of that within.
-    Left: standard deviation, over that within, that remains after one measurement.
+    Left: standard deviation, over that within, that remains after one measurement. Noise of a rig:
+    the same as within for cases of one rig and program, whatever their model and thread.
     """
-    groups: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
-    for case, rs in zip(cases, residuals, strict=True):
-        if not case.doubt:
-            key = (case.rig, case.model, case.runtime)
-            groups.setdefault(key, []).append((case.thread, rs[0]))
-    pairs = [p for rs in groups.values() for p in itertools.combinations(rs, 2)]
-    within = one_sigma([b - a for (s, a), (t, b) in pairs if s == t]) / 2**0.5
-    found = {"noise": within}
+    known = [(c, rs[0]) for c, rs in zip(cases, residuals, strict=True) if not c.doubt]
+    of_rig = [
+        (a, b, s - r)
+        for (a, r), (b, s) in itertools.combinations(known, 2)
+        if (a.rig, a.runtime) == (b.rig, b.runtime)
+    ]
+    of_model = [(a, b, d) for a, b, d in of_rig if a.model == b.model]
+    within = one_sigma([d for a, b, d in of_model if a.thread == b.thread]) / 2**0.5
+    found = {"noise": within, "rig_noise": one_sigma([d for _, _, d in of_rig]) / 2**0.5}
     for kind, where in (("gpu", ("gpu",)), ("cpu", ("cpu", "hybrid"))):
         some = [rs[0] for c, rs in zip(cases, residuals, strict=True) if c.where in where]
         found[kind] = max(one_sigma(some) ** 2 - within**2, (within / 2) ** 2) ** 0.5
     # A program changes with time, so that threads differ: four fifths of all pairs are within.
-    apart = float(np.quantile([abs(b - a) for (_, a), (_, b) in pairs], 0.8))
+    apart = float(np.quantile([abs(d) for _, _, d in of_model], 0.8))
     found["left"] = apart / (Z80 * within)
     return {name: float(f"{value:.3g}") for name, value in found.items()}
 

@@ -211,7 +211,7 @@ def difference_s(
     for device, kind in seconds.keys() | others.keys():
         difference = seconds.get((device, kind), 0.0) - others.get((device, kind), 0.0)
         by_device[device] = by_device.get(device, 0.0) + difference
-        parts.append(difference * spread["noise"])
+        parts.append(difference * spread["rig_noise"])
     if machine.speed_log_sd is None:
         kinds = {device.name: device.kind for device in machine.devices}
         parts += [total * spread[kinds[device]] for device, total in by_device.items()]
