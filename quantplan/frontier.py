@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
+from quantplan.costs.calibration import for_model
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import kld_nats
 from quantplan.errors import InputError
@@ -126,8 +127,9 @@ def frontier(
     rules = policy_preset(policy) if isinstance(policy, str) else policy
 
     deadline = time.monotonic() + time_limit_s
+    known = for_model(machine, inventory.architecture)
     problem = build_problem(
-        inventory, machine, workload or Workload(), rules, goal, evidence=evidence
+        inventory, known, workload or Workload(), rules, goal, evidence=evidence
     )
     search = Limits(gap, deadline, gap / 2)
     fastest = solve(replace(problem, goal=Goal(best="speed")), search)

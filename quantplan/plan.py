@@ -7,6 +7,7 @@ from typing import Literal
 
 from quantplan.configuration import resolve
 from quantplan.costs import data_hashes
+from quantplan.costs.calibration import for_model
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.memory import pad
 from quantplan.costs.prefill import prefill_s
@@ -235,6 +236,7 @@ def plan(
         UnsupportedModelError: The memory of the architecture is not known.
         SolverError: The solver failed.
     """
+    machine = for_model(machine, inventory.architecture)
     task = workload or Workload()
     if no_worse_than is not None:
         mix_nats = stock_loss_nats(inventory, no_worse_than, evidence)

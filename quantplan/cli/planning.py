@@ -26,7 +26,7 @@ from quantplan.workload import NEWEST_KNOWN_BUILD, KVType
 
 def plan(
     model: ModelArgument,
-    machine: MachineOption,
+    machine: MachineOption = None,
     ctx: Annotated[
         str, typer.Option(help="Tokens of context, all slots together; max for the longest.")
     ] = "4096",
@@ -94,7 +94,7 @@ def plan(
     inventory = qp.read_inventory(model)
     found = qp.plan(
         inventory,
-        parse_machine(machine, margin),
+        parse_machine(machine, margin, inventory),
         qp.Workload(
             context=context,
             kv_type="f16" if kv == "auto" else kv,
@@ -138,7 +138,7 @@ def _tokens(option: str, text: str, word: str) -> int:
 
 def frontier(
     model: ModelArgument,
-    machine: MachineOption,
+    machine: MachineOption = None,
     over: Annotated[
         Literal["speed", "size", "context"], typer.Option(help="What to trade for quality.")
     ] = "speed",
@@ -157,9 +157,10 @@ def frontier(
     """Show what more speed, less size or more context costs in quality."""
     import quantplan as qp  # noqa: PLC0415
 
+    inventory = qp.read_inventory(model)
     found = qp.frontier(
-        qp.read_inventory(model),
-        parse_machine(machine, margin),
+        inventory,
+        parse_machine(machine, margin, inventory),
         qp.Workload(context=ctx, kv_type=kv),
         over=over,
         points=points,
@@ -171,7 +172,7 @@ def frontier(
 
 def predict(
     model: ModelArgument,
-    machine: MachineOption,
+    machine: MachineOption = None,
     flags: Annotated[
         list[str] | None,
         typer.Argument(metavar="-- FLAGS", help="Flags of llama-server, after --."),
@@ -208,7 +209,8 @@ def predict(
     calibrate = calibrate or llama_cpp is not None
     if calibrate and (recipe is not None or engine != "llama.cpp"):
         raise InputError("--calibrate asks llama.cpp about flags: give no recipe, no other engine")
-    inventory, described = qp.read_inventory(model), parse_machine(machine, margin)
+    inventory = qp.read_inventory(model)
+    described = parse_machine(machine, margin, inventory)
     if calibrate:
         found = predict_calibrated(inventory, flags or [], described, find_llama_cpp(llama_cpp))
     else:

