@@ -93,6 +93,7 @@ ORDER = [
     "runtime.find",
     "runtime.memory",
     "runtime.calibrate",
+    "runtime.speed",
     "runtime",
     "report",
     "cli.options",

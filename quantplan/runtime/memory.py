@@ -96,7 +96,7 @@ def measure_memory(
         LlamaCppError: It failed, and the message ends with its last lines; or it knows no
             ``--fit`` (before December 2025, and ik_llama.cpp) and the inventory is of no file.
     """
-    arguments = _kept(flags)
+    arguments = kept_flags(flags)
     if llama_cpp.has_fit:
         is_dry_run, devices = True, _dry_run(llama_cpp, inventory, arguments)
     elif (path := Path(inventory.source)).is_file():
@@ -116,7 +116,8 @@ def measure_memory(
     )
 
 
-def _kept(flags: str | Sequence[str]) -> tuple[str, ...]:
+def kept_flags(flags: str | Sequence[str]) -> tuple[str, ...]:
+    """Flags of llama-server without those that `quantplan.runtime` sets itself."""
     arguments = shlex.split(flags) if isinstance(flags, str) else list(flags)
     if arguments and not arguments[0].startswith("-"):
         arguments = arguments[1:]

