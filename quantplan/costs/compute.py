@@ -29,7 +29,7 @@ Sizes = Mapping[str, float]
 _F32_BYTES = 4
 # From this build on llama-server was seen to reserve logits for one token per slot; builds of 2025
 # did so for every token of the ubatch (as llama-bench and llama-perplexity still need).
-_FEW_OUTPUTS_FROM_BUILD = 10434
+_FEW_OUTPUTS_FROM_BUILD = 10068
 # From this batch on a GPU multiplies by weights held in RAM, by copying them to it one after the
 # other (GGML_OP_OFFLOAD_MIN_BATCH). ik_llama.cpp wants as many tokens for each expert, since the
 # pull request of this day (520).

@@ -194,16 +194,19 @@ def build_options(server: Path) -> tuple[str, ...]:
 
     It says so before it opens a model, so it is asked for one that does not exist.
     """
+    loud = ["-lv", "4"] if "-lv" in known_options(server) else []
     with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
-        log = _run([str(server), "-m", str(Path(folder, "none.gguf")), "--port", "0"], folder)[1]
+        log = _run([str(server), "-m", str(Path(folder, "none.gguf")), *loud], folder)[1]
     found = _SYSTEM_INFO.search(log)
     return tuple(part.strip() for part in found[1].split("|")) if found else ()
 
 
 def _package_build(server: Path) -> int | None:
+    """The build that the Python package states which a llama-server is part of."""
+    site = str(server.parents[2]) if len(server.parents) > 2 else ""
     for package in PACKAGES:
-        if packaged_program(package, _PROGRAM) == server:
-            parts = metadata.version(package).split(".")
+        for found in metadata.distributions(name=package, path=[site]):
+            parts = found.version.split(".")
             return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
     return None
 
