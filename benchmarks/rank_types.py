@@ -25,7 +25,7 @@ from quantplan.costs.decode import read_s
 from quantplan.costs.factors import shipped
 from quantplan.costs.traffic import Read
 from quantplan.errors import MachineError
-from quantplan.hardware import find_cpu
+from quantplan.hardware_table import find_cpu
 from quantplan.qtypes import Runtime
 from scripts.fit_types import is_fitted
 

@@ -26,6 +26,7 @@ from quantplan.policy import Policy, policy
 from quantplan.predict import MemoryPrediction, predict
 from quantplan.quantize import quantize
 from quantplan.recipe import Recipe
+from quantplan.verify import Verification, verify
 from quantplan.version import __version__
 from quantplan.workload import Workload
 
@@ -50,6 +51,7 @@ __all__ = [
     "SourceError",
     "Tensor",
     "UnsupportedModelError",
+    "Verification",
     "Workload",
     "WorkloadError",
     "__version__",
@@ -63,4 +65,5 @@ __all__ = [
     "quantize",
     "read_inventory",
     "stock_mix",
+    "verify",
 ]

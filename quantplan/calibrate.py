@@ -26,11 +26,32 @@ def calibrate_machine(
     Raises:
         InputError: The output or a flag is not understood, or nothing was measured alone.
     """
-    results = parse_bench(bench_output)
+    return calibrate_by(machine, inventory, parse_bench(bench_output), flags)
+
+
+def calibrate_by(
+    machine: Machine,
+    inventory: Inventory,
+    results: Sequence[BenchResult],
+    flags: Sequence[str] = (),
+    by: str = "",
+) -> Machine:
+    """`calibrate_machine` by speeds that are known already.
+
+    Args:
+        machine: As it is known so far.
+        inventory: The very model that was measured.
+        results: The speeds.
+        flags: Flags that it ran with.
+        by: What measured them and when, for the machine's list of measurements.
+
+    Raises:
+        InputError: A flag is not understood, or the model has no tensors.
+    """
     measurements = [_measurement(machine, inventory, result, flags) for result in results]
     n_decode = sum(r.n_generated > 0 for r in results)
     said = f"{inventory.name}: {n_decode} decode and {len(results) - n_decode} prefill speeds"
-    return calibrate(machine, measurements, (said,))
+    return calibrate(machine, measurements, (f"{said}{f', {by}' if by else ''}",))
 
 
 def _measurement(

@@ -2,34 +2,56 @@
 
 import os
 import platform
+import re
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 
-from quantplan.errors import MachineError
-from quantplan.hardware import Device, Machine, cpu_presets, find_cpu
+from quantplan.errors import LlamaCppError, MachineError
+from quantplan.hardware import Device, Machine
+from quantplan.hardware_table import (
+    GpuSpec,
+    cpu_presets,
+    find_cpu,
+    find_gpu,
+    load_hardware,
+    nearest_class,
+)
+from quantplan.runtime.find import ListedGpu, find_llama_cpp, list_gpus
+from quantplan.units import gb_per_s, gib
 
 # Larger than any cache in common use; three arrays of it per thread at most fill a quarter of RAM.
 _ARRAY_BYTES = 192 * 2**20
 _TRIAD_S = 1.0
 _MIN_ROUNDS = 3
+_REMARK = re.compile(r"\([^)]*\)")
+# What drivers call GPUs that have no memory of their own; llvmpipe is Mesa's, on the CPU.
+_SHARES_RAM = re.compile(
+    r"radeon( vega \d+| \d{3}m)?( graphics)?$|\b(iris|uhd|llvmpipe)\b|intel (hd )?graphics"
+    r"|intel arc( \d{3}[vt])?( gpu| graphics)?$"
+)
 
 
-def detect(*, measure: bool = True) -> Machine:
+def detect(*, measure: bool = True, margin_bytes: int | None = None) -> Machine:
     """Describes the machine that this runs on.
 
     NVIDIA GPUs are found through NVML (the package ``nvidia-ml-py``), if it is installed and a
-    driver is there; other GPUs have to be added by hand. Bandwidth and arithmetic rates of a GPU
-    come from the table of known ones, else from its memory bus and clock.
+    driver is there; otherwise GPUs are those that the llama.cpp of this machine lists, or that an
+    Apple chip has. Their rates come from the table of known ones; what is not known is assumed, and
+    `Machine.assumed` says so.
 
     Args:
         measure: Measure the RAM's bandwidth (some seconds on all cores); else take that of the CPU
             in the table.
+        margin_bytes: Memory to leave free on every GPU; by default 10 %, at most 1 GiB.
 
     Raises:
         MachineError: Nothing was measured and the CPU is not in the table.
@@ -49,8 +71,20 @@ def detect(*, measure: bool = True) -> Machine:
                 f"give numbers such as 64GiB@80GB/s. Known are {', '.join(cpu_presets())}"
             )
         rate = known[1]
-    ram = Device.ram(psutil.virtual_memory().total, rate, model=name, cores=cores)
-    return Machine(gpus=tuple(nvidia_gpus()), ram=ram, measured=measured)
+    total_bytes = psutil.virtual_memory().total
+    gpus, assumed = nvidia_gpus(), list[str]()
+    if not gpus:
+        gpus, assumed = other_gpus(name, total_bytes, rate)
+    shared_bytes = sum(gpu.capacity_bytes for gpu in gpus if gpu.is_unified)
+    if 0 < shared_bytes < total_bytes:
+        total_bytes -= shared_bytes
+        assumed.append(f"the GPU shares the RAM, of which {gib(total_bytes)} are left to the CPU")
+    return Machine(
+        gpus=tuple(Device.of(i, gpu, margin_bytes) for i, gpu in enumerate(gpus)),
+        ram=Device.ram(total_bytes, rate, model=name, cores=cores),
+        measured=measured,
+        assumed=tuple(assumed),
+    )
 
 
 def cpu_name() -> str:
@@ -61,6 +95,11 @@ def cpu_name() -> str:
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 return value.strip()
+    if platform.system() == "Darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.stdout.strip():
+            return done.stdout.strip()
     return platform.processor() or platform.machine() or "CPU"
 
 
@@ -115,7 +154,7 @@ def _triad(
     np.add(a, c, out=a)
 
 
-def nvidia_gpus() -> list[Device]:
+def nvidia_gpus() -> list[GpuSpec]:
     """The NVIDIA GPUs in the order of NVML, which is that of the PCI bus; [] without driver."""
     try:
         import pynvml  # noqa: PLC0415 (an optional dependency)
@@ -131,19 +170,111 @@ def nvidia_gpus() -> list[Device]:
         pynvml.nvmlShutdown()
 
 
-def _nvidia_gpu(pynvml: object, index: int) -> Device:
+def _nvidia_gpu(pynvml: Any, index: int) -> GpuSpec:
     """One GPU, from the table where its name is known; else with the memory's bus and clock."""
-    call: Callable[..., object] = lambda name, *args: getattr(pynvml, f"nvmlDeviceGet{name}")(*args)  # noqa: E731
+
+    def call(what: str, *arguments: object) -> Any:
+        return getattr(pynvml, f"nvmlDeviceGet{what}")(*arguments)
+
     handle = call("HandleByIndex", index)
     raw = call("Name", handle)
     name = raw.decode() if isinstance(raw, bytes) else str(raw)
-    capacity = int(getattr(call("MemoryInfo", handle), "total"))  # noqa: B009 (untyped)
     try:
-        (known,) = Machine.parse(f"{name} + 1GiB@1GB/s").gpus
-    except MachineError:
-        bus_bits = int(str(call("MemoryBusWidth", handle)))
-        memory_clock = 2  # getattr(pynvml, "NVML_CLOCK_MEM")
-        clock_mhz = int(str(call("MaxClockInfo", handle, memory_clock)))
-        # Two transfers per clock of the rate that NVML states.
-        known = Device.gpu(0, capacity, 2e6 * clock_mhz * bus_bits / 8, model=name)
-    return known.model_copy(update={"name": f"GPU{index}", "capacity_bytes": capacity})
+        capacity = int(call("MemoryInfo", handle).total)
+    except pynvml.NVMLError:  # unified memory has no size of its own
+        known = find_gpu(name)
+        if known is None:
+            raise MachineError(
+                f"the driver does not say how much memory {name} has: describe the machine instead"
+            ) from None
+        return known
+    known = find_gpu(name, capacity)
+    if known is not None:
+        return known.with_capacity(capacity)
+    bus_bits = int(str(call("MemoryBusWidth", handle)))
+    memory_clock = 2  # getattr(pynvml, "NVML_CLOCK_MEM")
+    clock_mhz = int(str(call("MaxClockInfo", handle, memory_clock)))
+    # Two transfers per clock of the rate that NVML states.
+    return GpuSpec(name, capacity, 2e6 * clock_mhz * bus_bits / 8)
+
+
+def other_gpus(
+    cpu: str, total_bytes: int, ram_bytes_per_s: float
+) -> tuple[list[GpuSpec], list[str]]:
+    """GPUs that llama.cpp lists, or that an Apple chip has, and what was assumed of them.
+
+    Args:
+        cpu: Name of the CPU, which on Apple's and AMD's chips says what GPU is in it.
+        total_bytes: The RAM.
+        ram_bytes_per_s: Its rate, which is that of a GPU that shares it and is not known.
+    """
+    try:
+        llama_cpp = find_llama_cpp()
+        listed = list_gpus(llama_cpp.server) if llama_cpp.devices else ()
+    except LlamaCppError as error:
+        if apple := _apple_gpu(cpu, total_bytes):
+            said = f"macOS lets the GPU have {gib(apple.capacity_bytes)} of the RAM"
+            return [apple], [said]
+        reason = str(error).partition("\n")[0]
+        return [], [f"no GPU, as neither NVML nor a llama.cpp lists one here ({reason})"]
+    if not listed:
+        return [], [f"no GPU, as neither NVML nor {llama_cpp.server} lists one"]
+    found = [_listed_gpu(gpu, cpu, ram_bytes_per_s) for gpu in _distinct(listed)]
+    own = [(spec, said) for spec, said in found if not spec.is_unified]
+    # llama.cpp uses a GPU that shares the RAM only where there is no other one.
+    used = own or found[:1]
+    return [spec for spec, _ in used], [said for _, said in used if said]
+
+
+def _distinct(listed: Sequence[ListedGpu]) -> list[ListedGpu]:
+    """Every GPU once: one that several backends know counts for the first of these."""
+    found: list[ListedGpu] = []
+    backends: dict[str, list[ListedGpu]] = {}
+    for gpu in listed:
+        backends.setdefault(gpu.name.rstrip("0123456789"), []).append(gpu)
+    for gpus in backends.values():
+        known = Counter(_plain(gpu.description) for gpu in found)
+        for gpu in gpus:
+            if known[_plain(gpu.description)]:
+                known[_plain(gpu.description)] -= 1
+            else:
+                found.append(gpu)
+    return found
+
+
+def _listed_gpu(gpu: ListedGpu, cpu: str, ram_bytes_per_s: float) -> tuple[GpuSpec, str]:
+    """What is known of a listed GPU, and what was assumed; empty where nothing was."""
+    known = find_gpu(gpu.description, gpu.capacity_bytes)
+    if known is not None:
+        return known.with_capacity(gpu.capacity_bytes), ""
+    what = f"{gpu.description} ({gib(gpu.capacity_bytes)})"
+    if _SHARES_RAM.search(_plain(gpu.description)):
+        inside = find_gpu(cpu.partition("w/")[2])  # as AMD writes it
+        if inside is not None and "radeon" in gpu.description.lower():
+            return inside.with_capacity(gpu.capacity_bytes), f"{what} is a {inside.model}"
+        spec = GpuSpec(
+            gpu.description, gpu.capacity_bytes, ram_bytes_per_s, is_unified=True,
+            link_bytes_per_s=ram_bytes_per_s,
+        )  # fmt: skip
+        return spec, f"{what} reads its memory at the rate of the RAM"
+    alike = nearest_class(gpu.capacity_bytes)
+    rate = gb_per_s(alike.bandwidth_bytes_per_s)
+    said = (
+        f"{what} is not in the table: it is taken for a common card of {alike.model}, at {rate}. "
+        f"State its bandwidth instead: --machine '{gib(gpu.capacity_bytes)}@...GB/s + ...'"
+    )
+    return GpuSpec(gpu.description, gpu.capacity_bytes, alike.bandwidth_bytes_per_s), said
+
+
+def _apple_gpu(cpu: str, total_bytes: int) -> GpuSpec | None:
+    """The GPU of an Apple chip, with the memory that macOS lets it wire by default."""
+    found = find_gpu(cpu) if cpu.startswith("Apple") else None
+    if found is None:
+        return None
+    rule = load_hardware()["defaults"]["apple_gpu_memory"]
+    is_small = total_bytes <= rule["small_gib"] * 2**30
+    return found.with_capacity(int(total_bytes * rule["small_share" if is_small else "share"]))
+
+
+def _plain(description: str) -> str:
+    return " ".join(_REMARK.sub(" ", description.lower()).split())

@@ -1,74 +1,18 @@
 """Devices and machines: what there is to place tensors on."""
 
-import difflib
-import json
-import re
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from quantplan.errors import MachineError
+from quantplan.hardware_table import GpuSpec, load_hardware
+from quantplan.hardware_text import parse_text
 from quantplan.schema import Frozen
-from quantplan.units import gb_per_s, gib, parse_bytes, parse_bytes_per_s
+from quantplan.units import gb_per_s, gib
 
-_TERM = re.compile(
-    r"\s*(?:(?P<count>\d{1,3})\s*[xX](?:\s+|(?=[^\s@]{2})))?"  # 24XB is a misspelt unit
-    r"(?P<what>[^@]+?)\s*(?:@\s*(?P<rate>.+?)\s*)?"
-)
-_CAPACITY = r"(?P<capacity>\d+(?:\.\d+)?\s*[GMT]i?B)"
-_CAPACITY_FIRST = re.compile(rf"\s*{_CAPACITY}\s+(?P<name>[^@]*?[A-Za-z][^@]*?)\s*", re.IGNORECASE)
-_CAPACITY_LAST = re.compile(rf"\s*(?P<name>[^@]+?)\s+{_CAPACITY}\s*", re.IGNORECASE)
 # llama.cpp takes no more (LLAMA_MAX_DEVICES).
 _MAX_GPUS = 16
-
-
-@cache
-def load_hardware() -> dict[str, Any]:
-    """The GPU table and the defaults, with their sources (``data/hardware.json``)."""
-    text = files("quantplan").joinpath("data/hardware.json").read_text(encoding="utf-8")
-    data: dict[str, Any] = json.loads(text)
-    return data
-
-
-def gpu_presets() -> tuple[str, ...]:
-    """Names of GPUs and of memory classes that `Machine.parse` knows."""
-    return (*load_hardware()["gpus"], *load_hardware()["classes"])
-
-
-def cpu_presets() -> tuple[str, ...]:
-    """Names of CPUs that `Machine.parse` knows."""
-    return tuple(load_hardware()["cpus"])
-
-
-def cpu_rates(name: str) -> tuple[int, float]:
-    """Cores and reading rate of a known CPU, all sockets together.
-
-    The rate is a measured one where one was published; else the memory channels' nominal rate times
-    the share that is usually measured.
-
-    Args:
-        name: As `cpu_presets` lists it.
-
-    Returns:
-        Physical cores, and bytes per second.
-    """
-    cpu, defaults = load_hardware()["cpus"][name], load_hardware()["defaults"]
-    nominal = cpu["channels"] * cpu["mt_s"] * 1e6 * 8 * defaults["ram_measured_share"]
-    rate = cpu["measured_gb_s"] * 1e9 if cpu["measured_gb_s"] else nominal
-    return cpu["cores"], rate
-
-
-def find_cpu(text: str) -> tuple[int, float] | None:
-    """`cpu_rates` of the known CPU whose name a text contains; None where there is none.
-
-    Args:
-        text: For example what the CPU calls itself, ``AMD Ryzen 9 7950X 16-Core Processor``.
-    """
-    found = [name for name in cpu_presets() if _key(name) in _key(text)]
-    return cpu_rates(max(found, key=len)) if found else None
 
 
 class _Described(Frozen):
@@ -173,6 +117,20 @@ class Device(_Described):
         )
 
     @classmethod
+    def of(cls, index: int, spec: GpuSpec, margin_bytes: int | None = None) -> Self:
+        """A GPU from what is known of it; see `gpu`."""
+        return cls.gpu(
+            index,
+            spec.capacity_bytes,
+            spec.bandwidth_bytes_per_s,
+            model=spec.model,
+            flops_per_s=spec.flops_per_s,
+            vector_flops_per_s=spec.vector_flops_per_s,
+            link_bytes_per_s=spec.link_bytes_per_s,
+            margin_bytes=margin_bytes,
+        )
+
+    @classmethod
     def ram(
         cls,
         capacity_bytes: int,
@@ -225,6 +183,7 @@ class Machine(_Described):
         gpus: GPUs in the order in which llama.cpp numbers them.
         ram: The CPU with its RAM.
         measured: What was measured on the machine, one sentence each.
+        assumed: What is not known of it and was taken to be so, one sentence each.
         speed_log_sd: Standard deviation of the logarithm of measured over predicted decode speed
             that remains after calibration; None where nothing was measured.
 
@@ -236,6 +195,7 @@ class Machine(_Described):
     gpus: tuple[Device, ...]
     ram: Device
     measured: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
     speed_log_sd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -285,23 +245,15 @@ class Machine(_Described):
                 gathered; unknown GPUs come with similar names.
         """
         if text.endswith(".json"):
-            return cls.load(Path(text))
-        *gpu_terms, ram_term = text.split("+")
-        faults: list[str] = []
-        gpus: list[Device] = []
-        for term in gpu_terms:
-            try:
-                gpus += _parse_gpus(term, len(gpus), margin_bytes)
-            except MachineError as error:
-                faults += error.faults
-        ram: Device | None = None
-        try:
-            ram = _parse_ram(ram_term)
-        except MachineError as error:
-            faults += error.faults
-        if faults or ram is None:
-            raise MachineError(faults)
-        return cls(gpus=tuple(gpus), ram=ram)
+            found = cls.load(Path(text))
+            return found if margin_bytes is None else found.with_margin(margin_bytes)
+        gpus, ram = parse_text(text)
+        return cls(
+            gpus=tuple(Device.of(i, gpu, margin_bytes) for i, gpu in enumerate(gpus)),
+            ram=Device.ram(
+                ram.capacity_bytes, ram.bandwidth_bytes_per_s, model=ram.model, cores=ram.cores
+            ),
+        )
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -317,6 +269,11 @@ class Machine(_Described):
         except ValidationError as error:
             raise MachineError(f"{path}: {_fault(fault)}" for fault in error.errors()) from error
 
+    def with_margin(self, margin_bytes: int) -> Self:
+        """The machine with so much memory left free on every GPU."""
+        gpus = tuple(gpu.model_copy(update={"margin_bytes": margin_bytes}) for gpu in self.gpus)
+        return self.model_copy(update={"gpus": gpus})
+
     def save(self, path: Path) -> None:
         """Writes the machine as a profile, which ``--machine`` accepts.
 
@@ -329,9 +286,10 @@ class Machine(_Described):
             raise MachineError(f"the machine profile {path} cannot be written: {error}") from error
 
     def summary(self) -> str:
-        """The devices, what was measured, and what that changed, in a few lines."""
+        """The devices, what was measured and assumed, and what that changed, in a few lines."""
         slowed = [_slowdowns(device) for device in self.devices]
         said = [f"  measured: {text}" for text in self.measured]
+        said += [f"  assumed: {text}" for text in self.assumed]
         return "\n".join([self.describe(), *said, *(text for text in slowed if text)])
 
     def describe(self) -> str:
@@ -352,123 +310,3 @@ def _slowdowns(device: Device) -> str:
         if factor != 1.0
     ]
     return f"  {device.name}: {', '.join(parts)}" if parts else ""
-
-
-def _parse_gpus(term: str, first_index: int, margin_bytes: int | None) -> list[Device]:
-    match = _TERM.fullmatch(term)
-    if match is None:
-        raise MachineError(f"{term.strip()!r} is no GPU: write for example 2x RTX 3090")
-    count = int(match["count"] or 1)
-    if count == 0:
-        raise MachineError(f"{term.strip()!r} is no GPU: leave it out, or write a count above 0")
-    indices = range(first_index, first_index + count)
-    if match["rate"]:
-        capacity, rate = _capacity_and_rate(match)
-        model = f"{gib(capacity)} GPU"
-        return [
-            Device.gpu(i, capacity, rate, model=model, margin_bytes=margin_bytes) for i in indices
-        ]
-    name, preset = _gpu_preset(match["what"])
-    return [
-        Device.gpu(
-            i,
-            preset["capacity_mib"] * 2**20,
-            preset["bandwidth_gb_s"] * 1e9,
-            model=name,
-            flops_per_s=preset["half_tflops"] * 1e12,
-            vector_flops_per_s=preset["single_tflops"] * 1e12,
-            link_bytes_per_s=preset["link_gb_s"] * 1e9,
-            margin_bytes=margin_bytes,
-        )
-        for i in indices
-    ]
-
-
-def _parse_ram(term: str) -> Device:
-    match = _TERM.fullmatch(term)
-    if match is not None and match["rate"] and not match["count"]:
-        return Device.ram(*_capacity_and_rate(match))
-    named = _CAPACITY_FIRST.fullmatch(term)
-    if named is None or (match is not None and match["rate"]):
-        raise MachineError(
-            f"the RAM is missing: the last term {term.strip()!r} is not a capacity with a "
-            "bandwidth or a CPU. Write for example RTX 4090 + 64GiB@80GB/s (dual-channel DDR5-5600 "
-            "reads about 70 to 80 GB/s), or 96GiB Ryzen 9 9950X"
-        )
-    name = _known("CPU", named["name"], cpu_presets(), "96GiB@80GB/s")
-    cores, rate = cpu_rates(name)
-    return Device.ram(_amount(named["capacity"]), rate, model=name, cores=cores)
-
-
-def _capacity_and_rate(match: re.Match[str]) -> tuple[int, float]:
-    faults: list[str] = []
-    values: list[float] = []
-    for parse, text in ((_amount, match["what"]), (_rate, match["rate"])):
-        try:
-            values.append(parse(text))
-        except MachineError as error:
-            faults += error.faults
-    if faults:
-        raise MachineError(faults)
-    return int(values[0]), values[1]
-
-
-def _key(name: str) -> str:
-    """Compares names without case, spaces, hyphens and vendor words."""
-    text = re.sub(r"\b(nvidia|geforce|amd|radeon|intel|apple)\b", "", name.lower())
-    return re.sub(r"[\s\-_+]+", "", text)
-
-
-def _gpu_preset(text: str) -> tuple[str, dict[str, Any]]:
-    """A GPU by name, or by name and capacity where the name alone is another size."""
-    presets = {**load_hardware()["gpus"], **load_hardware()["classes"]}
-    sized = _CAPACITY_LAST.fullmatch(text)
-    names = {_key(name) for name in presets}
-    if sized is not None and _key(text) not in names and _key(sized["name"]) in names:
-        name, preset = _gpu_preset(sized["name"])
-        return name, {**preset, "capacity_mib": _amount(sized["capacity"]) // 2**20}
-    name = _known("GPU", text, tuple(presets), "24GiB@936GB/s")
-    return name, presets[name]
-
-
-def _known(what: str, text: str, names: tuple[str, ...], numbers: str) -> str:
-    """The name that is meant by a text.
-
-    Args:
-        what: Kind of thing, for the message.
-        text: As a person wrote it.
-        names: Known names.
-        numbers: How to give it by numbers instead.
-
-    Raises:
-        MachineError: There is no such name; similar ones are named.
-    """
-    by_key = {_key(n): n for n in names}
-    by_key.update({k.replace("gib", "gb"): n for k, n in by_key.items() if n.endswith("GiB")})
-    known = by_key.get(_key(text))
-    if known is None:
-        near = difflib.get_close_matches(_key(text), by_key, n=3, cutoff=0.6)
-        similar = " or ".join(dict.fromkeys(by_key[k] for k in near))
-        hint = f"did you mean {similar}?" if near else f"known are {', '.join(names)}."
-        raise MachineError(f"unknown {what} {text!r}: {hint} Or give numbers: {numbers}")
-    return known
-
-
-def _amount(text: str) -> int:
-    try:
-        amount = parse_bytes(text)
-    except ValueError as error:
-        raise MachineError(str(error)) from error
-    if text[-1].isdecimal():
-        raise MachineError(f"the capacity {text!r} has no unit: write {text}GiB")
-    return amount
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = parse_bytes_per_s(text)
-    except ValueError as error:
-        raise MachineError(str(error)) from error
-    if rate <= 0:
-        raise MachineError(f"the bandwidth {text!r} must be above 0")
-    return rate

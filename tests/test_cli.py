@@ -175,7 +175,6 @@ def test_prediction_knows_ik_llama_cpp_and_a_margin() -> None:
         (["plan", "GLM-4.5-Air", "--machine", "RTX 4090"], "64GiB@80GB/s"),
         ([*AIR, "--policy", "nope"], "quality"),
         ([*AIR, "--kv", "q9_9"], "q8_0"),
-        (["plan", "GLM-4.5-Air"], "machine"),
         (["show", "missing.json"], "No such file"),
         (["diff", "missing.json", "missing.json"], "No such file"),
         (["export", "missing.json", "shell"], "No such file"),
@@ -190,6 +189,17 @@ def test_usage_errors_exit_with_2_and_say_what_to_do(arguments: list[str], says:
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_without_machine_this_one_is_described(tmp_path: Path) -> None:
+    """Without --machine the present machine is planned for; stderr says what it is."""
+    source = toy_moe(tmp_path / "toy.gguf")
+    done = quantplan("predict", source, "--json", "--", "-ngl", "0", "-c", "256")
+    assert done.returncode == 0, done.stderr
+    found = qp.MemoryPrediction.model_validate_json(done.stdout)
+    assert found.devices[-1].capacity_bytes > 0
+    assert re.search(r"this one: .*RAM .* at .*GB/s", done.stderr)
+    assert "quantplan machine --save FILE.json" in done.stderr
 
 
 def test_many_faults_are_counted(tmp_path: Path) -> None:

