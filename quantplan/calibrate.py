@@ -1,6 +1,6 @@
 """A benchmark's output, the flags it ran with and a machine -> the machine, calibrated."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from quantplan.costs.calibration import Measurement, calibrate
 from quantplan.costs.traffic import collect
@@ -13,45 +13,43 @@ from quantplan.placement import place
 
 
 def calibrate_machine(
-    machine: Machine, inventory: Inventory, bench_output: str, flags: Sequence[str] = ()
+    machine: Machine,
+    inventory: Inventory,
+    bench: str | Sequence[BenchResult],
+    flags: Sequence[str] = (),
+    *,
+    tool: str = "",
 ) -> Machine:
     """Narrows a machine's speed factors by measurements made on it.
 
     Args:
         machine: As it is known so far.
         inventory: The very model that was measured, with the types that it has in the file.
-        bench_output: What llama-bench or llama-sweep-bench printed.
+        bench: What llama-bench or llama-sweep-bench printed, or speeds that were measured.
         flags: Flags that it ran with, where the output does not state them.
+        tool: What measured, for people.
 
     Raises:
         InputError: The output or a flag is not understood, or nothing was measured alone.
     """
-    return calibrate_by(machine, inventory, parse_bench(bench_output), flags)
-
-
-def calibrate_by(
-    machine: Machine,
-    inventory: Inventory,
-    results: Sequence[BenchResult],
-    flags: Sequence[str] = (),
-    by: str = "",
-) -> Machine:
-    """`calibrate_machine` by speeds that are known already.
-
-    Args:
-        machine: As it is known so far.
-        inventory: The very model that was measured.
-        results: The speeds.
-        flags: Flags that it ran with.
-        by: What measured them and when, for the machine's list of measurements.
-
-    Raises:
-        InputError: A flag is not understood, or the model has no tensors.
-    """
+    results = parse_bench(bench) if isinstance(bench, str) else tuple(bench)
     measurements = [_measurement(machine, inventory, result, flags) for result in results]
-    n_decode = sum(r.n_generated > 0 for r in results)
-    said = f"{inventory.name}: {n_decode} decode and {len(results) - n_decode} prefill speeds"
-    return calibrate(machine, measurements, (f"{said}{f', {by}' if by else ''}",))
+    said = f"{inventory.name}: {', '.join(_said(results))}{f' ({tool})' if tool else ''}"
+    return calibrate(machine, measurements, (said,))
+
+
+def _said(results: Sequence[BenchResult]) -> Iterator[str]:
+    """What was measured, for people."""
+    for what, some in (
+        ("decode", [r for r in results if r.n_generated]),
+        ("prefill", [r for r in results if r.n_prompt]),
+    ):
+        if some:
+            first, last = (f(some, key=lambda r: r.depth) for f in (min, max))
+            speeds, depths = f"{first.tps:.1f}", f"{first.depth}"
+            if last.depth > first.depth:
+                speeds, depths = f"{speeds} to {last.tps:.1f}", f"{depths} to {last.depth}"
+            yield f"{what} {speeds} tokens/s at depth {depths}"
 
 
 def _measurement(

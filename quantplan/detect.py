@@ -60,7 +60,7 @@ def detect(*, measure: bool = True, margin_bytes: int | None = None) -> Machine:
     name = cpu_name()
     measured: tuple[str, ...] = ()
     if measure:
-        rate = ram_bytes_per_s()
+        rate = round(ram_bytes_per_s(), -8)
         n_threads = usable_threads()
         measured = (f"RAM read and written at {rate / 1e9:.1f} GB/s (triad, {n_threads} threads)",)
     else:

@@ -4,7 +4,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from quantplan.calibrate import calibrate_by
+from quantplan.calibrate import calibrate_machine
 from quantplan.errors import InputError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
@@ -33,8 +33,9 @@ def learn(
             "no speed was measured, so there is nothing to learn: leave --no-speed out"
         )
     when = verification.time.date().isoformat()
-    by = f"by {verification.llama_cpp} on {when}, with {' '.join(recipe.flags)}"
-    return calibrate_by(machine, inventory, verification.speed.results, recipe.flags, by)
+    tool = f"{verification.speed.tool} of {verification.llama_cpp}, {when}"
+    results = verification.speed.results
+    return calibrate_machine(machine, inventory, results, recipe.flags, tool=tool)
 
 
 def save_profile(machine: Machine, path: Path) -> Path | None:

@@ -14,6 +14,8 @@ from quantplan.costs.calibration import Measurement, calibrate
 from quantplan.costs.decode import decode_s
 from quantplan.costs.traffic import Traffic, collect
 from quantplan.formats.llama_bench import parse_bench
+from quantplan.runtime.bench import bench_flags
+from tests.support.models import toy_moe
 from tests.test_cli import quantplan as run
 
 HYBRID = Machine.parse("RTX 4090 + 128GiB@80GB/s")
@@ -129,7 +131,9 @@ def test_a_benchmark_calibrates_the_devices_that_it_used() -> None:
     machine = calibrate_machine(HYBRID, AIR.with_qtypes({}), json.dumps(BENCH_JSON))
     assert machine.ram.decode_slowdown != 1
     assert machine.gpus[0].prefill_slowdown != 1
-    assert "1 decode and 1 prefill" in machine.measured[0]
+    assert machine.measured == (
+        "GLM-4.5-Air: decode 9.0 tokens/s at depth 4096, prefill 300.0 tokens/s at depth 0",
+    )
 
 
 def test_the_command_writes_a_profile_that_machine_accepts(tmp_path: Path) -> None:
@@ -143,3 +147,76 @@ def test_the_command_writes_a_profile_that_machine_accepts(tmp_path: Path) -> No
     known = Machine.parse(str(profile))
     assert known.measured
     assert known == Machine.load(profile)
+
+
+def llama_cpp(folder: Path, bench: str) -> Path:
+    """Puts a llama.cpp without GPU in place whose llama-bench is a shell script."""
+    usage = '[ "$1" = --help ] && echo --list-devices; echo "version: 7000 (0123abcd)"'
+    for name, script in (("llama-server", usage), ("llama-bench", bench)):
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        path.chmod(0o755)
+    return folder
+
+
+def test_calibrate_runs_llama_bench(tmp_path: Path) -> None:
+    """Without output to read, llama-bench runs the model with the flags in its own words."""
+    rows = [
+        {"n_prompt": 512, "n_gen": 0, "n_depth": 0, "avg_ts": 30.0, "samples_ts": [29.0, 31.0]},
+        {"n_prompt": 512, "n_gen": 0, "n_depth": 2048, "avg_ts": 20.0, "samples_ts": [20.0]},
+        {"n_prompt": 0, "n_gen": 32, "n_depth": 0, "avg_ts": 9.0, "samples_ts": [8.0, 9.0, 9.5]},
+        {"n_prompt": 0, "n_gen": 32, "n_depth": 2048, "avg_ts": 7.0, "samples_ts": [7.0]},
+    ]
+    lines = "\n".join(f"echo '{json.dumps(row)}'" for row in rows)
+    folder = llama_cpp(tmp_path, f'echo "$@" > {tmp_path}/arguments\necho loading >&2\n{lines}')
+    model, profile = toy_moe(tmp_path / "toy.gguf"), tmp_path / "machine.json"
+    command: list[str | Path] = ["calibrate", model, "--machine", "64GiB@80GB/s", "--save", profile]
+    flags = ["--", "-ot", "up=CPU,down=CPU", "-c", "4096", "-t", "4"]
+    done = run(*command, "--llama-cpp", folder, *flags)
+    assert done.returncode == 0, done.stderr
+    known = Machine.load(profile)
+    assert "decode 9.0 to 7.0 tokens/s at depth 0 to 2048, prefill 30.0" in known.measured[0]
+    assert "llama-bench, llama.cpp b7000" in known.measured[0]
+    assert known.ram.decode_slowdown != 1
+    arguments = (tmp_path / "arguments").read_text(encoding="utf-8")
+    assert "-ot up=CPU;down=CPU -t 4" in arguments
+    assert f"-m {model}" in arguments
+
+
+def test_a_benchmark_that_fails_is_shown(tmp_path: Path) -> None:
+    """What llama-bench said last is in the message, and no profile is written."""
+    folder = llama_cpp(tmp_path, "echo 'error: unknown model architecture: x' >&2; exit 3")
+    model, profile = toy_moe(tmp_path / "toy.gguf"), tmp_path / "machine.json"
+    command: list[str | Path] = ["calibrate", model, "--machine", "64GiB@80GB/s", "--save", profile]
+    done = run(*command, "--llama-cpp", folder)
+    assert done.returncode == 1
+    assert "too old for the model" in done.stderr
+    assert not profile.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "-fa 1 -ngl 99"),
+        (["--gpu-layers", "20", "-fa", "off"], "-fa 0 -ngl 20"),
+        (["-ot", "a=CPU", "-ot", "b=CUDA1", "-ts", "3,1"],
+         "-fa 1 -ngl 99 -ot a=CPU;b=CUDA1 -ts 3/1"),
+        (["--swa-full"], None),
+        (["-c"], None),
+    ],
+)  # fmt: skip
+def test_flags_are_translated_or_left_to_the_server(flags: list[str], words: str | None) -> None:
+    """llama-bench gets flags in its own words, or does not run where it has none for one."""
+    found = bench_flags(flags)
+    assert (found if found is None else " ".join(found)) == words
+
+
+def test_a_machine_of_another_kind_is_not_calibrated(tmp_path: Path) -> None:
+    """A machine with a GPU is not calibrated by a llama.cpp that has none, nor without a file."""
+    folder, model = llama_cpp(tmp_path, "exit 1"), toy_moe(tmp_path / "toy.gguf")
+    command: list[str | Path] = ["--save", tmp_path / "m.json", "--llama-cpp", folder, "--machine"]
+    done = run("calibrate", model, *command, "RTX 4090 + 64GiB@80GB/s")
+    assert done.returncode == 2
+    assert "has no GPU here, but the machine has 1" in done.stderr
+    done = run("calibrate", "GLM-4.5-Air", *command, "64GiB@80GB/s")
+    assert "give a GGUF, or --bench" in done.stderr

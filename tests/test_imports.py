@@ -96,6 +96,7 @@ ORDER = [
     "runtime.calibrate",
     "runtime.flags",
     "runtime.speed",
+    "runtime.bench",
     "runtime.server",
     "runtime.doctor",
     "runtime",

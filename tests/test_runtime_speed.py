@@ -2,12 +2,16 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from quantplan.cli import app
 from quantplan.errors import InputError, LlamaCppError
+from quantplan.hardware import Machine
 from quantplan.runtime import LlamaCpp, find_llama_cpp, measure_speed
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
 from tests.support.models import smollm2_path
@@ -65,7 +69,7 @@ def test_time_is_limited(llama_cpp: LlamaCpp, model: Path) -> None:
     """What takes longer than allowed ends with an error that says what to change."""
     start = time.monotonic()
     with pytest.raises(LlamaCppError, match=r"not (finished|ready)"):
-        measure_speed(llama_cpp, model, ["-t", "1"], depths=(8000,), limit_s=2)
+        measure_speed(llama_cpp, model, ["-t", "1", "-b", "64"], depths=(8000,), limit_s=2)
     assert time.monotonic() - start < 20
 
 
@@ -74,6 +78,25 @@ def test_a_flag_that_the_server_does_not_know_is_named(llama_cpp: LlamaCpp, mode
     """The server's own words are shown."""
     with pytest.raises(LlamaCppError, match="--frobnicate"):
         measure_speed(llama_cpp, model, ["--frobnicate"])
+
+
+@needs_llama_cpp
+@pytest.mark.usefixtures("llama_cpp")
+def test_calibrate_runs_the_server_where_there_is_no_bench(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`quantplan calibrate` without a benchmark's output measures, says so, and saves it."""
+    quick = partial(measure_speed, depths=(0, 64), n_tokens=8, n_prompt=32, repetitions=1)
+    monkeypatch.setattr("quantplan.runtime.bench.measure_speed", quick)
+    profile = tmp_path / "machine.json"
+    command = ["calibrate", model, "--machine", "8GiB@20GB/s", "--save", profile]
+    command += ["--llama-cpp", packaged_folder(), "--", "-t", "1"]
+    done = CliRunner().invoke(app, [str(part) for part in command], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "decode at depth 64" in done.stderr
+    known = Machine.load(profile)
+    assert "(llama-server, llama.cpp b10434)" in known.measured[0]
+    assert known.ram.decode_slowdown != 1
 
 
 def test_numbers_out_of_range_are_gathered() -> None:

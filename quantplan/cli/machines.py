@@ -1,12 +1,16 @@
 """Commands about machines."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantplan.cli.options import JsonOption, MachineOption, ModelArgument
+from quantplan.cli.options import JsonOption, MachineOption, ModelArgument, parse_machine
 from quantplan.errors import InputError
+
+if TYPE_CHECKING:
+    from quantplan.hardware import Machine
+    from quantplan.inventory import Inventory
 
 
 def machine(
@@ -29,26 +33,66 @@ def machine(
 
 def calibrate(
     model: ModelArgument,
-    machine: MachineOption,
-    bench: Annotated[
-        Path, typer.Option(metavar="FILE", help="Output of llama-bench or llama-sweep-bench.")
-    ],
     save: Annotated[Path, typer.Option(metavar="FILE", help="The profile to write.")],
+    machine: MachineOption = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Output of llama-bench or llama-sweep-bench; without, the llama.cpp of this "
+            "machine runs the model.",
+        ),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Run the llama.cpp in this folder."),
+    ] = None,
     flags: Annotated[
         list[str] | None,
-        typer.Argument(metavar="-- FLAGS", help="Flags that it ran with, after --."),
+        typer.Argument(metavar="-- FLAGS", help="Flags that it ran or is to run with, after --."),
     ] = None,
 ) -> None:
-    """Narrow a machine's speed factors by what was measured on it."""
+    """Narrow a machine's speed factors by what is measured on it."""
     import quantplan as qp  # noqa: PLC0415
     from quantplan.calibrate import calibrate_machine  # noqa: PLC0415
 
-    try:
-        output = bench.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{bench} cannot be read: {error}") from error
-    found = calibrate_machine(
-        qp.Machine.parse(machine), qp.read_inventory(model), output, flags or ()
-    )
+    if bench is not None and llama_cpp is not None:
+        raise InputError("give --bench or --llama-cpp, not both: one reads what the other measures")
+    described, inventory = parse_machine(machine, None), qp.read_inventory(model)
+    if bench is not None:
+        found = calibrate_machine(described, inventory, _read(bench), flags or ())
+    else:
+        found = _run(described, inventory, llama_cpp, flags or [])
     found.save(save)
     typer.echo(found.summary())
+
+
+def _read(bench: Path) -> str:
+    try:
+        return bench.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{bench} cannot be read: {error}") from error
+
+
+def _run(
+    machine: "Machine", inventory: "Inventory", folder: Path | None, flags: list[str]
+) -> "Machine":
+    """The machine, calibrated with a llama.cpp that runs the model now."""
+    from quantplan.calibrate import calibrate_machine  # noqa: PLC0415
+    from quantplan.runtime import find_llama_cpp, measure_with_any  # noqa: PLC0415
+
+    path = Path(inventory.source)
+    if not path.is_file():
+        raise InputError(f"{inventory.source} is no file that can be run: give a GGUF, or --bench")
+    llama_cpp = find_llama_cpp(folder)
+    has_gpu = bool(llama_cpp.devices) or "--rpc" in flags
+    if bool(machine.gpus) != has_gpu:
+        listed = ", ".join(llama_cpp.devices) or "no GPU"
+        raise InputError(
+            f"{llama_cpp.server} has {listed} here, but the machine has {len(machine.gpus)}: "
+            "calibrate on the machine itself, or give what was measured there with --bench"
+        )
+    measured = measure_with_any(llama_cpp, path, flags)
+    typer.echo(measured.summary(), err=True)
+    tool = f"{measured.tool}, {llama_cpp}"
+    return calibrate_machine(machine, inventory, measured.results, flags, tool=tool)

@@ -7,7 +7,7 @@ from typing import Any
 from quantplan.errors import InputError
 from quantplan.schema import Frozen
 
-_TEST = re.compile(r"(?:pp(?P<pp>\d+))?\+?(?:tg(?P<tg>\d+))?(?:\s*@\s*d(?P<depth>\d+))?")
+_TEST = re.compile(r"(?:pp ?(?P<pp>\d+))?\+?(?:tg ?(?P<tg>\d+))?(?:\s*@\s*d(?P<depth>\d+))?")
 _SWEEP = ("PP", "TG", "N_KV", "S_PP t/s", "S_TG t/s")
 
 
@@ -20,6 +20,7 @@ class BenchResult(Frozen):
         depth: Tokens in the context before.
         tps: Tokens per second.
         flags: Flags of llama.cpp that the tool states for this run.
+        samples_tps: Tokens per second of each repetition, where the tool states them.
     """
 
     n_prompt: int
@@ -27,6 +28,7 @@ class BenchResult(Frozen):
     depth: int
     tps: float
     flags: tuple[str, ...] = ()
+    samples_tps: tuple[float, ...] = ()
 
 
 def parse_bench(text: str) -> tuple[BenchResult, ...]:
@@ -88,6 +90,7 @@ def _from_bench(row: dict[str, Any]) -> BenchResult:
         depth=row.get("n_depth", 0),
         tps=row["avg_ts"],
         flags=tuple(flags),
+        samples_tps=tuple(row.get("samples_ts", ())),
     )
 
 

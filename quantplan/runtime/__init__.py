@@ -1,5 +1,6 @@
 """Asks the llama.cpp of this machine what memory a model takes, and how fast it runs."""
 
+from quantplan.runtime.bench import measure_with_any
 from quantplan.runtime.calibrate import calibrated, predict_calibrated
 from quantplan.runtime.find import LlamaCpp, find_llama_cpp
 from quantplan.runtime.memory import MeasuredDevice, MemoryMeasurement, measure_memory
@@ -15,5 +16,6 @@ __all__ = [
     "find_llama_cpp",
     "measure_memory",
     "measure_speed",
+    "measure_with_any",
     "predict_calibrated",
 ]

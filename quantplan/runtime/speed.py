@@ -21,6 +21,8 @@ from quantplan.runtime.process import ADDRESS, Process, failure, free_port, runn
 from quantplan.schema import Frozen
 
 DEPTHS = (0, 2048)
+# Repetitions on a machine that does nothing else differ by less.
+_UNSTEADY = 0.25
 # A prompt needs one token, and llama-server keeps one cell free.
 _SPARE_CELLS = 8
 # Which experts a token chooses depends on the text, so it should be one.
@@ -95,6 +97,10 @@ class SpeedMeasurement(Frozen):
             n = len(speed.repetitions)
             said = f"  {what}: {speed.tps:.1f} tokens/s"
             lines.append(f"{said} (median of {n}, spread {speed.spread:.0%})" if n > 1 else said)
+        if max(speed.spread for speed in (*self.decode, self.prefill)) > _UNSTEADY:
+            lines.append(
+                "  These vary much: something else uses this machine. Measure again later."
+            )
         return "\n".join(lines)
 
 
