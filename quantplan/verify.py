@@ -1,6 +1,7 @@
 """Predicted against measured: runs a recipe's file and compares what was promised."""
 
 import datetime
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +19,15 @@ from quantplan.runtime.find import LlamaCpp, find_llama_cpp
 from quantplan.runtime.flags import flags_for
 from quantplan.runtime.log import HOST
 from quantplan.runtime.memory import MeasuredDevice, read_loaded
+from quantplan.runtime.perplexity import Divergence, measure_divergence
 from quantplan.runtime.server import LOAD_LIMIT_S, Server, serving
 from quantplan.runtime.speed import SpeedMeasurement, measure_speed
 from quantplan.schema import Frozen
 from quantplan.version import __version__
 from quantplan.workload import NEWEST_KNOWN_BUILD
+
+CACHE = Path("quantplan-kld")
+"""Folder of the unquantized model's log probabilities."""
 
 _PROMPT = "The capital of France is"
 _ANSWER_TOKENS = 16
@@ -85,6 +90,57 @@ class Check(Frozen):
         return f"  {self.what:8}{self.where:12}{numbers[0]}{numbers[1]} {ratio} {unit}{broken}"
 
 
+class Loss(Frozen):
+    """What a text shows of the quantized model beside the unquantized one.
+
+    Attributes:
+        base: The unquantized model.
+        n_chunks: Chunks of the text that were judged.
+        kld_nats: Mean KL divergence, nats per token.
+        kld_error_nats: Its standard error over chunks.
+        kld_p99_nats: 99th percentile over tokens.
+        same_top_share: Share of tokens whose most likely token is the same.
+        ppl: Perplexity of the quantized model.
+        ppl_ratio: That over the unquantized model's.
+        ppl_ratio_error: Its standard error.
+    """
+
+    base: str
+    n_chunks: int
+    kld_nats: float
+    kld_error_nats: float
+    kld_p99_nats: float
+    same_top_share: float
+    ppl: float
+    ppl_ratio: float
+    ppl_ratio_error: float
+
+    @classmethod
+    def of(cls, base: Path, found: Divergence) -> Self:
+        """The figures of a measured divergence."""
+        ratio = math.exp(found.ln_ppl_ratio.value)
+        return cls(
+            base=str(base),
+            n_chunks=len(found.kld_nats),
+            kld_nats=found.kld.value,
+            kld_error_nats=found.kld.standard_error,
+            kld_p99_nats=found.kld_p99.value,
+            same_top_share=found.same_top_share.value,
+            ppl=math.exp(found.ln_ppl.value),
+            ppl_ratio=ratio,
+            ppl_ratio_error=ratio * found.ln_ppl_ratio.standard_error,
+        )
+
+    def line(self) -> str:
+        """The figures in one line."""
+        return (
+            f"  KLD {self.kld_nats:.5f} ± {self.kld_error_nats:.5f} nats/token, 99th percentile "
+            f"{self.kld_p99_nats:.4f}, same top token {self.same_top_share:.2%}, PPL "
+            f"{self.ppl:.4f}, ratio {self.ppl_ratio:.5f} ± {self.ppl_ratio_error:.5f} "
+            f"({self.n_chunks} chunks)"
+        )
+
+
 class Verification(Frozen):
     """What a recipe promised, and what the real runtime did.
 
@@ -100,6 +156,7 @@ class Verification(Frozen):
         devices: What llama.cpp called the GPUs of the machine, in order.
         checks: Everything that was compared.
         speed: The speeds as they were measured; None where they were not.
+        loss: KLD and perplexity; None where no unquantized model was given.
         completion: How the model went on after "The capital of France is", greedily.
         notes: What a person should know about it.
     """
@@ -115,6 +172,7 @@ class Verification(Frozen):
     devices: tuple[str, ...]
     checks: tuple[Check, ...]
     speed: SpeedMeasurement | None = None
+    loss: Loss | None = None
     completion: str
     notes: tuple[str, ...] = ()
 
@@ -130,6 +188,7 @@ class Verification(Frozen):
         head = f"  {'':20}{'predicted':>12}{'measured':>12} {'ratio':>7}"
         rows = [f"{self.model} on {self.llama_cpp}: {said}", head]
         rows += [check.line() for check in self.checks]
+        rows += [self.loss.line()] if self.loss else []
         rows += [f"  note: {text}" for text in self.notes]
         return "\n".join(rows)
 
@@ -169,6 +228,10 @@ def verify(
     extra_flags: Sequence[str] = (),
     speed: bool = True,
     depths: Sequence[int] | None = None,
+    base: Path | None = None,
+    text: str | None = None,
+    chunks: int | None = None,
+    cache: Path = CACHE,
     limit_s: float = LOAD_LIMIT_S,
     log: Path | None = None,
 ) -> Verification:
@@ -187,14 +250,21 @@ def verify(
         speed: Whether to measure speeds too.
         depths: Tokens in the context at which to measure decode speed; by default none and half
             of a full context.
+        base: The unquantized model; with it KLD and perplexity on `text` are measured.
+        text: Any text of at least two chunks of 512 tokens.
+        chunks: How many chunks of it at most.
+        cache: Folder for what is kept of the base, so that it runs once for each text and build.
         limit_s: Seconds to load the model, and again to measure speeds.
         log: Where to keep what llama-server printed.
 
     Raises:
-        InputError: The recipe has no flags or no machine, or the file is not the recipe's.
+        InputError: The recipe has no flags or no machine, the file is not the recipe's, or only one
+            of `base` and `text` is given.
         LlamaCppError: llama.cpp is missing, failed, took too long, or has other GPUs than the
             machine.
     """
+    if (base is None) != (text is None):
+        raise InputError("KLD needs both: the unquantized model (base) and a text")
     machine = machine or recipe.provenance.machine
     inventory = read_inventory(os.fspath(gguf))
     _check(recipe, inventory, machine)
@@ -226,6 +296,11 @@ def verify(
             limit_s=limit_s,
         )
         checks += speed_checks(predicted, speeds)
+    loss = None
+    if base is not None and text is not None:
+        found = measure_divergence(runtime, path, text, base=base, cache=cache, chunks=chunks)
+        loss = Loss.of(base, found)
+        checks += loss_checks(recipe, loss)
     return Verification(
         time=datetime.datetime.now(datetime.UTC),
         model=inventory.name,
@@ -236,6 +311,7 @@ def verify(
         devices=tuple(device.name for device in measured if device.name != HOST),
         checks=checks,
         speed=speeds,
+        loss=loss,
         completion=completion,
         notes=(*_notes(recipe, runtime, predicted), *deprecated),
     )
@@ -366,6 +442,22 @@ def speed_checks(predicted: MemoryPrediction, measured: SpeedMeasurement) -> tup
             )
         )
     return tuple(checks)
+
+
+def loss_checks(recipe: Recipe, loss: Loss) -> tuple[Check, ...]:
+    """Compares the predicted loss, for which nothing is promised: texts differ."""
+    if recipe.predicted is None:
+        return ()
+    return (
+        Check(
+            what="KLD",
+            where="",
+            predicted=recipe.predicted.loss_nats,
+            low=None,
+            high=None,
+            measured=loss.kld_nats,
+        ),
+    )
 
 
 def _depths(predicted: MemoryPrediction) -> tuple[int, ...]:

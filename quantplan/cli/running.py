@@ -49,6 +49,16 @@ def verify(
         typer.Option(metavar="TEXT", help="This machine, or its profile; else the recipe's."),
     ] = None,
     speed: Annotated[bool, typer.Option(help="Measure decode and prefill speed too.")] = True,
+    kld: Annotated[
+        Path | None,
+        typer.Option(metavar="BASE", help="Measure KLD and PPL too, beside this unquantized GGUF."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Text for --kld, any UTF-8 file.")
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(help="Chunks of 512 tokens of the text; all of it.")
+    ] = None,
     learn: Annotated[
         Path | None,
         typer.Option(
@@ -76,6 +86,8 @@ def verify(
 
     if learn is not None and not speed:
         raise InputError("--learn needs speeds: leave --no-speed out")
+    if (kld is None) != (text is None):
+        raise InputError("--kld BASE and --text FILE belong together")
     promise = qp.Recipe.load(recipe)
     here = promise.provenance.machine if machine is None else qp.Machine.parse(machine)
     if learn is not None and learn.exists() and machine is None:
@@ -87,6 +99,10 @@ def verify(
         machine=here,
         extra_flags=flags or (),
         speed=speed,
+        base=kld,
+        text=None if text is None else _read(text),
+        chunks=chunks,
+        cache=output.with_name("quantplan-kld"),
         limit_s=limit,
         log=output.with_suffix(".log"),
     )
@@ -98,6 +114,13 @@ def verify(
         typer.echo(f"{learn}: the machine as it is known now{kept}", err=True)
     if not found.held:
         raise typer.Exit(BROKEN)
+
+
+def _read(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{text} cannot be read: {error}") from error
 
 
 def run(
