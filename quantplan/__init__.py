@@ -26,7 +26,8 @@ from quantplan.policy import Policy, policy
 from quantplan.predict import MemoryPrediction, predict
 from quantplan.quantize import quantize
 from quantplan.recipe import Recipe
-from quantplan.verify import Verification, verify
+from quantplan.verification import Verification
+from quantplan.verify import verify
 from quantplan.version import __version__
 from quantplan.workload import Workload
 

@@ -9,7 +9,7 @@ from quantplan.errors import InputError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.recipe import Recipe
-from quantplan.verify import Verification
+from quantplan.verification import Verification
 
 
 def learn(

@@ -104,6 +104,7 @@ ORDER = [
     "runtime.doctor",
     "runtime",
     "detect",
+    "verification",
     "verify",
     "learn",
     "serve",
