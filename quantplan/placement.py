@@ -24,6 +24,7 @@ MAX_OVERRIDES = 4095
 # Tensors that a message names.
 _NAMED = 3
 _CPU_BUFFERS = {"CPU", "CUDA_Host", "Vulkan_Host", "CPU_REPACK"}
+_REMOTE_BUFFER = re.compile(r"RPC\d*\[(.+)\]")
 _DEVICE_BUFFER = re.compile(r"(?:CUDA|Vulkan|ROCm|SYCL|CANN|MUSA|OpenCL)(\d+)|(Metal)")
 
 
@@ -300,6 +301,10 @@ def _device(machine: Machine, buffer_type: str) -> str:
     """The device whose memory a buffer type is in."""
     if buffer_type in _CPU_BUFFERS:
         return machine.ram.name
+    if remote := _REMOTE_BUFFER.fullmatch(buffer_type):
+        for gpu in machine.gpus:
+            if gpu.network is not None and gpu.network.endpoint == remote[1]:
+                return gpu.name
     match = _DEVICE_BUFFER.fullmatch(buffer_type)
     index = int(match[1] or 0) if match else None
     if buffer_type.startswith("GPU") and buffer_type[3:].isdigit():

@@ -305,7 +305,7 @@ def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Esti
     """The compute buffer of one device."""
     inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
     architecture = inventory.architecture
-    streams_to = machine.gpus[0].name if machine.gpus else ""
+    streams_to = machine.streaming_gpu.name if machine.streaming_gpu else ""
     experts = (homes for name, homes in placement.tensors.items() if "_exps" in name)
     work = Work(
         device_kind=device.kind,

@@ -17,7 +17,7 @@ from quantplan.recipe import Recipe
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.flags import flags_for
 from quantplan.runtime.process import ADDRESS, is_free, isolated_environment, not_started
-from quantplan.verify import differences
+from quantplan.verify import differences, missing_rpc_flags
 
 PORT = 8080
 """llama-server's own."""
@@ -82,7 +82,8 @@ def prepare(
         is_written = path.exists()
         if is_written and (faults := differences(recipe, read_inventory(path))):
             raise RecipeError([*faults, f"remove {path}, or name another file (--output)"])
-    words = flags_for(llama_cpp, (*extra_flags, *recipe.flags))
+    rpc = missing_rpc_flags(recipe.flags, recipe.provenance.machine)
+    words = flags_for(llama_cpp, (*rpc, *extra_flags, *recipe.flags))
     model = shard_paths(path)[0] if is_written else path
     command = (str(llama_cpp.server), *words, "-m", str(model), "--host", host, "--port", str(port))
     return Service(gguf=path, is_written=is_written, command=command)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantplan.errors import InputError, LlamaCppError, RecipeError
+from quantplan.formats.llama_cpp import rpc_flags
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
@@ -85,7 +86,7 @@ def verify(
     if machine is None:  # refused above
         raise RecipeError("the recipe states no machine")
     runtime = llama_cpp or find_llama_cpp()
-    flags = (*extra_flags, *recipe.flags)
+    flags = (*missing_rpc_flags(recipe.flags, machine), *extra_flags, *recipe.flags)
     path = Path(inventory.source)
     with serving(runtime, path, flags, limit_s=limit_s, log=log) as server:
         measured = _devices(server, machine)
@@ -170,6 +171,11 @@ def differences(recipe: Recipe, inventory: Inventory) -> list[str]:
     return said
 
 
+def missing_rpc_flags(flags: Sequence[str], machine: Machine | None) -> list[str]:
+    """Flags that name the machine's other hosts, where the recipe's do not."""
+    return [] if machine is None or "--rpc" in flags else rpc_flags(machine)
+
+
 def _devices(server: Server, machine: Machine) -> tuple[MeasuredDevice, ...]:
     """What llama.cpp said of every device, GPUs in the machine's order.
 
@@ -180,7 +186,10 @@ def _devices(server: Server, machine: Machine) -> tuple[MeasuredDevice, ...]:
     names = [device.name for device in measured if device.name != HOST]
     if len(names) != len(machine.gpus):
         have = ", ".join(names) or "no GPU"
-        advice = "is one not found? quantplan doctor lists them"
+        advice = (
+            "is one not found? quantplan doctor lists them; a server behind --rpc must run, and be "
+            "of the same build"
+        )
         if len(names) > len(machine.gpus):
             kept = ",".join(names[: len(machine.gpus)]) or "none"
             advice = f"add -- -dev {kept}, or plan for all"

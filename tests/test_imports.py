@@ -25,6 +25,7 @@ ORDER = [
     "inventory.header",
     "inventory.catalog",
     "inventory.sources",
+    "network",
     "hardware_table",
     "hardware_text",
     "hardware",

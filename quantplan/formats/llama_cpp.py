@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from quantplan.errors import RecipeError
 from quantplan.formats.regex import names_patterns
 from quantplan.formats.rules import LLAMA_QUANTIZE, split_rules, write_rules
+from quantplan.hardware import Machine
 from quantplan.placement import MAX_OVERRIDES
 from quantplan.workload import Workload
 
@@ -99,6 +100,11 @@ def placement_flags(
     if overrides:
         flags += ["-ot", ",".join(f"{pattern}=CPU" for pattern in overrides)]
     return flags
+
+
+def rpc_flags(machine: Machine) -> list[str]:
+    """Flags that name the servers which lend devices; they come before all others."""
+    return ["--rpc", ",".join(machine.endpoints)] if machine.endpoints else []
 
 
 def workload_flags(workload: Workload) -> list[str]:

@@ -175,9 +175,9 @@ def examine(server: Path) -> LlamaCpp:
     version = _ask(server, "--version")
     usage = _ask(server, "--help")
     options = set(_OPTION.findall(usage))
-    if not {"--model", "-m"} & options:
+    if not options:
         raise failure(
-            f"{server} --help", "names no flag for a model: this is no llama-server", usage
+            f"{server} --help", "names no flags: this is no llama-server", usage
         )
     build = _BUILD.search(version)
     number = int(build[1]) if build else 0
