@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantplan.errors import InputError, LlamaCppError, RecipeError
-from quantplan.formats.llama_cpp import rpc_flags
+from quantplan.formats.llama_args import parse_flags
+from quantplan.formats.llama_cpp import options, rpc_flags
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
@@ -102,18 +103,29 @@ def verify(
     checks = memory_checks(predicted, measured)
     speeds = None
     if speed:
+        workload = parse_flags(flags, inventory, engine=runtime.runtime).workload
+        cells = workload.context // workload.n_streams
         speeds = measure_speed(
             runtime,
             path,
             flags_for(runtime, flags),
-            depths=_depths(predicted) if depths is None else depths,
+            depths=_depths(cells) if depths is None else depths,
             n_tokens=_SPEED_TOKENS,
+            n_prompt=max(1, min(workload.ubatch, cells - _SPARE_CELLS)),
             limit_s=limit_s,
         )
         checks += speed_checks(predicted, speeds)
     loss = None
     if base is not None and text is not None:
-        found = measure_divergence(runtime, path, text, base=base, cache=cache, chunks=chunks)
+        found = measure_divergence(
+            runtime,
+            path,
+            text,
+            base=base,
+            cache=cache,
+            chunks=chunks,
+            threads=_threads(flags),
+        )
         loss = Loss.of(base, found)
         checks += loss_checks(recipe, loss)
     return Verification(
@@ -283,11 +295,16 @@ def loss_checks(recipe: Recipe, loss: Loss) -> tuple[Check, ...]:
     )
 
 
-def _depths(predicted: MemoryPrediction) -> tuple[int, ...]:
-    """An empty context, and one that is half full."""
-    context = predicted.speed.points[-1].depth
-    deep = min(context // 2, _DEEPEST)
-    return (0, deep) if deep > 0 and deep + _SPEED_TOKENS + _SPARE_CELLS <= context else (0,)
+def _depths(cells: int) -> tuple[int, ...]:
+    """An empty context of a slot, and one that is half full."""
+    deep = min(cells // 2, _DEEPEST)
+    return (0, deep) if deep + _SPEED_TOKENS + _SPARE_CELLS <= cells else (0,)
+
+
+def _threads(flags: Sequence[str]) -> int | None:
+    """The threads that the flags ask for; None where they do not."""
+    given = [v[0] for name, *v in options(flags) if name in ("-t", "--threads") and v]
+    return int(given[-1]) if given and given[-1].isdigit() and int(given[-1]) else None
 
 
 def _notes(recipe: Recipe, runtime: LlamaCpp, predicted: MemoryPrediction) -> list[str]:

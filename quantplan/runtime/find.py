@@ -176,9 +176,7 @@ def examine(server: Path) -> LlamaCpp:
     usage = _ask(server, "--help")
     options = set(_OPTION.findall(usage))
     if not options:
-        raise failure(
-            f"{server} --help", "names no flags: this is no llama-server", usage
-        )
+        raise failure(f"{server} --help", "names no flags: this is no llama-server", usage)
     build = _BUILD.search(version)
     number = int(build[1]) if build else 0
     commit, compiler = _COMMIT.search(version), _COMPILER.search(version)

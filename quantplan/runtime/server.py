@@ -15,12 +15,21 @@ from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.flags import flags_for
 from quantplan.runtime.log import has_reserved
 from quantplan.runtime.memory import kept_flags
-from quantplan.runtime.process import ADDRESS, PORT_TAKEN, Process, failure, free_port, running
+from quantplan.runtime.process import (
+    ADDRESS,
+    PORT_TAKEN,
+    Process,
+    failure,
+    free_port,
+    is_free,
+    running,
+)
 
 LOAD_LIMIT_S = 600.0
 """Seconds that a model may take to load."""
 
 _ATTEMPTS = 3
+_HEALTH_LIMIT_S = 1.0  # what listens there may be another program, which never answers
 _LOG_LIMIT_S = 10.0  # from the answer that it is ready to the last line of the log about buffers
 _DEPRECATED = re.compile(r"^.*\b(?:deprecated|DEPRECATED)\b.*$", re.MULTILINE)
 
@@ -117,15 +126,11 @@ def serving(
             return
         except _PortTakenError as error:
             if attempt == _ATTEMPTS - 1:
-                raise error.as_llama_cpp_error from error
+                raise LlamaCppError(str(error)) from error
 
 
 class _PortTakenError(Exception):
     """Another program took the port between the choice of it and the start."""
-
-    def __init__(self, error: LlamaCppError) -> None:
-        super().__init__()
-        self.as_llama_cpp_error = error
 
 
 @contextmanager
@@ -139,9 +144,10 @@ def _started(
                 process.wait_until(lambda: _is_healthy(process, pool), limit_s)
                 process.wait_until(lambda: has_reserved(process.log), _LOG_LIMIT_S)
             except LlamaCppError as error:
-                if PORT_TAKEN in str(error):
-                    raise _PortTakenError(error) from error
-                raise
+                # A server that ends at once may lose what it had to say.
+                if process.popen.poll() is None or is_free(ADDRESS, port):
+                    raise
+                raise _PortTakenError(f"{PORT_TAKEN} {port}. {error}") from error
             yield Server(process, pool, tuple(command))
         finally:
             if log is not None:
@@ -150,8 +156,10 @@ def _started(
 
 def _is_healthy(process: Process, pool: urllib3.HTTPConnectionPool) -> bool:
     """Whether the program runs, and what listens on its port says that the model is loaded."""
+    if process.popen.poll() is not None:
+        return False
     try:
-        answer = pool.request("GET", "/health", timeout=5, retries=False)
+        answer = pool.request("GET", "/health", timeout=_HEALTH_LIMIT_S, retries=False)
     except urllib3.exceptions.HTTPError:  # refused while it starts
         return False
     return answer.status == 200 and process.popen.poll() is None  # 503 while it loads

