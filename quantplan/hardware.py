@@ -184,6 +184,27 @@ def _margin(capacity_bytes: int, kind: Literal["gpu", "ram"]) -> int:
     return round(min(share, float(defaults[f"{kind}_margin_max_mib"]) * 2**20))
 
 
+class ComputeMeasurement(Frozen):
+    """A compute buffer that llama.cpp laid out on a machine.
+
+    It is known for all flags under which the model of buffers predicts the same: what it predicts
+    from (batch, cells, widths, what the device holds) is then the same.
+
+    Attributes:
+        model: Name of the model.
+        kind: Of the device.
+        predicted_bytes: What was predicted.
+        measured_bytes: What it was.
+        by: What laid it out, and when.
+    """
+
+    model: str
+    kind: Literal["gpu", "cpu"]
+    predicted_bytes: int = Field(gt=0)
+    measured_bytes: int = Field(ge=0)
+    by: str
+
+
 class Machine(_Described):
     """One or more GPUs, or none, and the RAM.
 
@@ -192,6 +213,7 @@ class Machine(_Described):
         ram: The CPU with its RAM.
         measured: What was measured on the machine, one sentence each.
         assumed: What is not known of it and was taken to be so, one sentence each.
+        compute: Compute buffers that were measured on it.
         speed_log_sd: Standard deviation of the logarithm of measured over predicted decode speed
             that remains after calibration; None where nothing was measured.
 
@@ -204,6 +226,7 @@ class Machine(_Described):
     ram: Device
     measured: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
+    compute: tuple[ComputeMeasurement, ...] = ()
     speed_log_sd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -238,6 +261,18 @@ class Machine(_Described):
     def streaming_gpu(self) -> Device | None:
         """The GPU that large batches copy weights from RAM to: the first one of this host."""
         return next((gpu for gpu in self.gpus if gpu.network is None), None)
+
+    def measured_compute(self, model: str, device: Device, predicted_bytes: int) -> int | None:
+        """What was measured where a compute buffer was predicted to have so many bytes; else None.
+
+        Args:
+            model: Name of the model.
+            device: Where the buffer is.
+            predicted_bytes: The prediction.
+        """
+        key = (model, device.kind, predicted_bytes)
+        found = (c for c in self.compute if (c.model, c.kind, c.predicted_bytes) == key)
+        return next((c.measured_bytes for c in found), None)
 
     @property
     def endpoints(self) -> tuple[str, ...]:

@@ -5,37 +5,61 @@ import shutil
 from pathlib import Path
 
 from quantplan.calibrate import calibrate_machine
-from quantplan.errors import InputError
-from quantplan.hardware import Machine
+from quantplan.hardware import ComputeMeasurement, Machine
 from quantplan.inventory import Inventory
-from quantplan.recipe import Recipe
+from quantplan.predict import predict
 from quantplan.verification import Verification
+from quantplan.workload import NEWEST_KNOWN_BUILD
 
 
-def learn(
-    machine: Machine, inventory: Inventory, recipe: Recipe, verification: Verification
-) -> Machine:
-    """The machine with speed factors that agree with a verification.
+def learn(machine: Machine, inventory: Inventory, verification: Verification) -> Machine:
+    """The machine with speed factors and compute buffers that agree with a verification.
 
     The profile says what was measured, when and by which build.
 
     Args:
         machine: As it is known so far.
         inventory: The file that was verified.
-        recipe: Its recipe, whose flags it ran with.
         verification: What was measured.
-
-    Raises:
-        InputError: No speed was measured.
     """
-    if verification.speed is None:
-        raise InputError(
-            "no speed was measured, so there is nothing to learn: leave --no-speed out"
+    runtime, when = verification.llama_cpp, verification.time.date().isoformat()
+    found = _with_compute(machine, inventory, verification, f"{runtime}, {when}")
+    speed = verification.speed
+    if speed is None:
+        return found
+    tool = f"{speed.tool} of {runtime}, {when}"
+    return calibrate_machine(found, inventory, speed.results, verification.flags, tool=tool)
+
+
+def _with_compute(
+    machine: Machine, inventory: Inventory, verification: Verification, by: str
+) -> Machine:
+    """The machine with the compute buffers that were measured; newer ones replace older ones."""
+    runtime = verification.llama_cpp
+    predicted = predict(
+        inventory,
+        verification.flags,
+        machine.model_copy(update={"compute": ()}),
+        engine=runtime.runtime,
+        llama_cpp_build=runtime.build or NEWEST_KNOWN_BUILD,
+    )
+    measured = {
+        check.where: check.measured for check in verification.checks if check.what == "compute"
+    }
+    kinds = {device.name: device.kind for device in machine.devices}
+    new = {
+        (inventory.name, kinds[use.name], use.compute_bytes): round(measured[use.name])
+        for use in predicted.devices
+        if use.compute_bytes and use.name in measured
+    }
+    older = [c for c in machine.compute if (c.model, c.kind, c.predicted_bytes) not in new]
+    learned = [
+        ComputeMeasurement(
+            model=model, kind=kind, predicted_bytes=expected, measured_bytes=n_bytes, by=by
         )
-    when = verification.time.date().isoformat()
-    tool = f"{verification.speed.tool} of {verification.llama_cpp}, {when}"
-    results = verification.speed.results
-    return calibrate_machine(machine, inventory, results, recipe.flags, tool=tool)
+        for (model, kind, expected), n_bytes in new.items()
+    ]
+    return machine.model_copy(update={"compute": (*older, *learned)})
 
 
 def save_profile(machine: Machine, path: Path) -> Path | None:

@@ -247,6 +247,7 @@ def _use(resolved: Resolved, parts: Sequence[Part], machine: Machine, device: De
         compute_low_bytes=compute.low,
         compute_high_bytes=compute.high,
         free_bytes=device.capacity_bytes - weights - padding - cache - compute.high,
+        compute_is_measured=0 < compute.low == compute.high,
         repacked_bytes=sum(inventory.by_name[name].n_bytes for name in repacked),
         mapped_bytes=mapped_bytes(inventory, in_file) if is_mapped else None,
     )
@@ -318,4 +319,6 @@ def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Esti
         n_input_copies=n_input_copies(launch, placement, machine),
         is_first=device == machine.devices[0],
     )
-    return estimate(architecture, inventory.n_vocab, launch, work)
+    found = estimate(architecture, inventory.n_vocab, launch, work)
+    known = machine.measured_compute(inventory.name, device, found.expected)
+    return found if known is None else Estimate(low=known, expected=known, high=known)

@@ -132,7 +132,8 @@ class Verification(Frozen):
         gguf: The file that was run.
         header_sha256: Hash of its header.
         llama_cpp: What ran it.
-        command: The command that was checked.
+        flags: Flags that were checked, as quantplan says them.
+        command: The command that was run, in the build's words.
         devices: What llama.cpp called the GPUs of the machine, in order.
         checks: Everything that was compared.
         speed: The speeds as they were measured; None where they were not.
@@ -148,6 +149,7 @@ class Verification(Frozen):
     gguf: str
     header_sha256: str
     llama_cpp: LlamaCpp
+    flags: tuple[str, ...]
     command: tuple[str, ...]
     devices: tuple[str, ...]
     checks: tuple[Check, ...]

@@ -134,6 +134,7 @@ def verify(
         gguf=str(path),
         header_sha256=inventory.header_sha256,
         llama_cpp=runtime,
+        flags=flags,
         command=command,
         devices=tuple(device.name for device in measured if device.name != HOST),
         checks=checks,

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import quantplan as qp
 from quantplan.cli import app
 from quantplan.costs.speed import interval
+from quantplan.learn import learn
 from quantplan.runtime import find_llama_cpp
 from quantplan.runtime.memory import read_loaded
 from quantplan.runtime.server import serving
@@ -263,6 +264,14 @@ def test_the_command_line_says_whether_the_promise_held_and_learns(
     ]  # fmt: skip
     assert abs(expected[1] - decode[0].measured) < abs(expected[0] - decode[0].measured)
     assert qp.Machine.load(tmp_path / "here.before.json") == machine
+    (buffer,) = [check for check in found.checks if check.what == "compute"]
+    (use,) = qp.predict(
+        qp.read_inventory(moe.path), moe.recipe.flags, learned, llama_cpp_build=BUILD
+    ).devices
+    assert use.compute_low_bytes == use.compute_high_bytes == buffer.measured
+    assert (buffer.low or 0) < (buffer.high or 0)
+    again = learn(learned, qp.read_inventory(moe.path), found)
+    assert again.compute == learned.compute
 
 
 @needs_llama_cpp

@@ -84,8 +84,6 @@ def verify(
     from quantplan.learn import save_profile  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
 
-    if learn is not None and not speed:
-        raise InputError("--learn needs speeds: leave --no-speed out")
     if (kld is None) != (text is None):
         raise InputError("--kld BASE and --text FILE belong together")
     promise = qp.Recipe.load(recipe)
@@ -109,7 +107,7 @@ def verify(
     found.save(output)
     typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
     if learn is not None and here is not None:
-        before = save_profile(learned(here, qp.read_inventory(gguf), promise, found), learn)
+        before = save_profile(learned(here, qp.read_inventory(gguf), found), learn)
         kept = f"; the one of before is {before}" if before else ""
         typer.echo(f"{learn}: the machine as it is known now{kept}", err=True)
     if not found.held:
