@@ -12,11 +12,12 @@ collected them) count like all others.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.speed_cases import Case, Measured, read_cases, read_rows
 from quantplan.costs import load_data
-from quantplan.costs.calibration import Measurement, calibrate
+from quantplan.costs.calibration import Measurement, calibrate, for_model
 from quantplan.costs.decode import decode_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.prefill import prefill_s
-from quantplan.costs.speed import interval
+from quantplan.costs.speed import Z80, interval
 from quantplan.hardware import Device, Machine
 
 Array = NDArray[np.float64]
@@ -175,13 +176,39 @@ def print_ranking(cases: Sequence[Case], choose: Choose) -> None:
             f"ranking within {len(found)} sources: median Spearman "
             f"{np.median([r for r, _ in found]):.3f}, mean by cases {weighted:.3f}"
         )
+    print_pairs([p for some in groups.values() for p in itertools.combinations(some, 2)], choose)
+
+
+def print_pairs(pairs: Sequence[tuple[Case, Case]], choose: Choose) -> None:
+    """Pairs of alternatives that are ranked right, of those that were measured to differ.
+
+    Runs of the same model on the same rig scatter (``speed.json``); a smaller difference between
+    two runs says nothing. Pairs that are the same to the model, with other threads for example, are
+    counted apart.
+    """
+    scatter = Z80 * 2**0.5 * load_data("speed.json")["calibration"]["decode"]["noise"]
+    n_right = n_same = n_judged = 0
+    for a, b in pairs:
+        measured = math.log(a.decode[0].tps / b.decode[0].tps)
+        predicted = math.log(
+            predicted_tps(a, a.decode[0], choose(a)) / predicted_tps(b, b.decode[0], choose(b))
+        )
+        if abs(measured) > scatter:
+            n_judged += predicted != 0
+            n_same += predicted == 0
+            n_right += predicted * measured > 0
+    share = n_right / n_judged if n_judged else math.nan
+    print(
+        f"pairs of one source and rig whose speeds differ by more than {math.exp(scatter) - 1:.1%}:"
+        f" {share:.3f} of {n_judged} ranked right, {n_same} more are the same to the model"
+    )
 
 
 def print_calibrated(cases: Sequence[Case], choose: Choose) -> None:
     """Errors where one other case of the same rig and program has calibrated the machine.
 
-    Every ordered pair of cases counts; a case's curve over depth is one measurement, as one run of
-    a benchmark tool gives it.
+    Every ordered pair of cases counts; of the case that calibrates, the speed that it states. Pairs
+    of one source are from one day or nearly, others may be from versions that are months apart.
     """
     rigs: dict[tuple[str, str], list[Case]] = defaultdict(list)
     for case in cases:
@@ -190,25 +217,19 @@ def print_calibrated(cases: Sequence[Case], choose: Choose) -> None:
     before: dict[str, list[float]] = defaultdict(list)
     after: dict[str, list[float]] = defaultdict(list)
     inside = []
-    for some in rigs.values():
-        for known in some:
-            others = [c for c in some if c is not known]
-            if not others:
-                continue
-            runs = [
-                Measurement(known.traffic, known.workload, m.depth, m.tps, 1, known.runtime)
-                for m in known.decode[:1]
-            ]
-            machine = calibrate(known.machine, runs, factors=choose(known))
-            for other in others:
-                m = other.decode[0]
-                same = machine.model_copy(update={"gpus": _like(machine, other)})
-                tps = predicted_tps(other, m, choose(other), same)
-                ends = interval("decode", other.where, same, tps)
-                inside.append(ends.low <= m.tps <= ends.high)
-                for key in ("all", "same kind" if other.where == known.where else "other kind"):
-                    before[key].append(logs(other, [m], choose(other))[0])
-                    after[key].append(math.log(tps / m.tps))
+    for known, other in (p for some in rigs.values() for p in itertools.permutations(some, 2)):
+        stated = known.decode[0]
+        run = Measurement(known.traffic, known.workload, stated.depth, stated.tps, 1, known.runtime)
+        found = calibrate(known.machine, [run], factors=choose(known))
+        machine = for_model(found, other.traffic.architecture)
+        machine = machine.model_copy(update={"gpus": _like(machine, other)})
+        m = other.decode[0]
+        tps = predicted_tps(other, m, choose(other), machine)
+        ends = interval("decode", other.where, machine, tps)
+        inside.append(ends.low <= m.tps <= ends.high)
+        for key in _kinds(known, other):
+            before[key].append(logs(other, [m], choose(other))[0])
+            after[key].append(math.log(tps / m.tps))
     for key, errors in before.items():
         print(
             f"one calibrating case on the same rig, {key}: {len(after[key])} pairs, median error "
@@ -217,6 +238,14 @@ def print_calibrated(cases: Sequence[Case], choose: Choose) -> None:
         )
     if inside:
         print(f"inside the calibrated 80 % interval: {np.mean(inside):.3f}")
+
+
+def _kinds(known: Case, other: Case) -> Iterator[str]:
+    """What a pair of cases counts for."""
+    yield "all"
+    yield "same model" if known.model == other.model else "other model"
+    yield "same source" if known.thread == other.thread else "other source"
+    yield "same kind" if known.where == other.where else "other kind"
 
 
 def _like(machine: Machine, case: Case) -> tuple[Device, ...]:

@@ -32,6 +32,8 @@ from quantplan.units import gb_per_s, gib
 _ARRAY_BYTES = 192 * 2**20
 _TRIAD_S = 1.0
 _MIN_ROUNDS = 3
+# An idle machine has fewer programs running than this share of its threads.
+_IDLE_SHARE = 0.5
 _REMARK = re.compile(r"\([^)]*\)")
 # What drivers call GPUs that have no memory of their own; llvmpipe is Mesa's, on the CPU.
 _SHARES_RAM = re.compile(
@@ -59,6 +61,7 @@ def detect(*, measure: bool = True, margin_bytes: int | None = None) -> Machine:
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     name = cpu_name()
     measured: tuple[str, ...] = ()
+    n_busy = psutil.getloadavg()[0]
     if measure:
         rate = round(ram_bytes_per_s(), -8)
         n_threads = usable_threads()
@@ -75,6 +78,11 @@ def detect(*, measure: bool = True, margin_bytes: int | None = None) -> Machine:
     gpus, assumed = nvidia_gpus(), list[str]()
     if not gpus:
         gpus, assumed = other_gpus(name, total_bytes, rate)
+    if measure and n_busy > _IDLE_SHARE * usable_threads():
+        assumed.append(
+            f"nothing else slowed the RAM down, but {n_busy:.1f} programs were busy in the last "
+            "minute: measure again when the machine is idle"
+        )
     shared_bytes = sum(gpu.capacity_bytes for gpu in gpus if gpu.is_unified)
     if 0 < shared_bytes < total_bytes:
         total_bytes -= shared_bytes

@@ -191,7 +191,7 @@ class ComputeMeasurement(Frozen):
     from (batch, cells, widths, what the device holds) is then the same.
 
     Attributes:
-        model: Name of the model.
+        model: What tells the model apart (``model_key``).
         kind: Of the device.
         predicted_bytes: What was predicted.
         measured_bytes: What it was.
@@ -214,6 +214,8 @@ class Machine(_Described):
         measured: What was measured on the machine, one sentence each.
         assumed: What is not known of it and was taken to be so, one sentence each.
         compute: Compute buffers that were measured on it.
+        calibrated_with: The model that the slowdowns were measured with; empty where they hold for
+            all, or nothing was measured.
         speed_log_sd: Standard deviation of the logarithm of measured over predicted decode speed
             that remains after calibration; None where nothing was measured.
 
@@ -227,6 +229,7 @@ class Machine(_Described):
     measured: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     compute: tuple[ComputeMeasurement, ...] = ()
+    calibrated_with: str = ""
     speed_log_sd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -266,7 +269,7 @@ class Machine(_Described):
         """What was measured where a compute buffer was predicted to have so many bytes; else None.
 
         Args:
-            model: Name of the model.
+            model: What tells the model apart (``model_key``).
             device: Where the buffer is.
             predicted_bytes: The prediction.
         """
@@ -352,6 +355,8 @@ class Machine(_Described):
         slowed = [_slowdowns(device) for device in self.devices]
         said = [f"  measured: {text}" for text in self.measured]
         said += [f"  assumed: {text}" for text in self.assumed]
+        if self.calibrated_with:
+            said.append(f"  calibrated for: {self.calibrated_with}; less is known of other models")
         return "\n".join([self.describe(), *said, *(text for text in slowed if text)])
 
     def describe(self) -> str:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from quantplan.calibrate import calibrate_machine
+from quantplan.costs.calibration import model_key
 from quantplan.hardware import ComputeMeasurement, Machine
 from quantplan.inventory import Inventory
 from quantplan.predict import predict
@@ -47,17 +48,18 @@ def _with_compute(
         check.where: check.measured for check in verification.checks if check.what == "compute"
     }
     kinds = {device.name: device.kind for device in machine.devices}
+    model = model_key(inventory.architecture)
     new = {
-        (inventory.name, kinds[use.name], use.compute_bytes): round(measured[use.name])
+        (model, kinds[use.name], use.compute_bytes): round(measured[use.name])
         for use in predicted.devices
         if use.compute_bytes and use.name in measured
     }
     older = [c for c in machine.compute if (c.model, c.kind, c.predicted_bytes) not in new]
     learned = [
         ComputeMeasurement(
-            model=model, kind=kind, predicted_bytes=expected, measured_bytes=n_bytes, by=by
+            model=name, kind=kind, predicted_bytes=expected, measured_bytes=n_bytes, by=by
         )
-        for (model, kind, expected), n_bytes in new.items()
+        for (name, kind, expected), n_bytes in new.items()
     ]
     return machine.model_copy(update={"compute": (*older, *learned)})
 

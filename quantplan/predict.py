@@ -4,11 +4,11 @@ import datetime
 from collections.abc import Mapping, Sequence
 
 from quantplan.configuration import Configuration, Resolved, resolve
-from quantplan.costs.compute import Estimate, Work, estimate, n_input_copies, streamed_bytes
+from quantplan.costs.calibration import for_model, model_key
+from quantplan.costs.compute import BytesEstimate, Work, estimate, n_input_copies, streamed_bytes
 from quantplan.costs.host import is_repacked, mapped_bytes
 from quantplan.costs.ik_caches import COMPACTS_WINDOWS, derived_weight_bytes
-from quantplan.costs.speed import Estimate as SpeedEstimate
-from quantplan.costs.speed import SpeedPrediction, predict_speed
+from quantplan.costs.speed import SpeedEstimate, SpeedPrediction, predict_speed
 from quantplan.hardware import Device, Machine
 from quantplan.inventory import Inventory
 from quantplan.parts import Part, all_parts
@@ -220,7 +220,7 @@ def _speed(resolved: Resolved, machine: Machine) -> SpeedPrediction:
         {name: (types[name].qtype, homes[0]) for name, homes in placement.tensors.items()},
         placement.layers,
         placement.output,
-        machine=machine,
+        machine=for_model(machine, inventory.architecture),
         workload=launch.workload,
         runtime="llama.cpp" if launch.ik is None else "ik_llama.cpp",
         op_offload=launch.op_offload,
@@ -302,7 +302,7 @@ def _foreign_types(resolved: Resolved) -> list[str]:
     return [f"{engine} does not load tensors of the types {', '.join(foreign)}"]
 
 
-def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Estimate:
+def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> BytesEstimate:
     """The compute buffer of one device."""
     inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
     architecture = inventory.architecture
@@ -320,5 +320,5 @@ def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Esti
         is_first=device == machine.devices[0],
     )
     found = estimate(architecture, inventory.n_vocab, launch, work)
-    known = machine.measured_compute(inventory.name, device, found.expected)
-    return found if known is None else Estimate(low=known, expected=known, high=known)
+    known = machine.measured_compute(model_key(architecture), device, found.expected)
+    return found if known is None else BytesEstimate(low=known, expected=known, high=known)

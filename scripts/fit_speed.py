@@ -17,6 +17,7 @@ TYPES_RELATIVE speeds of one model in many types on one machine. Writes
 import argparse
 import datetime
 import hashlib
+import itertools
 import json
 import sys
 from collections import Counter
@@ -33,6 +34,7 @@ from benchmarks.speed_cases import Case, read_cases, read_rows
 from quantplan.costs.decode import decode_s
 from quantplan.costs.factors import Factors
 from quantplan.costs.prefill import prefill_s
+from quantplan.costs.speed import Z80
 from scripts.fit_types import fit_operations
 from scripts.robust import fit_logs
 
@@ -248,24 +250,27 @@ def one_sigma(errors: Sequence[float]) -> float:
 
 
 def spread(cases: Sequence[Case], residuals: Sequence[list[float]]) -> dict[str, float]:
-    """Standard deviations (ln): between rigs, for GPUs and CPUs, and within a rig.
+    """Standard deviations (ln): between runs of a model on a rig, for GPUs and CPUs, and within.
 
-    Within: what two thirds of the differences between two cases of one rig and runtime are below,
-    over the square root of two. Between: what is left of the spread of all cases, and at least half
-    of that within.
+    Cases of one rig, model, program and thread, which is one day or nearly, are a group. Within:
+    what two thirds of the differences between two cases of a group are below, over the square root
+    of two. Between: what is left of the spread of all cases, and at least half of that within.
+    Left: standard deviation, over that within, that remains after one measurement.
     """
-    rigs: dict[tuple[str, str], list[float]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for case, rs in zip(cases, residuals, strict=True):
         if not case.doubt:
-            rigs.setdefault((case.rig, case.runtime), []).append(rs[0])
-    pairs = [abs(a - b) for rs in rigs.values() for i, a in enumerate(rs) for b in rs[:i]]
-    within = one_sigma(pairs) / 2**0.5
+            key = (case.rig, case.model, case.runtime)
+            groups.setdefault(key, []).append((case.thread, rs[0]))
+    pairs = [p for rs in groups.values() for p in itertools.combinations(rs, 2)]
+    within = one_sigma([b - a for (s, a), (t, b) in pairs if s == t]) / 2**0.5
     found = {"noise": within}
     for kind, where in (("gpu", ("gpu",)), ("cpu", ("cpu", "hybrid"))):
         some = [rs[0] for c, rs in zip(cases, residuals, strict=True) if c.where in where]
         found[kind] = max(one_sigma(some) ** 2 - within**2, (within / 2) ** 2) ** 0.5
-    # A prediction after one measurement carries the noise of both.
-    found["left"] = 2**0.5
+    # A program changes with time, so that threads differ: four fifths of all pairs are within.
+    apart = float(np.quantile([abs(b - a) for (_, a), (_, b) in pairs], 0.8))
+    found["left"] = apart / (Z80 * within)
     return {name: float(f"{value:.3g}") for name, value in found.items()}
 
 

@@ -163,8 +163,9 @@ def fit_operations(
 ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, float]]:
     """Operations per weight by runtime, kind of device and type, and the median error of each kind.
 
-    Mainline's kernels on GPUs are taken to be those of ik_llama.cpp, which shares their origin;
-    types that one runtime was not measured in have the other's operations.
+    Mainline's kernels on GPUs are taken to be those of ik_llama.cpp, which shares their origin. On
+    CPUs a type that mainline was not measured in costs what it costs there, times the median of
+    mainline's operations over ik_llama.cpp's among the types that both were measured in.
     """
     speeds = read_absolute(absolute)
     cpu_relative = read_relative(relative)
@@ -174,17 +175,20 @@ def fit_operations(
     errors["gpu"] = float(np.median(np.abs(residuals)))
     prompt = read_prompt_operations(absolute)
     tables: dict[str, dict[str, dict[str, float]]] = {}
+    ik: dict[str, float] = {}
     for runtime in ("ik_llama.cpp", "llama.cpp"):
         cpu = [s for s in speeds if _HOSTS[s.host][:2] == ("cpu", runtime)]
         cpu += cpu_relative if runtime == "ik_llama.cpp" else []
         table, residuals = fit_kind(cpu, "cpu", overlap)
         errors[f"cpu {runtime}"] = float(np.median(np.abs(residuals)))
         if runtime == "llama.cpp":
-            other = tables["ik_llama.cpp"]["cpu"]
-            table = {**{k: v for k, v in other.items() if k != "default"}, **table}
+            ratio = float(np.median([table[name] / ik[name] for name in table if name in ik]))
+            table = {name: ratio * operations for name, operations in ik.items()} | table
+        else:
+            ik = table
         tables[runtime] = {
             "gpu": _finished(dict(gpu_table)),
-            "cpu": _finished(table),
+            "cpu": _finished(dict(table)),
             "cpu_prompt": prompt[runtime],
         }
     return tables, errors

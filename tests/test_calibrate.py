@@ -10,7 +10,7 @@ from quantplan import InputError, Inventory, Machine, Workload
 from quantplan import read_inventory as read
 from quantplan.calibrate import calibrate_machine
 from quantplan.costs import load_data
-from quantplan.costs.calibration import Measurement, calibrate
+from quantplan.costs.calibration import Measurement, calibrate, for_model
 from quantplan.costs.decode import decode_s
 from quantplan.costs.traffic import Traffic, collect
 from quantplan.formats.llama_bench import parse_bench
@@ -74,6 +74,28 @@ def test_the_depths_of_one_run_count_as_one_measurement() -> None:
     one = calibrate(HYBRID, [measured(ON_GPU, 1.3)])
     ten = calibrate(HYBRID, [measured(ON_GPU, 1.3)] * 10)
     assert ten.gpus[0].decode_slowdown == pytest.approx(one.gpus[0].decode_slowdown)
+
+
+def test_a_measurement_is_the_models_own() -> None:
+    """Of another model only what no two models differ by counts, and the interval is wide again."""
+    other = read("Qwen3-30B-A3B").architecture
+    slow = calibrate(HYBRID, [measured(ON_GPU, 1.3)])
+    assert for_model(slow, AIR.with_qtypes({}).architecture) == slow
+    assert for_model(slow, other) == HYBRID
+    slower = calibrate(HYBRID, [measured(ON_GPU, 4.0)])
+    known = for_model(slower, other)
+    assert 1.5 < known.gpus[0].decode_slowdown < slower.gpus[0].decode_slowdown
+    assert known.speed_log_sd is None
+    assert for_model(known, AIR.architecture) == known
+
+
+def test_measurements_of_several_models_are_the_machines() -> None:
+    """What two models agree on holds for all."""
+    small = read("Qwen3-30B-A3B")
+    runs = [measured(ON_GPU, 1.3), measured(traffic_of(small, "GPU0"), 1.3)]
+    machine = calibrate(HYBRID, runs)
+    assert for_model(machine, read("GLM-4.6").architecture) == machine
+    assert machine.gpus[0].decode_slowdown > 1.1
 
 
 def test_the_priors_are_fitted() -> None:
@@ -147,6 +169,7 @@ def test_the_command_writes_a_profile_that_machine_accepts(tmp_path: Path) -> No
     known = Machine.parse(str(profile))
     assert known.measured
     assert known == Machine.load(profile)
+    assert known.calibrated_with == "glm4moe, 46 layers of 4096, 128 experts"
 
 
 def llama_cpp(folder: Path, bench: str) -> Path:

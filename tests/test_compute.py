@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quantplan import Device, Inventory, Machine, Workload, predict
 from quantplan import read_inventory as read
-from quantplan.costs.compute import Estimate, Work, estimate
+from quantplan.costs.compute import BytesEstimate, Work, estimate
 from quantplan.placement import Launch
 from quantplan.predict import MemoryPrediction
 from quantplan.runtime.find import find_llama_cpp
@@ -56,7 +56,7 @@ WORKLOADS = st.builds(
 )
 
 
-def buffer(inventory: Inventory, workload: Workload, work: Work) -> Estimate:
+def buffer(inventory: Inventory, workload: Workload, work: Work) -> BytesEstimate:
     """The estimate for llama.cpp."""
     return estimate(inventory.architecture, inventory.n_vocab, Launch(workload=workload), work)
 

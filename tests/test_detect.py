@@ -134,6 +134,7 @@ esac
     monkeypatch.setattr(detect, "cpu_name", lambda: "AMD Ryzen 9 8945HX w/ Radeon 8060S")
     memory = SimpleNamespace(total=128 * GIB, available=100 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def test_llama_cpp_lists_what_nvml_does_not(
@@ -189,6 +190,14 @@ def test_what_is_not_known_is_said(
     machine = detect.detect()
     assert machine.gpus[0].bandwidth_bytes_per_s == rate
     assert said in machine.assumed[0]
+
+
+def test_a_busy_machine_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other programs run, what was measured is said to be doubtful."""
+    listing(tmp_path, monkeypatch, "CUDA0: NVIDIA GeForce RTX 3090 (24124 MiB, 23000 MiB free)")
+    assert detect.detect().assumed == ()
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    assert "1000.0 programs were busy" in detect.detect().assumed[0]
 
 
 def test_an_apple_chip_has_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

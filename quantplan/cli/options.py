@@ -11,6 +11,7 @@ from quantplan.errors import InputError
 if TYPE_CHECKING:
     from quantplan.costs.evidence import Evidence
     from quantplan.hardware import Machine
+    from quantplan.inventory import Inventory
     from quantplan.policy import Policy
 
 EngineName = Literal["llama.cpp", "ik_llama.cpp", "ik"]
@@ -48,16 +49,25 @@ ModelArgument = Annotated[
 ]
 
 
-def parse_machine(text: str | None, margin: str | None) -> "Machine":
-    """The machine of the command line, with the margin that its user wants.
+def parse_machine(
+    text: str | None, margin: str | None, inventory: "Inventory | None" = None
+) -> "Machine":
+    """The machine of the command line, as it is known for a model.
 
-    Without a text it is the one that this runs on; what was found goes to standard error.
+    Args:
+        text: As `Machine.parse` reads it. Without it is the one that this runs on; what was found
+            goes to standard error.
+        margin: Memory to leave free on every GPU, in the words of the user.
+        inventory: The model.
     """
     import quantplan as qp  # noqa: PLC0415
 
     margin_bytes = parse_size("--margin", margin)
     if text is not None:
-        return qp.Machine.parse(text, margin_bytes=margin_bytes)
+        from quantplan.costs.calibration import for_model  # noqa: PLC0415
+
+        given = qp.Machine.parse(text, margin_bytes=margin_bytes)
+        return given if inventory is None else for_model(given, inventory.architecture)
     from quantplan.detect import detect  # noqa: PLC0415
 
     found = detect(margin_bytes=margin_bytes)

@@ -73,7 +73,7 @@ def plan(
     inventory = qp.read_inventory(model)
     found = qp.plan(
         inventory,
-        parse_machine(machine, margin),
+        parse_machine(machine, margin, inventory),
         qp.Workload(
             context=ctx,
             kv_type=kv,
@@ -137,7 +137,8 @@ def predict(
     calibrate = calibrate or llama_cpp is not None
     if calibrate and (recipe is not None or engine != "llama.cpp"):
         raise InputError("--calibrate asks llama.cpp about flags: give no recipe, no other engine")
-    inventory, described = qp.read_inventory(model), parse_machine(machine, margin)
+    inventory = qp.read_inventory(model)
+    described = parse_machine(machine, margin, inventory)
     if calibrate:
         found = predict_calibrated(inventory, flags or [], described, find_llama_cpp(llama_cpp))
     else:

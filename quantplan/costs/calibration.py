@@ -12,9 +12,12 @@ from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.traffic import Traffic
 from quantplan.hardware import Device, Machine
+from quantplan.inventory import Architecture
 from quantplan.qtypes import Runtime
 from quantplan.workload import Workload
 
+# 95 % of a normal distribution is within so many standard deviations.
+_Z95 = 1.96
 _STEPS = 8
 _STEP = 1e-4
 
@@ -49,10 +52,11 @@ def calibrate(
 ) -> Machine:
     """The machine with slowdowns that agree with what was measured.
 
-    The logarithms of the GPUs' slowdown and of the CPU's are normal with the standard deviations
-    that published machines show (``speed.json``); the answer is their most probable value given the
-    measurements, each with its own noise. A measurement in which a device does little moves that
-    device little.
+    The result holds for the model that was measured, and where several were for all; see
+    `for_model`. The logarithms of the GPUs' slowdown and of the CPU's are normal with the standard
+    deviations that published runs show (``speed.json``); the answer is their most probable value
+    given the measurements, each with its own noise. A measurement in which a device does little
+    moves that device little.
 
     Args:
         machine: The machine as it is known so far; its present slowdowns count as the prior's
@@ -64,13 +68,61 @@ def calibrate(
     prior = load_data("speed.json")["calibration"]
     decode = [m for m in measurements if m.n_tokens == 1]
     prompts = [m for m in measurements if m.n_tokens > 1]
-    found = machine
+    keys = [*dict.fromkeys(model_key(m.traffic.architecture) for m in measurements)]
+    found = for_model(machine, measurements[0].traffic.architecture) if measurements else machine
     for kind, some in (("decode", decode), ("prefill", prompts)):
         if some:
             found = _slowed(found, kind, _most_probable(found, kind, some, prior[kind], factors))
     log_sd = prior["decode"]["noise"] * prior["decode"]["left"] if decode else machine.speed_log_sd
     return found.model_copy(
-        update={"measured": (*machine.measured, *measured), "speed_log_sd": log_sd}
+        update={
+            "measured": (*machine.measured, *measured),
+            "calibrated_with": keys[0] if len(keys) == 1 else "",
+            "speed_log_sd": log_sd,
+        }
+    )
+
+
+def for_model(machine: Machine, architecture: Architecture) -> Machine:
+    """The machine as it is known for a model.
+
+    What a measurement of one model says of another one on the same machine is little: in published
+    runs it does not make the prediction better. So only the part of a slowdown beyond what models
+    and programs usually differ by is taken to be the machine's, and the interval is that of a
+    machine on which nothing was measured.
+
+    Args:
+        machine: Calibrated or not.
+        architecture: The model's.
+    """
+    if machine.calibrated_with in ("", model_key(architecture)):
+        return machine
+    prior = load_data("speed.json")["calibration"]
+
+    def beyond(device: Device) -> Device:
+        found = {}
+        for kind in ("decode", "prefill"):
+            log = math.log(getattr(device, f"{kind}_slowdown"))
+            usual = _Z95 * prior[kind][device.kind]
+            found[f"{kind}_slowdown"] = math.exp(math.copysign(max(0.0, abs(log) - usual), log))
+        return device.model_copy(update=found)
+
+    return machine.model_copy(
+        update={
+            "gpus": tuple(beyond(gpu) for gpu in machine.gpus),
+            "ram": beyond(machine.ram),
+            "calibrated_with": "",
+            "speed_log_sd": None,
+        }
+    )
+
+
+def model_key(architecture: Architecture) -> str:
+    """What tells models apart, whatever their types and fine-tuning."""
+    experts = f", {architecture.n_expert} experts" if architecture.n_expert else ""
+    return (
+        f"{architecture.name}, {architecture.n_loaded_layers} layers of {architecture.n_embd}"
+        f"{experts}"
     )
 
 

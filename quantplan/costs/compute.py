@@ -68,7 +68,7 @@ class Work:
     is_first: bool = True
 
 
-class Estimate(Frozen):
+class BytesEstimate(Frozen):
     """A size in bytes that is not exactly known.
 
     Attributes:
@@ -81,17 +81,17 @@ class Estimate(Frozen):
     expected: int
     high: int
 
-    def at_least(self, other: "Estimate") -> "Estimate":
+    def at_least(self, other: "BytesEstimate") -> "BytesEstimate":
         """The larger one of two estimates, bound by bound."""
-        return Estimate(
+        return BytesEstimate(
             low=max(self.low, other.low),
             expected=max(self.expected, other.expected),
             high=max(self.high, other.high),
         )
 
-    def plus(self, n_bytes: int) -> "Estimate":
+    def plus(self, n_bytes: int) -> "BytesEstimate":
         """The estimate with bytes on top that are known."""
-        return Estimate(
+        return BytesEstimate(
             low=self.low + n_bytes, expected=self.expected + n_bytes, high=self.high + n_bytes
         )
 
@@ -248,7 +248,7 @@ def fit_of(architecture: Architecture, launch: Launch, work: Work) -> Fit:
     return next(fits[k] for k in graph_keys(architecture, launch, work) if k in fits)
 
 
-def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Work) -> Estimate:
+def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Work) -> BytesEstimate:
     """The compute buffer of one device.
 
     Args:
@@ -259,7 +259,7 @@ def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Wor
     """
     sizes = graph_sizes(architecture, n_vocab, launch, work)
     fits = _fits()[runtime_of(launch)]
-    found = Estimate(low=0, expected=0, high=0)
+    found = BytesEstimate(low=0, expected=0, high=0)
     has_experts = work.has_experts and architecture.n_expert > 0
     if work.device_kind == "cpu" or work.has_layers or work.is_first or has_experts:
         found = _interval(fit_of(architecture, launch, work), sizes)
@@ -270,13 +270,13 @@ def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Wor
     return found
 
 
-def _interval(fit: Fit, sizes: Sizes) -> Estimate:
+def _interval(fit: Fit, sizes: Sizes) -> BytesEstimate:
     expected = fit.bytes_of(sizes)
     low, high = (round(expected * bound) for bound in fit.interval)
-    return Estimate(low=low, expected=round(expected), high=high)
+    return BytesEstimate(low=low, expected=round(expected), high=high)
 
 
-def around_streamed(architecture: Architecture, n_vocab: int, launch: Launch) -> Estimate:
+def around_streamed(architecture: Architecture, n_vocab: int, launch: Launch) -> BytesEstimate:
     """What a compute buffer holds beside weights that are streamed to it."""
     fit = _fits()[runtime_of(launch)]["streaming"]
     return _interval(fit, graph_sizes(architecture, n_vocab, launch, Work("gpu")))

@@ -20,7 +20,7 @@ Z80 = 1.2816
 _DEPTHS = 9
 
 
-class Estimate(Frozen):
+class SpeedEstimate(Frozen):
     """A number with its 80 % interval.
 
     Attributes:
@@ -44,8 +44,8 @@ class SpeedPoint(Frozen):
     """
 
     depth: int
-    decode_tps: Estimate
-    prefill_tps: Estimate
+    decode_tps: SpeedEstimate
+    prefill_tps: SpeedEstimate
 
 
 class SpeedPrediction(Frozen):
@@ -62,15 +62,15 @@ class SpeedPrediction(Frozen):
     runtime: Runtime
     points: tuple[SpeedPoint, ...]
 
-    def decode_tps(self, depth: int) -> Estimate:
+    def decode_tps(self, depth: int) -> SpeedEstimate:
         """Decode speed with so many tokens in the context."""
         return self._at("decode_tps", depth)
 
-    def prefill_tps(self, depth: int) -> Estimate:
+    def prefill_tps(self, depth: int) -> SpeedEstimate:
         """Speed at which a prompt is processed behind so many tokens."""
         return self._at("prefill_tps", depth)
 
-    def turn_s(self, prompt: int, answer: int, depth: int = 0) -> Estimate:
+    def turn_s(self, prompt: int, answer: int, depth: int = 0) -> SpeedEstimate:
         """Seconds that a person waits for a whole answer.
 
         Args:
@@ -84,7 +84,7 @@ class SpeedPrediction(Frozen):
             decode = self._seconds("decode_tps", end, depth + prompt, depth + prompt + answer)
             parts.append(prefill + decode)
         slow, expected, fast = parts
-        return Estimate(low=fast, expected=expected, high=slow)
+        return SpeedEstimate(low=fast, expected=expected, high=slow)
 
     def _seconds_per_token(self, kind: str, end: str, depth: float) -> float:
         depths = [point.depth for point in self.points]
@@ -106,11 +106,11 @@ class SpeedPrediction(Frozen):
             for a, b, x, y in zip(bounds, bounds[1:], rates, rates[1:], strict=False)
         )
 
-    def _at(self, kind: str, depth: int) -> Estimate:
+    def _at(self, kind: str, depth: int) -> SpeedEstimate:
         low, expected, high = (
             1 / self._seconds_per_token(kind, end, depth) for end in ("low", "expected", "high")
         )
-        return Estimate(low=low, expected=expected, high=high)
+        return SpeedEstimate(low=low, expected=expected, high=high)
 
 
 def predict_speed(
@@ -166,7 +166,7 @@ def predict_traffic(
     return SpeedPrediction(where=traffic.where, runtime=runtime, points=tuple(points))
 
 
-def interval(what: str, where: Where, machine: Machine, tps: float) -> Estimate:
+def interval(what: str, where: Where, machine: Machine, tps: float) -> SpeedEstimate:
     """The 80 % interval of a speed.
 
     Its ends are quantiles of measured over predicted speed among published measurements of the same
@@ -183,7 +183,7 @@ def interval(what: str, where: Where, machine: Machine, tps: float) -> Estimate:
     if what == "decode" and machine.speed_log_sd is not None:
         spread = math.exp(Z80 * machine.speed_log_sd)
         low, high = max(low, 1 / spread), min(high, spread)
-    return Estimate(low=tps * low, expected=tps, high=tps * high)
+    return SpeedEstimate(low=tps * low, expected=tps, high=tps * high)
 
 
 def difference_s(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quantplan.costs.quality import LossTable, kld_nats, type_errors
-from quantplan.costs.speed import Z80, Estimate, difference_s, interval
+from quantplan.costs.speed import Z80, SpeedEstimate, difference_s, interval
 from quantplan.costs.traffic import Where
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import workload_flags
@@ -67,7 +67,7 @@ class Baseline(Frozen):
     file_bytes: int
     vram_bytes: int
     ram_bytes: int
-    decode_tps: Estimate
+    decode_tps: SpeedEstimate
     loss_nats: float
     flags: tuple[str, ...]
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from quantplan.costs import compute, memory
-from quantplan.costs.compute import Estimate, Work
+from quantplan.costs.compute import BytesEstimate, Work
 from quantplan.costs.decode import cache_s, read_s
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.factors import shipped
@@ -182,7 +182,7 @@ class Problem:
             for graph in [replace(work, has_layers=layers, has_experts=experts)]
         )
 
-    def _planned(self, estimate: Estimate) -> int:
+    def _planned(self, estimate: BytesEstimate) -> int:
         return estimate.high if self.plans_with_high_end else estimate.expected
 
     @property
