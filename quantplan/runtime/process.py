@@ -165,6 +165,9 @@ def running(
                     stdout=log,
                     stderr=log,
                     start_new_session=_HAS_GROUPS,
+                    # SIGPIPE stays ignored, as Python has it: ggml-rpc-server would die of a client
+                    # that ends while it answers.
+                    restore_signals=False,
                 )
             except OSError as error:
                 raise not_started(command[0], error) from error
