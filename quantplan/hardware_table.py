@@ -7,6 +7,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from quantplan.network import Network
+
 MIB = 2**20
 # What a vendor adds to a name for another chip, or the same one with other clocks or memory.
 _VARIANTS = {
@@ -31,6 +33,7 @@ class GpuSpec:
         vector_flops_per_s: Single-precision rate; None for the usual share of the matrix rate.
         link_bytes_per_s: Host-to-device rate; None for PCIe 4.0 x16.
         is_unified: Whether its memory is the RAM.
+        network: The way to it, where another host lends it.
     """
 
     model: str
@@ -40,6 +43,7 @@ class GpuSpec:
     vector_flops_per_s: float | None = None
     link_bytes_per_s: float | None = None
     is_unified: bool = False
+    network: Network | None = None
 
     def with_capacity(self, capacity_bytes: int) -> "GpuSpec":
         """The same GPU with another size of memory."""

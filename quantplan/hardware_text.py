@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantplan.errors import MachineError
 from quantplan.hardware_table import (
@@ -13,6 +13,7 @@ from quantplan.hardware_table import (
     gpu_spec,
     key,
 )
+from quantplan.network import split_network
 from quantplan.units import gib, parse_bytes, parse_bytes_per_s
 
 _TERM = re.compile(
@@ -62,10 +63,16 @@ def parse_text(text: str) -> tuple[list[GpuSpec], RamSpec]:
         faults += error.faults
     if faults or ram is None:
         raise MachineError(faults)
-    return gpus, ram
+    # llama.cpp has the devices of other hosts before its own, those of one host together.
+    return sorted(gpus, key=lambda gpu: gpu.network is None), ram
 
 
 def _parse_gpus(term: str) -> list[GpuSpec]:
+    own, network = split_network(term)
+    return [replace(gpu, network=network) for gpu in _parse_own_gpus(own)]
+
+
+def _parse_own_gpus(term: str) -> list[GpuSpec]:
     match = _TERM.fullmatch(term)
     if match is None:
         raise MachineError(f"{term.strip()!r} is no GPU: write for example 2x RTX 3090")

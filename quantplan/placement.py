@@ -24,6 +24,7 @@ MAX_OVERRIDES = 4095
 # Tensors that a message names.
 _NAMED = 3
 _CPU_BUFFERS = {"CPU", "CUDA_Host", "Vulkan_Host", "CPU_REPACK"}
+_REMOTE_BUFFER = re.compile(r"RPC(\d*)\[(.+)\]")
 _DEVICE_BUFFER = re.compile(r"(?:CUDA|Vulkan|ROCm|SYCL|CANN|MUSA|OpenCL)(\d+)|(Metal)")
 
 
@@ -300,15 +301,18 @@ def _device(machine: Machine, buffer_type: str) -> str:
     """The device whose memory a buffer type is in."""
     if buffer_type in _CPU_BUFFERS:
         return machine.ram.name
-    match = _DEVICE_BUFFER.fullmatch(buffer_type)
-    index = int(match[1] or 0) if match else None
-    if buffer_type.startswith("GPU") and buffer_type[3:].isdigit():
-        index = int(buffer_type[3:])
-    if index is None:
+    if remote := _REMOTE_BUFFER.fullmatch(buffer_type):
+        gpus = [g for g in machine.gpus if g.network and g.network.endpoint == remote[2]]
+        index = int(remote[1] or 0)
+    elif local := _DEVICE_BUFFER.fullmatch(buffer_type):
+        gpus, index = [g for g in machine.gpus if g.network is None], int(local[1] or 0)
+    elif buffer_type.startswith("GPU") and buffer_type[3:].isdigit():
+        gpus, index = list(machine.gpus), int(buffer_type[3:])
+    else:
         raise InputError(f"-ot: unknown buffer type {buffer_type!r}; use CPU, CUDA0, Vulkan0, ...")
-    if index >= len(machine.gpus):
+    if index >= len(gpus):
         raise InputError(f"-ot: {buffer_type} is not among the {len(machine.gpus)} GPUs")
-    return machine.gpus[index].name
+    return gpus[index].name
 
 
 def _warnings(

@@ -15,7 +15,13 @@ from quantplan.costs.quality import LossTable, kld_nats, link, type_errors
 from quantplan.costs.speed import SpeedPrediction, predict_traffic
 from quantplan.costs.traffic import Traffic, collect
 from quantplan.errors import InputError
-from quantplan.formats.llama_cpp import placement_flags, server_command, workload_flags
+from quantplan.formats.llama_cpp import (
+    buffer_types,
+    placement_flags,
+    rpc_flags,
+    server_command,
+    workload_flags,
+)
 from quantplan.ftypes import stock_mix
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
@@ -490,10 +496,10 @@ def _flags(machine: Machine, problem: Problem, solution: Solution) -> tuple[str,
         n_layers=problem.inventory.architecture.n_layers,
         layer_devices=solution.layer_devices,
         output_device=problem.output_device.name,
-        gpu_names=[gpu.name for gpu in (problem.machine if is_single else machine).gpus],
+        buffers=buffer_types(problem.machine if is_single else machine),
         moved=moved,
         others=[t.name for t in problem.inventory.tensors if t.name not in moved],
     )
     if is_single and len(machine.gpus) > 1:
         placement += ["-sm", "none", "-mg", "0"]
-    return (*placement, *workload_flags(problem.workload))
+    return (*rpc_flags(machine), *placement, *workload_flags(problem.workload))

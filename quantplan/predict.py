@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 
 from quantplan.configuration import Configuration, Resolved, resolve
-from quantplan.costs.calibration import for_model
+from quantplan.costs.calibration import for_model, model_key
 from quantplan.costs.compute import BytesEstimate, Work, estimate, n_input_copies, streamed_bytes
 from quantplan.costs.host import is_repacked, mapped_bytes
 from quantplan.costs.ik_caches import COMPACTS_WINDOWS, derived_weight_bytes
@@ -247,6 +247,7 @@ def _use(resolved: Resolved, parts: Sequence[Part], machine: Machine, device: De
         compute_low_bytes=compute.low,
         compute_high_bytes=compute.high,
         free_bytes=device.capacity_bytes - weights - padding - cache - compute.high,
+        compute_is_measured=0 < compute.low == compute.high,
         repacked_bytes=sum(inventory.by_name[name].n_bytes for name in repacked),
         mapped_bytes=mapped_bytes(inventory, in_file) if is_mapped else None,
     )
@@ -305,7 +306,7 @@ def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Byte
     """The compute buffer of one device."""
     inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
     architecture = inventory.architecture
-    streams_to = machine.gpus[0].name if machine.gpus else ""
+    streams_to = machine.streaming_gpu.name if machine.streaming_gpu else ""
     experts = (homes for name, homes in placement.tensors.items() if "_exps" in name)
     work = Work(
         device_kind=device.kind,
@@ -318,4 +319,6 @@ def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Byte
         n_input_copies=n_input_copies(launch, placement, machine),
         is_first=device == machine.devices[0],
     )
-    return estimate(architecture, inventory.n_vocab, launch, work)
+    found = estimate(architecture, inventory.n_vocab, launch, work)
+    known = machine.measured_compute(model_key(architecture), device, found.expected)
+    return found if known is None else BytesEstimate(low=known, expected=known, high=known)

@@ -10,6 +10,9 @@ _BYTE_FACTORS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
     "g": 2**30, "m": 2**20, "t": 2**40,
 }  # fmt: skip
+_BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT])bit/s\s*", re.IGNORECASE)
+_BIT_FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SECOND_FACTORS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 def parse_bytes(text: str) -> int:
@@ -35,8 +38,21 @@ def parse_bytes(text: str) -> int:
     return round(amount)
 
 
+def parse_seconds(text: str) -> float:
+    """Parses a duration such as ``0.2ms``, ``150us`` or ``1s``.
+
+    Raises:
+        ValueError: The text is not such a duration.
+    """
+    match = _QUANTITY.fullmatch(text)
+    factor = _SECOND_FACTORS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not a duration such as 0.2ms")
+    return float(match[1]) * factor
+
+
 def parse_bytes_per_s(text: str) -> float:
-    """Parses a bandwidth such as ``80GB/s`` or ``74.5 GiB/s``.
+    """Parses a bandwidth such as ``80GB/s``, ``74.5 GiB/s`` or ``10Gbit/s``.
 
     Returns:
         Bytes per second.
@@ -44,6 +60,8 @@ def parse_bytes_per_s(text: str) -> float:
     Raises:
         ValueError: The text does not end in ``/s`` or its amount is not understood.
     """
+    if bits := _BITS.fullmatch(text):
+        return float(bits[1]) * _BIT_FACTORS[bits[2].lower()] / 8
     amount, slash, second = text.strip().rpartition("/")
     if not slash or second.strip().lower() != "s":
         raise ValueError(f"{text!r} is not a bandwidth such as 80GB/s")

@@ -25,6 +25,11 @@ from quantplan.workload import KVType, Workload
 GPUS = ("GPU0", "GPU1", "GPU2")
 
 
+def buffers_of(gpus: list[str]) -> dict[str, str]:
+    """What -ot calls the memory of GPUs and of the CPU."""
+    return {**{gpu: gpu.replace("GPU", "CUDA") for gpu in gpus}, "CPU": "CPU"}
+
+
 def value_of(flags: Sequence[str], flag: str) -> str | None:
     """The argument that follows a flag, which occurs at most once."""
     assert flags.count(flag) <= 1
@@ -86,7 +91,7 @@ def test_llama_cpp_puts_layers_where_the_plan_does(
         n_layers=n_layers,
         layer_devices=layers,
         output_device=output,
-        gpu_names=gpus,
+        buffers=buffers_of(gpus),
         moved={},
     )
     found = devices_by_llama_cpp(flags, n_layers, gpus)
@@ -100,7 +105,7 @@ def test_one_gpu_needs_no_split() -> None:
         n_layers=47,
         layer_devices=["GPU0"] * 46,
         output_device="GPU0",
-        gpu_names=["GPU0"],
+        buffers=buffers_of(["GPU0"]),
         moved={},
     )
     assert flags == ["-ngl", "48"]
@@ -113,7 +118,7 @@ def test_two_gpus_share_every_layer(n_first: int) -> None:
         n_layers=47,
         layer_devices=["GPU0"] * n_first + ["GPU1"] * (46 - n_first),
         output_device="GPU1",
-        gpu_names=["GPU0", "GPU1"],
+        buffers=buffers_of(["GPU0", "GPU1"]),
         moved={},
     )
     assert value_of(flags, "-sm") == "layer"
@@ -128,7 +133,7 @@ def test_layers_on_the_cpu_are_not_counted() -> None:
         n_layers=30,
         layer_devices=["CPU"] * 12 + ["GPU0"] * 10 + ["GPU1"] * 8,
         output_device="GPU1",
-        gpu_names=["GPU0", "GPU1"],
+        buffers=buffers_of(["GPU0", "GPU1"]),
         moved={},
     )
     assert value_of(flags, "-ngl") == "19"
@@ -142,7 +147,7 @@ def test_nothing_on_the_gpu(gpus: tuple[str, ...]) -> None:
         n_layers=30,
         layer_devices=["CPU"] * 30,
         output_device="CPU",
-        gpu_names=gpus,
+        buffers=buffers_of(gpus),
         moved={},
     )
     assert flags == ["-ngl", "0"]
@@ -162,7 +167,7 @@ def test_overrides_move_the_planned_tensors_alone(begin: int, end: int, step: in
         n_layers=47,
         layer_devices=["GPU0"] * 46,
         output_device="GPU0",
-        gpu_names=["GPU0"],
+        buffers=buffers_of(["GPU0"]),
         moved=dict.fromkeys(sorted(moved), "CPU"),
     )
     assert overridden(flags, names) == moved & set(names)
@@ -185,7 +190,7 @@ def test_too_many_overrides_are_refused() -> None:
         "n_layers": 13,
         "layer_devices": ["GPU0"] * 13,
         "output_device": "GPU0",
-        "gpu_names": ["GPU0"],
+        "buffers": buffers_of(["GPU0"]),
     }
     flags = placement_flags(**arguments, moved=dict.fromkeys(distinct_sets(4095), "CPU"))
     assert MAX_OVERRIDES == len((value_of(flags, "-ot") or "").split(",")) == 4095

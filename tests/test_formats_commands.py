@@ -34,12 +34,17 @@ TWO = Machine.parse("2x RTX 3090 + 128GiB@80GB/s")
 EXPERTS = [t.name for t in AIR.tensors if t.role == "ffn_down_exps" and (t.layer or 0) < 46]
 
 
+def buffers_of(gpus: list[str]) -> dict[str, str]:
+    """What -ot calls the memory of GPUs and of the CPU."""
+    return {**{gpu: gpu.replace("GPU", "CUDA") for gpu in gpus}, "CPU": "CPU"}
+
+
 def flags(n_cpu: int, n_first: int, on_cpu: list[str], **workload: Any) -> list[str]:
     """Flags with so many layers in RAM and on the first of two GPUs."""
     layers = ["CPU"] * n_cpu + ["GPU0"] * n_first + ["GPU1"] * (46 - n_cpu - n_first)
     placement = placement_flags(
-        n_layers=47, layer_devices=layers, output_device="GPU1", gpu_names=["GPU0", "GPU1"],
-        moved=dict.fromkeys(on_cpu, "CPU"),
+        n_layers=47, layer_devices=layers, output_device="GPU1",
+        buffers=buffers_of(["GPU0", "GPU1"]), moved=dict.fromkeys(on_cpu, "CPU"),
         others=[t.name for t in AIR.tensors if t.name not in set(on_cpu)],
     )  # fmt: skip
     return [*placement, *workload_flags(Workload(**workload))]

@@ -107,7 +107,7 @@ def test_a_program_for_another_processor_is_told_plainly(tmp_path: Path) -> None
 
 def test_the_fork_is_told_from_its_flags(tmp_path: Path) -> None:
     """ik_llama.cpp knows flags of its own; its build number is that of its version line."""
-    answer = '[ "$1" = --help ] && echo "  -rtr, --run-time-repack  --no-mmap --fit"'
+    answer = '[ "$1" = --help ] && echo "-m, --model  -rtr, --run-time-repack  --no-mmap --fit"'
     folder = program(tmp_path, f"{answer}\necho 'version: 4056 (0123abcd)'")
     found = find_llama_cpp(folder)
     assert (found.runtime, found.build, found.has_fit) == ("ik_llama.cpp", 4056, False)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli import machines, planning, quantizing, recipes
+from quantplan.cli import machines, planning, quantizing, recipes, running
 from quantplan.errors import InputError, QuantplanError
 from quantplan.version import __version__
 
@@ -53,6 +53,9 @@ for _command in (
     recipes.diff,
     recipes.export,
     quantizing.quantize,
+    running.doctor,
+    running.verify,
+    running.run,
 ):
     app.command()(_command)
 app.command(name="import")(recipes.import_)

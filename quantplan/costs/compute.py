@@ -29,7 +29,7 @@ Sizes = Mapping[str, float]
 _F32_BYTES = 4
 # From this build on llama-server was seen to reserve logits for one token per slot; builds of 2025
 # did so for every token of the ubatch (as llama-bench and llama-perplexity still need).
-_FEW_OUTPUTS_FROM_BUILD = 10434
+_FEW_OUTPUTS_FROM_BUILD = 10068
 # From this batch on a GPU multiplies by weights held in RAM, by copying them to it one after the
 # other (GGML_OP_OFFLOAD_MIN_BATCH). ik_llama.cpp wants as many tokens for each expert, since the
 # pull request of this day (520).
@@ -290,7 +290,10 @@ def n_input_copies(launch: Launch, placement: Placement, machine: Machine) -> in
     """
     is_whole = machine.ram.name not in (*placement.layers, placement.output)
     pipes = is_whole and launch.split_mode == "layer" and launch.cache_on_gpu
-    pipes = pipes and len(machine.gpus) > 1 and not placement.is_overridden
+    # Devices of other hosts compute nothing while the next batch is prepared.
+    pipes = (
+        pipes and len(machine.gpus) > 1 and not machine.endpoints and not placement.is_overridden
+    )
     return PIPELINE_COPIES if pipes else 1
 
 
@@ -309,7 +312,7 @@ def streamed_bytes(
 
     One tensor; in ik_llama.cpp with fused experts the up and gate experts of a layer.
     """
-    if not (machine.gpus and streams(launch)) or (launch.ik and launch.ik.repacks_rows):
+    if not (machine.streaming_gpu and streams(launch)) or (launch.ik and launch.ik.repacks_rows):
         return 0
     architecture, tokens = inventory.architecture, launch.workload.ubatch
     pieces: dict[str, int] = {}

@@ -8,7 +8,8 @@ from quantplan.qtypes import qtype
 from quantplan.workload import Workload
 
 _COMMON_BANDWIDTH = 100e9
-_STATE_BYTES = 2 * 4  # recurrent state is F32, read and written
+_F32_BYTES = 4
+_STATE_BYTES = 2 * _F32_BYTES  # recurrent state is F32, read and written
 
 
 def read_s(device: Device, read: Read, factors: Factors | None = None) -> float:
@@ -110,6 +111,27 @@ def cache_s(
     return device.decode_slowdown * seconds
 
 
+def network_s(traffic: Traffic, machine: Machine, n_tokens: int = 1) -> float:
+    """Seconds on the way to and from devices of other hosts, for a batch of tokens.
+
+    Each time a row of F32 activations per token; at the end the logits of one token.
+
+    Args:
+        traffic: What goes where.
+        machine: The devices.
+        n_tokens: Tokens of the batch.
+    """
+    row_bytes = _F32_BYTES * traffic.architecture.n_embd * n_tokens
+    seconds = 0.0
+    for device in machine.gpus:
+        if device.network is not None:
+            n_ways = traffic.transfers.get(device.name, 0.0)
+            seconds += device.network.seconds(row_bytes, n_ways)
+            if device.name == traffic.output:
+                seconds += device.network.seconds(_F32_BYTES * traffic.n_vocab, 1)
+    return seconds
+
+
 def decode_s(
     traffic: Traffic,
     machine: Machine,
@@ -128,7 +150,7 @@ def decode_s(
     """
     f = factors or shipped()
     devices = {device.name: device for device in machine.devices}
-    seconds = f.fixed_s + f.crossing_s * traffic.n_crossings
+    seconds = f.fixed_s + f.crossing_s * traffic.n_crossings + network_s(traffic, machine)
     for name, reads in traffic.reads.items():
         seconds += sum(read_s(devices[name], read, f) for read in reads)
     for name, cache, n_layers in traffic.caches:

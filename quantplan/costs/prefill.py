@@ -1,6 +1,6 @@
 """Seconds to process a prompt: matrix work, streamed weights, attention."""
 
-from quantplan.costs.decode import attention_flops, cached_cells, is_latent
+from quantplan.costs.decode import attention_flops, cached_cells, is_latent, network_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.traffic import Read, Traffic
 from quantplan.hardware import Device, Machine
@@ -12,7 +12,7 @@ _MIN_STREAMED_BATCH = 32
 
 def streams(machine: Machine, n_tokens: int) -> bool:
     """Whether weights in RAM are copied to a GPU to multiply a batch (``op offload``)."""
-    return bool(machine.gpus) and n_tokens >= _MIN_STREAMED_BATCH
+    return machine.streaming_gpu is not None and n_tokens >= _MIN_STREAMED_BATCH
 
 
 def prefill_s(
@@ -40,10 +40,11 @@ def prefill_s(
     n = workload.ubatch if n_tokens is None else n_tokens
     devices = {device.name: device for device in machine.devices}
     arch = traffic.architecture
-    seconds = 0.0
+    seconds = network_s(traffic, machine, n)
     for name, reads in traffic.reads.items():
         streamed = op_offload and name == "CPU" and streams(machine, n)
-        worker = machine.gpus[0] if streamed else devices[name]
+        gpu = machine.streaming_gpu
+        worker = gpu if streamed and gpu is not None else devices[name]
         for read in reads:
             if read.is_prompt_work and read.n_weights:
                 seconds += _matrix_s(worker, read, n, arch.active_share, f)

@@ -2,8 +2,9 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 from quantplan.inventory import Architecture, Inventory, LayerCache, Tensor
@@ -104,6 +105,24 @@ def boundary_crossings(layers: Sequence[str], output: str) -> float:
     return sum(a != b for a, b in zip(layers, (*layers[1:], output), strict=True)) / 2
 
 
+def boundary_transfers(layers: Sequence[str], output: str) -> dict[str, float]:
+    """How often a row of activations goes to or from each device because layers end there.
+
+    The embeddings come from the CPU, and from one device to the next they go through it.
+
+    Args:
+        layers: Device name of each layer.
+        output: Device name of the output layer.
+    """
+    homes = ("CPU", *layers, output)
+    found: dict[str, float] = defaultdict(float)
+    for a, b in pairwise(homes):
+        if a != b:
+            found[a] += 1
+            found[b] += 1
+    return found
+
+
 def _block(tensor: Tensor) -> str | None:
     if is_expert(tensor):
         return "experts"
@@ -121,12 +140,18 @@ class Traffic:
         reads: Matrices read, by the name of the device.
         layers: Device name of each loaded layer, whose cache is there too.
         n_crossings: Hops from a GPU to the CPU and back, or to the next device.
+        transfers: How often a row of activations goes to or from each device, one way each.
+        n_vocab: Logits that the output layer's device gives back.
+        output: Name of that device.
     """
 
     architecture: Architecture
     reads: Mapping[str, tuple[Read, ...]]
     layers: tuple[str, ...]
     n_crossings: float
+    transfers: Mapping[str, float] = field(default_factory=dict)
+    n_vocab: int = 0
+    output: str = "CPU"
 
     @cached_property
     def caches(self) -> tuple[tuple[str, LayerCache, int], ...]:
@@ -165,6 +190,7 @@ def collect(
     shares = crossing_shares(inventory)
     homes = tuple(layers)[: inventory.architecture.n_loaded_layers]
     n_crossings = boundary_crossings(homes, output)
+    transfers = boundary_transfers(homes, output)
     for tensor in inventory.tensors:
         if tensor.name not in assignment or not inventory.is_loaded(tensor):
             continue
@@ -176,6 +202,7 @@ def collect(
             sums[place, read.qtype, read.is_expert, read.is_prompt_work].append(read)
         if tensor.layer is not None and device == "CPU" != homes[tensor.layer]:
             n_crossings += shares.get(tensor.name, 0.0)
+            transfers[homes[tensor.layer]] += 2 * shares.get(tensor.name, 0.0)
     reads: dict[str, list[Read]] = defaultdict(list)
     for (device, *_), found_reads in sums.items():
         reads[device].append(_total(found_reads))
@@ -184,6 +211,9 @@ def collect(
         reads={device: tuple(found) for device, found in reads.items()},
         layers=homes,
         n_crossings=n_crossings,
+        transfers=transfers,
+        n_vocab=inventory.n_vocab,
+        output=output,
     )
 
 

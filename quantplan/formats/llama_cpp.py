@@ -7,11 +7,13 @@ and the output layer, from the back.
 """
 
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from quantplan.errors import RecipeError
 from quantplan.formats.regex import names_patterns
 from quantplan.formats.rules import LLAMA_QUANTIZE, split_rules, write_rules
+from quantplan.hardware import Machine
 from quantplan.placement import MAX_OVERRIDES
 from quantplan.workload import Workload
 
@@ -65,7 +67,7 @@ def placement_flags(
     n_layers: int,
     layer_devices: Sequence[str],
     output_device: str,
-    gpu_names: Sequence[str],
+    buffers: Mapping[str, str],
     moved: Mapping[str, str],
     others: Iterable[str] | None = None,
 ) -> list[str]:
@@ -75,7 +77,7 @@ def placement_flags(
         n_layers: ``block_count``, next-token-prediction blocks included.
         layer_devices: Device of each loaded layer; a run of ``CPU``, then GPUs in order.
         output_device: Device of the output matrix.
-        gpu_names: All GPUs of the machine, in order.
+        buffers: What ``-ot`` calls the memory of each device, GPUs in order; see `buffer_types`.
         moved: Device of each tensor that is not on the GPU of its layer.
         others: Names of all other tensors, which no pattern may match; None for any other name.
 
@@ -86,6 +88,7 @@ def placement_flags(
         return ["-ngl", "0"]
     n_cpu_layers = sum(device == "CPU" for device in layer_devices)
     flags = ["-ngl", str(n_layers + 1 - n_cpu_layers)]
+    gpu_names = [name for name in buffers if name != "CPU"]
     if len(gpu_names) > 1:
         counts = [sum(device == gpu for device in layer_devices) for gpu in gpu_names]
         # The skipped next-token-prediction blocks and the output layer come last.
@@ -95,8 +98,7 @@ def placement_flags(
     for device in dict.fromkeys(moved.values()):
         here = [name for name, place in moved.items() if place == device]
         rest = None if others is None else [*others, *(moved.keys() - set(here))]
-        buffer = buffer_type(device)
-        overrides += [f"{pattern}={buffer}" for pattern in names_patterns(here, rest)]
+        overrides += [f"{pattern}={buffers[device]}" for pattern in names_patterns(here, rest)]
     if len(overrides) > MAX_OVERRIDES:
         raise RecipeError(
             f"the placement needs {len(overrides)} -ot patterns, llama.cpp takes {MAX_OVERRIDES}"
@@ -106,9 +108,25 @@ def placement_flags(
     return flags
 
 
-def buffer_type(device: str) -> str:
-    """What ``-ot`` calls a device's memory: ``CPU``, or that of CUDA's GPU with its number."""
-    return device.replace("GPU", "CUDA")
+def buffer_types(machine: Machine) -> dict[str, str]:
+    """What ``-ot`` calls the memory of each device, by the device's name.
+
+    GPUs of this host are called as CUDA does; on another backend ``CUDA`` is to be replaced by its
+    name, such as ``Vulkan`` or ``ROCm``.
+    """
+    found = {machine.ram.name: "CPU"}
+    servers: Counter[str] = Counter()
+    for gpu in machine.gpus:
+        endpoint = gpu.network.endpoint if gpu.network else ""
+        number = servers[endpoint]
+        found[gpu.name] = f"RPC{number}[{endpoint}]" if endpoint else f"CUDA{number}"
+        servers[endpoint] += 1
+    return found
+
+
+def rpc_flags(machine: Machine) -> list[str]:
+    """Flags that name the servers which lend devices; they come before all others."""
+    return ["--rpc", ",".join(machine.endpoints)] if machine.endpoints else []
 
 
 def workload_flags(workload: Workload) -> list[str]:

@@ -113,7 +113,7 @@ class Problem:
     def may_pipeline(self) -> bool:
         """Whether several GPUs work as a pipeline if every tensor is on the GPU of its layer."""
         is_whole = self.machine.ram.name not in self.layer_devices
-        return len(self.machine.gpus) > 1 and is_whole
+        return len(self.machine.gpus) > 1 and is_whole and not self.machine.endpoints
 
     def compute_bytes(
         self, device: Device, streamed_bytes: int = 0, *, is_pipeline: bool = False

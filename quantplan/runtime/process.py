@@ -1,5 +1,7 @@
 """Runs a program of llama.cpp until it has said what is asked, and always ends it."""
 
+import contextlib
+import errno
 import os
 import re
 import signal
@@ -20,10 +22,21 @@ _POLL_S = 0.05
 _SHOWN_LINES = 12
 # Lines of level E, and what says so in words.
 _TELLING = re.compile(r"^[\d.]+ E |error|fail|invalid|unable|abort|assert", re.IGNORECASE)
+PORT_TAKEN = "another program listens on the port"
+"""The likely cause that is told where a server cannot have its port."""
+
+# A program that prints more than this, in bytes, has gone wrong.
+_MAX_LOG_BYTES = 64 * 2**20
 # What a program's last lines mean; the first that is found is told.
 _CAUSES = {
     "unknown model architecture": "this llama.cpp is too old for the model",
+    "unknown argument": "this llama.cpp does not know one of the flags",
     "invalid argument": "this llama.cpp does not know one of the flags",
+    "couldn't bind": PORT_TAKEN,
+    "failed to open GGUF file": "the model's file cannot be opened; was it moved or deleted?",
+    "not within the file bounds": "the model's file is incomplete: copy or quantize it again",
+    "invalid magic": "the model's file is no GGUF",
+    "invalid ggml type": "this llama.cpp does not know a type of the model's tensors",
     "error while loading shared libraries": "a library that it needs is missing",
     "out of memory": "a device is full",
     "unable to allocate": "a device is full",
@@ -32,6 +45,8 @@ _CAUSES = {
 _SIGNALS: dict[int, str] = {
     signal.SIGILL: "the program is compiled for instructions that this processor does not have",
 }
+# A program gets a group of its own, so that its children can be ended with it.
+_HAS_GROUPS = hasattr(os, "killpg")
 if hasattr(signal, "SIGKILL"):  # Windows has none
     _SIGNALS[signal.SIGKILL] = "the system ended it, most likely for want of memory"
 
@@ -53,7 +68,8 @@ class Process:
     @property
     def log(self) -> str:
         """Everything that it has printed so far."""
-        return self.log_path.read_text(encoding="utf-8", errors="replace")
+        with self.log_path.open("rb") as file:
+            return file.read(_MAX_LOG_BYTES).decode(errors="replace")
 
     def wait_until(self, ready: Callable[[], bool], limit_s: float) -> None:
         """Returns when `ready` says so.
@@ -72,6 +88,9 @@ class Process:
                 return
             if code is not None:
                 raise failure(self.name, ending(code), self.log)
+            if self.log_path.stat().st_size > _MAX_LOG_BYTES:
+                fate = f"prints without end: more than {_MAX_LOG_BYTES // 2**20} MiB"
+                raise failure(self.name, fate, self.log)
             if time.monotonic() > deadline:
                 raise failure(self.name, f"is not ready after {limit_s:.0f} s", self.log)
             time.sleep(_POLL_S)
@@ -130,27 +149,62 @@ def running(
     Args:
         command: Program and arguments; no shell reads them.
         environment: Its whole environment; None is `isolated_environment`.
+
+    Raises:
+        LlamaCppError: The program cannot be started.
     """
     with tempfile.TemporaryDirectory(prefix="quantplan-") as name:
         folder = Path(name)
         variables = isolated_environment(folder) if environment is None else dict(environment)
         with (folder / "log").open("wb") as log:
-            popen = subprocess.Popen(
-                command,
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            try:
+                popen = subprocess.Popen(
+                    command,
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=_HAS_GROUPS,
+                    # SIGPIPE stays ignored, as Python has it: ggml-rpc-server would die of a client
+                    # that ends while it answers.
+                    restore_signals=False,
+                )
+            except OSError as error:
+                raise not_started(command[0], error) from error
         try:
             yield Process(Path(command[0]).name, popen, folder / "log")
         finally:
-            popen.terminate()
-            try:
-                popen.wait(_STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                popen.kill()
-                popen.wait()
+            _end(popen)
+
+
+def _end(popen: subprocess.Popen[bytes]) -> None:
+    """Ends a program, and whatever it has started and left behind."""
+    was_alive = popen.poll() is None  # else its number may be another program's by now
+    popen.terminate()
+    try:
+        popen.wait(_STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        popen.kill()
+        popen.wait()
+    if _HAS_GROUPS and was_alive:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(popen.pid, signal.SIGKILL)
+
+
+def not_started(program: str, error: Exception) -> LlamaCppError:
+    """Says why a program could not be run at all.
+
+    Args:
+        program: Its path.
+        error: What the system, or the time limit, said.
+    """
+    number = getattr(error, "errno", None)
+    hint = {
+        errno.ENOENT: "there is no such file, or the loader that it names is not here",
+        errno.EACCES: "the file is not executable: chmod +x it",
+        errno.ENOEXEC: "it is no program for this system",
+    }.get(number or 0, "")
+    return LlamaCppError(f"{program} does not run: {error}{f' ({hint})' if hint else ''}")
 
 
 def isolated_environment(folder: Path) -> dict[str, str]:
@@ -170,3 +224,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((ADDRESS, 0))
         return int(probe.getsockname()[1])
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether nothing listens on a port.
+
+    Args:
+        host: Address of the interface.
+        port: The port.
+    """
+    with socket.socket() as probe:
+        if os.name == "posix":  # what waits to be forgotten does not count, as for llama-server
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

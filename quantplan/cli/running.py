@@ -1,0 +1,168 @@
+"""Commands that run llama.cpp."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantplan.cli.options import JsonOption
+from quantplan.errors import InputError
+
+BROKEN = 3
+"""Exit code of `verify` where a promise was not kept."""
+
+LlamaCppOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--llama-cpp", metavar="DIR", help="Folder of llama.cpp; else LLAMA_CPP_DIR, PATH, others."
+    ),
+]
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe that `quantplan plan` saved.")]
+FlagsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="-- FLAGS", help="Further flags of llama-server, after --."),
+]
+
+
+def doctor(llama_cpp: LlamaCppOption = None, json_output: JsonOption = False) -> None:
+    """Say which llama.cpp is here, what it can do, and what is missing.
+
+    Exit code 1 where no llama-server runs.
+    """
+    from quantplan.runtime.doctor import diagnose  # noqa: PLC0415
+
+    found = diagnose(llama_cpp)
+    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+    if not found.is_usable:
+        raise typer.Exit(1)
+
+
+def verify(
+    recipe: RecipeArgument,
+    gguf: Annotated[str, typer.Argument(metavar="GGUF", help="The file quantized with it.")],
+    flags: FlagsArgument = None,
+    llama_cpp: LlamaCppOption = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="This machine, or its profile; else the recipe's."),
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="Measure decode and prefill speed too.")] = True,
+    kld: Annotated[
+        Path | None,
+        typer.Option(metavar="BASE", help="Measure KLD and PPL too, beside this unquantized GGUF."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Text for --kld, any UTF-8 file.")
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(help="Chunks of 512 tokens of the text; all of it.")
+    ] = None,
+    learn: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PROFILE",
+            help="Update this profile (.json) of the machine by what is measured.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where to save the result; the log goes beside it.")
+    ] = Path("verification.json"),
+    limit: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time to load, and again to measure speeds.")
+    ] = 600.0,
+    json_output: JsonOption = False,
+) -> None:
+    """Run a quantized model with its recipe's flags and compare with what was promised.
+
+    Weights and caches must be equal to the last digit that llama.cpp prints, compute buffers and
+    speeds within their intervals. Exit code 0 where all is as promised, 3 where it is not.
+    """
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.learn import learn as learned  # noqa: PLC0415
+    from quantplan.learn import save_profile  # noqa: PLC0415
+    from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
+
+    if (kld is None) != (text is None):
+        raise InputError("--kld BASE and --text FILE belong together")
+    promise = qp.Recipe.load(recipe)
+    here = promise.provenance.machine if machine is None else qp.Machine.parse(machine)
+    if learn is not None and learn.exists() and machine is None:
+        here = qp.Machine.load(learn)
+    found = qp.verify(
+        promise,
+        gguf,
+        llama_cpp=find_llama_cpp(llama_cpp),
+        machine=here,
+        extra_flags=flags or (),
+        speed=speed,
+        base=kld,
+        text=None if text is None else _read(text),
+        chunks=chunks,
+        cache=output.with_name("quantplan-kld"),
+        limit_s=limit,
+        log=output.with_suffix(".log"),
+    )
+    found.save(output)
+    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+    if learn is not None and here is not None:
+        before = save_profile(learned(here, qp.read_inventory(gguf), found), learn)
+        kept = f"; the one of before is {before}" if before else ""
+        typer.echo(f"{learn}: the machine as it is known now{kept}", err=True)
+    if not found.held:
+        raise typer.Exit(BROKEN)
+
+
+def _read(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{text} cannot be read: {error}") from error
+
+
+def run(
+    recipe: RecipeArgument,
+    source: Annotated[
+        str, typer.Argument(metavar="GGUF", help="The quantized file, or what to quantize.")
+    ],
+    flags: FlagsArgument = None,
+    llama_cpp: LlamaCppOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The quantized file to write; beside the source."),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Importance matrix to quantize with.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command instead of running it.")
+    ] = False,
+) -> None:
+    """Serve a model with its recipe's flags; quantize it first where that was not done."""
+    import quantplan as qp  # noqa: PLC0415
+    from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
+    from quantplan.serve import prepare, serve  # noqa: PLC0415
+
+    promise = qp.Recipe.load(recipe)
+    service = prepare(
+        promise,
+        source,
+        find_llama_cpp(llama_cpp),
+        output=output,
+        host=host,
+        port=port,
+        extra_flags=flags or (),
+    )
+    if dry_run:
+        if not service.is_written:
+            typer.echo(f"quantplan quantize {recipe} {source} {service.gguf}")
+        typer.echo(str(service))
+        return
+    if not service.is_written:
+        typer.echo(f"quantizing to {service.gguf}", err=True)
+        qp.quantize(promise, source, service.gguf, imatrix=imatrix)
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(serve(service, host, port))

@@ -1,0 +1,201 @@
+"""What there is of llama.cpp on this machine, what each part is for, and what is missing."""
+
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import Field
+
+from quantplan.errors import LlamaCppError
+from quantplan.runtime.find import (
+    PACKAGES,
+    TOOLS,
+    VARIABLE,
+    ListedGpu,
+    LlamaCpp,
+    build_options,
+    candidates,
+    find_llama_cpp,
+    list_gpus,
+)
+from quantplan.schema import Frozen
+from quantplan.units import gib
+
+# Python packages with llama.cpp's library inside, and what can be done with it.
+_LIBRARY_PACKAGES = {
+    "llama-cpp-python": "its library computes logits; it has no llama-server, so it places nothing",
+    "xllamacpp": "an extension module without llama-server or RPC: it cannot run a recipe's flags",
+}
+_LIBRARY_NAMES = ("libllama.so", "libllama.dylib", "llama.dll", "xllamacpp.abi3.so")
+_PURPOSES = {
+    "llama-bench": "speeds are measured by requests to llama-server instead",
+    "llama-perplexity": "perplexity and KLD are measured through llama-server or the library",
+    "llama-quantize": "quantplan quantizes itself; only types that need it cannot be written",
+    "llama-fit-params": "llama-server's own --fit is asked instead",
+    "ggml-rpc-server": "this machine cannot lend its devices to others",
+}
+_USER_FILES = ("/etc/llama.cpp/config.ini",)
+
+
+class Installation(Frozen):
+    """One llama-server, and what stands beside it.
+
+    Attributes:
+        server: Its path.
+        fault: Why it does not run; None where it does.
+        llama_cpp: What it said of itself; None where it does not run.
+        gpus: The GPUs that it would use.
+        build_options: What it was compiled for, in its own words.
+        tools: Paths of its other programs by name; None where they were not built.
+        library: Its shared library; None where it is linked into the programs.
+    """
+
+    server: Path
+    fault: str | None = None
+    llama_cpp: LlamaCpp | None = None
+    gpus: tuple[ListedGpu, ...] = ()
+    build_options: tuple[str, ...] = ()
+    tools: dict[str, Path | None] = Field(default_factory=dict)
+    library: Path | None = None
+
+    @classmethod
+    def examine(cls, server: Path) -> "Installation":
+        """Asks a llama-server what it is; that it does not run is an answer."""
+        try:
+            found = find_llama_cpp(server.parent)
+            return cls(
+                server=found.server,
+                llama_cpp=found,
+                gpus=list_gpus(found.server) if found.devices else (),
+                build_options=build_options(found.server),
+                tools={name: found.tool(name) for name in TOOLS},
+                library=found.library,
+            )
+        except LlamaCppError as error:
+            return cls(server=server, fault=str(error))
+
+    def lines(self) -> list[str]:
+        """It in a few lines of text."""
+        if self.llama_cpp is None:
+            return [str(self.server), f"  does not run: {self.fault}"]
+        found = self.llama_cpp
+        gpus = [f"{g.name} {g.description} ({gib(g.capacity_bytes)})" for g in self.gpus]
+        load_mode = "-lm none" if found.has_load_mode else "--no-mmap"
+        known = [
+            f"reads weights into memory with {load_mode}",
+            "lays models out without loading them (--fit)" if found.has_fit else "has no --fit",
+            "has -kvu" if found.has_unified_cache else "has no -kvu",
+            "-fa takes a value" if found.has_flash_value else "-fa takes no value",
+        ]
+        commit = f", commit {found.commit}" if found.commit else ""
+        built = f", built with {found.compiler}" if found.compiler else ""
+        tools = [name for name, path in self.tools.items() if path]
+        return [
+            str(self.server),
+            f"  {found}{commit}{built}",
+            f"  GPUs: {', '.join(gpus) or 'none; RPC devices are named with --rpc'}",
+            f"  flags: {'; '.join(known)}",
+            f"  compiled for: {', '.join(self.build_options) or 'it does not say'}",
+            f"  beside it: {', '.join(tools) or 'no other program'}; "
+            f"library {self.library or 'none'}",
+        ]
+
+
+class PythonLibrary(Frozen):
+    """A Python package with llama.cpp's library inside.
+
+    Attributes:
+        package: Its name.
+        version: Its version.
+        library: The library.
+        use: What it is good for here.
+    """
+
+    package: str
+    version: str
+    library: Path | None
+    use: str
+
+
+class Diagnosis(Frozen):
+    """What there is of llama.cpp here.
+
+    Attributes:
+        installations: Every llama-server that was found; the first one is used.
+        libraries: Python packages with the library alone.
+        missing: What is not here, and what to do about it, one sentence each.
+    """
+
+    installations: tuple[Installation, ...]
+    libraries: tuple[PythonLibrary, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the llama-server that would be used runs."""
+        return bool(self.installations) and self.installations[0].llama_cpp is not None
+
+    def summary(self) -> str:
+        """All of it in lines of text."""
+        rows = [line for found in self.installations for line in found.lines()]
+        for library in self.libraries:
+            rows.append(f"{library.package} {library.version}: {library.library or 'no library'}")
+            rows.append(f"  {library.use}")
+        return "\n".join([*rows, *(f"missing: {text}" for text in self.missing)])
+
+
+def diagnose(folder: str | Path | None = None) -> Diagnosis:
+    """Looks for everything of llama.cpp that quantplan can use.
+
+    Args:
+        folder: As for `find_llama_cpp`; None looks everywhere.
+    """
+    libraries = tuple(found for name in _LIBRARY_PACKAGES if (found := _python_library(name)))
+    fault = None
+    servers: dict[Path, None] = {}
+    try:
+        servers[find_llama_cpp(folder).server] = None
+    except LlamaCppError as error:
+        fault = str(error)
+    if folder is None:
+        servers.update(dict.fromkeys(path.absolute() for path in candidates()))
+    installations = tuple(Installation.examine(server) for server in servers)
+    return Diagnosis(
+        installations=installations,
+        libraries=libraries,
+        missing=tuple(_missing(installations, fault)),
+    )
+
+
+def _python_library(package: str) -> PythonLibrary | None:
+    try:
+        found = metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return None
+    paths = (Path(str(f.locate())) for f in found.files or () if f.name in _LIBRARY_NAMES)
+    return PythonLibrary(
+        package=package,
+        version=found.version,
+        library=next((path for path in paths if path.is_file()), None),
+        use=_LIBRARY_PACKAGES[package],
+    )
+
+
+def _missing(installations: tuple[Installation, ...], fault: str | None) -> list[str]:
+    missing = []
+    if fault and not (installations and installations[0].fault):
+        missing.append(f"llama-server: {fault}")
+    if not any(found.llama_cpp for found in installations):
+        missing.append(
+            f"a llama-server that runs here: pip install {PACKAGES[0]} (Linux x86-64, Vulkan), or "
+            f"build llama.cpp for your GPU and set {VARIABLE} to its folder"
+        )
+    elif first := installations[0].llama_cpp:
+        missing += [f"{name}: {use}" for name, use in _PURPOSES.items() if first.tool(name) is None]
+        if not first.devices:
+            missing.append("a GPU that this llama.cpp can use: it computes on the CPU")
+    missing += [
+        f"isolation from {path}: quantplan cannot switch that file off, and it changes flags"
+        for path in _USER_FILES
+        if Path(path).exists()
+    ]
+    return missing

