@@ -253,42 +253,43 @@ class _Job:
     def key(self) -> str:
         """Another one for all that changes the base's log probabilities."""
         # llama-perplexity says nothing of the text beyond the chunks that were asked for.
-        library, chunks = self.library(), "" if self.library() else f", {self.chunks} chunks"
+        chunks = "" if self._library() else f", {self.chunks} chunks"
         parts = (
             fingerprint(self.base),
             hashlib.sha256(self.text.encode()).hexdigest(),
-            f"{self.llama_cpp} {fingerprint(library or self.program() or self.llama_cpp.server)}",
+            f"{self.llama_cpp} {fingerprint(self._library() or self._program())}",
             f"{self.chunk_tokens} tokens, {self.gpu_layers} layers on GPUs{chunks}",
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def library(self) -> Path | None:
+    def _library(self) -> Path | None:
         """The library beside llama-server, where its layout is known."""
         is_known = self.llama_cpp.runtime == "llama.cpp"
         return _beside(self.llama_cpp, _LIBRARIES) if is_known else None
 
-    def program(self) -> Path | None:
+    def _program(self) -> Path:
         """The llama-perplexity beside llama-server."""
-        return _beside(self.llama_cpp, _PROGRAMS)
+        found = _beside(self.llama_cpp, _PROGRAMS)
+        if found is None:
+            raise LlamaCppError(
+                f"{self.llama_cpp.server} has neither {_LIBRARIES[0]} (of llama.cpp) nor "
+                f"{_PROGRAMS[0]} beside it, which measure KLD: install a whole build"
+            )
+        return found
 
     def run(
         self, model: Path, store: _Store, *, is_base: bool, progress: ChunkProgress | None
     ) -> None:
         """Runs a model over the chunks that are missing."""
-        library, program = self.library(), self.program()
+        library = self._library()
         with tempfile.TemporaryDirectory(prefix="quantplan-") as name:
             text = Path(name) / "text"
             text.write_bytes(self.text.encode())
             one = _Pass(model, text, store, is_base, progress)
             if library is not None:
                 self._run_library(library, one)
-            elif program is not None:
-                self._run_program(program, one)
             else:
-                raise LlamaCppError(
-                    f"{self.llama_cpp.server} has neither {_LIBRARIES[0]} (of llama.cpp) nor "
-                    f"{_PROGRAMS[0]} beside it, which measure KLD: install a whole build"
-                )
+                self._run_program(self._program(), one)
 
     def _run_library(self, library: Path, one: "_Pass") -> None:
         store = one.store
