@@ -27,11 +27,13 @@ class Measurement:
         tensors: Full names of the tensors that had it at the same time.
         qtype: The type, upper case.
         kld_nats: Mean KLD from the baseline, in nats per token, noise floor included.
+        standard_error_nats: Of the mean, over parts of the text; 0 where it is not known.
     """
 
     tensors: tuple[str, ...]
     qtype: str
     kld_nats: float
+    standard_error_nats: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,18 @@ class Evidence:
         singles: KLDs with a few tensors at a low type.
         weight_errors: Error of a type on the real weights over that on Gaussian rows, by tensor
             name and type.
+        files: Where the measurements were read from, for provenance.
+        upper_sds: Losses count as so many of their standard deviations above the median. A plan
+            against the upper end prefers what is known well; what is common to all tensors, the
+            scale of the model, is left out.
     """
 
     curve: Mapping[str, float] = field(default_factory=dict)
     baseline: str | None = None
     singles: tuple[Measurement, ...] = ()
     weight_errors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    upper_sds: float = 0.0
 
     def describe(self) -> str:
         """What there is, in a few words."""
@@ -59,7 +67,12 @@ class Evidence:
             f"{len(self.singles)} measurements of tensors" if self.singles else "",
             f"errors on the weights of {n_tensors} tensors" if n_tensors else "",
         ]
-        return ", ".join(part for part in parts if part) or "metadata alone"
+        found = ", ".join(part for part in parts if part) or "metadata alone"
+        if self.files:
+            found += f" (from {', '.join(self.files)})"
+        if self.upper_sds:
+            found += f", {self.upper_sds:.2f} standard deviations above the median"
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +204,6 @@ def fit_singles(
         noise = max(floor - float(kld.min()), 0.02 * floor)
         for one in ones:
             above = max(one.kld_nats - floor, noise, 1e-9)
-            sd = math.hypot(single_sd, noise / above)
+            sd = math.hypot(single_sd, math.hypot(noise, one.standard_error_nats) / above)
             found.append(Single(one.tensors, math.log(link.loss(above) / errors[name]), sd))
     return found

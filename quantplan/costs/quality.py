@@ -214,6 +214,16 @@ class LossTable:
             return 0.0
         return math.hypot(self._ln_sd[tensor.name], self._sd["type"])
 
+    def own_ln_sd(self, tensor: Tensor) -> float:
+        """Standard deviation of ln sensitivity without what is common to all tensors."""
+        variance = self._ln_sd.get(tensor.name, 0.0) ** 2 - self._scale_sd**2
+        return math.sqrt(max(0.0, variance))
+
+    @property
+    def single_ln_sd(self) -> float:
+        """Standard deviation of ln loss of one measurement, far above the noise."""
+        return self._sd["single"]
+
     def model_kld_nats(self, qtypes: Mapping[str, str]) -> float:
         """Predicted KLD of the model with the types given by full tensor name, others kept."""
         by_name = self._inventory.by_name
@@ -244,9 +254,8 @@ class LossTable:
             if one == other or tensor.name not in self._s:
                 continue
             losses = self.loss_nats(tensor, one), self.loss_nats(tensor, other)
-            own_variance = self._ln_sd[tensor.name] ** 2 - self._scale_sd**2
             total += losses[0] - losses[1]
-            by_class[tensor.role_class] += (losses[0] - losses[1]) * math.sqrt(max(0, own_variance))
+            by_class[tensor.role_class] += (losses[0] - losses[1]) * self.own_ln_sd(tensor)
             by_type[one] += losses[0] * self._sd["type"]
             by_type[other] -= losses[1] * self._sd["type"]
         return total, math.hypot(*by_class.values(), *by_type.values())
