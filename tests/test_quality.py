@@ -14,6 +14,7 @@ from quantplan.costs import load_data
 from quantplan.costs.evidence import Evidence, Link, Measurement, fit_curve
 from quantplan.costs.quality import LossTable, kld_nats, link, type_error, type_errors
 from quantplan.costs.sensitivity import DEPTH_BANDS, Prior, depth, family
+from quantplan.errors import InputError
 from quantplan.inventory import Tensor
 from quantplan.qtypes import QTYPES
 from tests.support.models import toy_inventory
@@ -182,7 +183,7 @@ def test_a_curve_gives_back_what_made_it(baseline: str | None) -> None:
 
 def test_a_curve_without_any_known_type_is_refused() -> None:
     """A curve that says nothing is an error, not a guess."""
-    with pytest.raises(ValueError, match="no type of the curve"):
+    with pytest.raises(InputError, match="says nothing"):
         fit_curve({"Q9_Z": 0.1}, None, type_errors(), link(), 0.06)
 
 
@@ -288,8 +289,8 @@ def test_the_upper_end_counts_more_where_less_is_known() -> None:
 
 
 def test_a_robust_plan_protects_what_is_least_known() -> None:
-    """A plan against the upper end gives the embedding, known least, no fewer bits."""
-    machine = qp.Machine.parse("4GiB@50GB/s")
+    """A plan against the upper end gives the embedding, known least, more bits."""
+    machine = qp.Machine.parse("3GiB@50GB/s")
     bits = []
     for sds in (0.0, 1.28):
         made = qp.plan(
@@ -297,7 +298,7 @@ def test_a_robust_plan_protects_what_is_least_known() -> None:
         )
         types = {a.tensor: a.qtype for a in made.assignments}
         bits.append(QTYPES[types["token_embd.weight"]].bpw)
-    assert bits[1] >= bits[0]
+    assert bits[1] > bits[0]
     assert "1.28 standard deviations above the median" in " ".join(made.notes)
 
 

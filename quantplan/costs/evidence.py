@@ -11,6 +11,8 @@ from statistics import median
 
 import numpy as np
 
+from quantplan.errors import InputError
+
 # Bounds of the search for scale and floor, in ln; both far outside what was ever measured.
 _LN_SCALES = np.arange(-0.5, 4.0, 0.05)
 _LN_FLOORS = np.arange(-9.0, -2.9, 0.2)
@@ -133,13 +135,16 @@ def fit_curve(
         type_sd: Standard deviation of ln error of a type between models.
 
     Raises:
-        ValueError: No type of the curve is known, or none has a KLD above zero.
+        InputError: No type of the curve is known, or none has a KLD above zero.
     """
     # A type at least as good as the baseline says nothing about the loss.
     base = errors.get(baseline or "", 0.0)
     known = [q for q, kld in curve.items() if q in errors and kld > 0 and errors[q] > base]
     if not known:
-        raise ValueError("no type of the curve is known and worse than the baseline")
+        raise InputError(
+            f"the measured curve over types ({', '.join(curve)}) says nothing: no type of it is "
+            f"known and worse than {baseline or 'the unquantized model'}"
+        )
     kld = np.array([curve[q] for q in known])
     total = np.array([errors[q] + base for q in known])
     used = kld < link.valid_kld_nats if (kld < link.valid_kld_nats).any() else kld > 0
