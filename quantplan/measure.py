@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
+
 from quantplan.costs.evidence import Evidence, Measurement
+from quantplan.costs.quality import LossTable, link
 from quantplan.errors import InputError
 from quantplan.formats.sensitivity_tables import (
     SensitivityTable,
@@ -35,6 +37,9 @@ from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.perplexity import fingerprint, measure_divergence
 from quantplan.schema import Frozen
 from quantplan.version import __version__
+
+# Below this a KLD of half a text is noise.
+_LEAST_KLD_NATS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -202,18 +207,40 @@ def measure_losses(
 _EMPTY = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
 
 
-def agreement(outcomes: Sequence[Outcome]) -> float | None:
-    """Share of the pairs of groups, at one type, that both halves of the text order alike.
+def survival(
+    inventory: Inventory, table: SensitivityTable, outcomes: Sequence[Outcome]
+) -> float | None:
+    """How much of what groups show on half of the text is there on the other half.
 
-    What is not ordered alike was fitted to the text. None where there is no pair.
+    What a plan gains by measurements is where they differ from the prior. The share of that which
+    is not fitted to the text is the slope of the differences (in ln loss, their mean removed) on
+    the odd chunks over those on the even ones, and the other way round.
+
+    Args:
+        inventory: The model.
+        table: The curve over types.
+        outcomes: Runs; those of whole models are left out.
+
+    Returns:
+        The share; 1 where both halves say the same. None with fewer than 3 groups.
     """
-    groups = [one for one in outcomes if one.job.name != WHOLE]
-    alike = [
-        (a.halves_nats[0] > b.halves_nats[0]) == (a.halves_nats[1] > b.halves_nats[1])
-        for a, b in combinations(groups, 2)
-        if a.job.qtype == b.job.qtype
+    prior = LossTable(inventory, Evidence(curve=table.curve) if table.curve else None)
+    rows = [
+        [
+            math.log(link().loss(max(half, _LEAST_KLD_NATS)))
+            - math.log(
+                sum(prior.loss_nats(inventory.by_name[n], one.job.qtype) for n in one.job.tensors)
+            )
+            for half in one.halves_nats
+        ]
+        for one in outcomes
+        if one.job.name != WHOLE
     ]
-    return sum(alike) / len(alike) if alike else None
+    if len(rows) < 3:
+        return None
+    differences = np.array(rows) - np.mean(rows, axis=0)
+    product = float((differences[:, 0] * differences[:, 1]).sum())
+    return 2 * product / float((differences**2).sum())
 
 
 def run_job(setup: Setup, job: Job) -> Outcome:

@@ -1,6 +1,7 @@
 """Own measurements: a curve over types, then the groups that tell the most, on a budget."""
 
 import csv
+import math
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -12,11 +13,15 @@ from typer.testing import CliRunner
 import quantplan as qp
 from quantplan.cli import app
 from quantplan.costs.evidence import Evidence, Measurement
-from quantplan.costs.quality import LossTable
+from quantplan.costs.quality import LossTable, link
 from quantplan.errors import InputError
-from quantplan.formats.sensitivity_tables import append_measurement, read_sensitivity_table
+from quantplan.formats.sensitivity_tables import (
+    SensitivityTable,
+    append_measurement,
+    read_sensitivity_table,
+)
 from quantplan.inventory.catalog import read_catalog
-from quantplan.measure import Outcome, Setup, agreement, measure_losses
+from quantplan.measure import Outcome, Setup, measure_losses, survival
 from quantplan.measure_groups import Job, curve_jobs, groups, next_group
 from quantplan.runtime import find_llama_cpp
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
@@ -222,15 +227,30 @@ def test_a_noisy_measurement_counts_less() -> None:
     assert sds[0] < 0.5 * sds[2]
 
 
-def test_agreement_counts_pairs_of_one_type() -> None:
-    """Halves of the text agree where they put groups in the same order."""
+def test_survival_is_the_share_that_both_halves_show() -> None:
+    """What two halves show alike survives whole, what they do not show alike does not."""
+    model = inventory("Qwen3-4B-Instruct-2507")
+    table = LossTable(model)
 
-    def outcome(name: str, kind: str, even: float, odd: float) -> Outcome:
-        job = Job(name=name, tensors=(name,), qtype=kind)
-        return Outcome(job=job, kld_nats=(even + odd) / 2, standard_error_nats=0.0,
-                       halves_nats=(even, odd), duration_s=1.0)  # fmt: skip
+    def outcome(name: str, even: float, odd: float) -> Outcome:
+        """A group whose halves are so much, in ln, above what the prior says."""
+        tensors = tuple(t.name for t in groups(model)[name])
+        loss = sum(table.loss_nats(model.by_name[n], "Q4_K") for n in tensors)
+        job = Job(name=name, tensors=tensors, qtype="Q4_K")
+        halves = link().kld(loss * math.exp(even)), link().kld(loss * math.exp(odd))
+        return Outcome(
+            job=job, kld_nats=sum(halves) / 2, standard_error_nats=0.0, halves_nats=halves,
+            duration_s=1.0,
+        )  # fmt: skip
 
-    a, b = outcome("a", "Q4_K", 0.1, 0.2), outcome("b", "Q4_K", 0.2, 0.3)
-    assert agreement([a, b, outcome("all", "Q4_K", 0.0, 9.0)]) == 1
-    assert agreement([a, b, outcome("c", "Q4_K", 0.3, 0.25)]) == pytest.approx(2 / 3)
-    assert agreement([a, outcome("b", "Q3_K", 0.2, 0.1)]) is None
+    none = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
+    names = list(groups(model))[:4]
+    deviations = (0.5, -0.3, 0.2, -0.4)
+    same = [outcome(n, d, d + 0.1) for n, d in zip(names, deviations, strict=True)]
+    assert survival(model, none, same) == pytest.approx(1)
+    swapped = [outcome(n, d, -d) for n, d in zip(names, deviations, strict=True)]
+    assert survival(model, none, swapped) == pytest.approx(-1)
+    half = [outcome(n, d, d if i < 2 else -d) for i, (n, d) in
+            enumerate(zip(names, (0.5, -0.5, 0.5, -0.5), strict=True))]  # fmt: skip
+    assert survival(model, none, half) == pytest.approx(0)
+    assert survival(model, none, same[:2]) is None

@@ -221,7 +221,9 @@ def test_reads_what_llama_perplexity_saves(tmp_path: Path) -> None:
     )  # fmt: skip
     found = measure(fork, models, tmp_path)
     base, log_p = (
-        log_softmax(np.random.default_rng(n).normal(size=(CHUNKS * (CHUNK // 2 - 1), 7)))
+        log_softmax(
+            np.random.default_rng(n).normal(size=(CHUNKS * (CHUNK // 2 - 1), 7)).astype(np.float32)
+        )
         for n in (10, 11)
     )
     kld = (np.exp(base) * (base - log_p)).sum(axis=1)

@@ -45,7 +45,8 @@ def measure(
     from rich.console import Console  # noqa: PLC0415
 
     from quantplan.errors import SourceError  # noqa: PLC0415
-    from quantplan.measure import Outcome, Setup, agreement, measure_losses  # noqa: PLC0415
+    from quantplan.inventory.sources import read_inventory  # noqa: PLC0415
+    from quantplan.measure import Outcome, Setup, measure_losses, survival  # noqa: PLC0415
     from quantplan.measure_groups import Job  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
 
@@ -64,7 +65,7 @@ def measure(
     )
     outcomes: list[Outcome] = []
     console = Console(stderr=True)
-    with console.status("") as status, ThreadPoolExecutor(parallel) as pool:
+    with console.status("") as status, ThreadPoolExecutor(max(parallel, 1)) as pool:
 
         def report(job: Job, outcome: Outcome | None) -> None:
             if outcome is None:
@@ -88,5 +89,7 @@ def measure(
             progress=report,
         )
     typer.echo(f"{table}: {found.evidence.describe()}")
-    if (share := agreement(outcomes)) is not None:
-        typer.echo(f"even and odd chunks order {share:.0%} of the pairs of groups alike")
+    if (share := survival(read_inventory(source), found, outcomes)) is not None:
+        typer.echo(
+            f"of what the groups show on one half of the text, {share:.0%} is there on the other"
+        )
