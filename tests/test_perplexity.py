@@ -5,6 +5,7 @@ import math
 import sys
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import quantplan as qp
 from quantplan.errors import InputError, LlamaCppError
 from quantplan.runtime import Divergence, LlamaCpp, find_llama_cpp, measure_divergence
 from quantplan.runtime.logits_worker import decode, encode, log_softmax
+from quantplan.runtime.perplexity import fingerprint
 from tests.support.llama_cpp import llama_server, needs_llama_cpp, packaged_folder, portable_cpu
 from tests.support.models import smollm2_path, toy_moe
 from tests.support.quantizer import PROVENANCE
@@ -123,6 +125,38 @@ def test_a_model_does_not_differ_from_itself(
     assert abs(found.kld.value) < 1e-6
     assert found.same_top_share.value == 1
     assert abs(found.ln_ppl_ratio.value) < 1e-4
+
+
+@needs_llama_cpp
+def test_another_generation_agrees(
+    llama_cpp: LlamaCpp, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The library of another build of llama.cpp, with other structs, gives nearly the same KLD."""
+    spec = find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package llama-cpp-python, which brings another build, is not installed")
+    folder = Path(spec.submodule_search_locations[0]) / "lib"
+    other = llama_cpp.model_copy(update={"server": folder / "llama-server"})
+    klds = [measure(one, models, tmp_path).kld.value for one in (llama_cpp, other)]
+    assert klds[0] == pytest.approx(klds[1], rel=0.1)
+
+
+def test_files_of_one_size_have_fingerprints_of_their_own(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models of one size differ in their fingerprint, read whole or not, however alike."""
+    inventory = qp.read_inventory(models[0])
+    paths = []
+    for role in ("attn_k", "attn_v"):
+        low = f"blk.1.{role}.weight"
+        types = {t.name: "Q4_0" if t.name == low else t.qtype for t in inventory.tensors}
+        paths.append(tmp_path / f"{role}.gguf")
+        qp.quantize(recipe(inventory, types), models[0], paths[-1])
+    assert paths[0].stat().st_size == paths[1].stat().st_size
+    for limit in (2**29, 0):
+        monkeypatch.setattr("quantplan.runtime.perplexity._WHOLE_BYTES", limit)
+        assert fingerprint(paths[0]) != fingerprint(paths[1])
+        assert fingerprint(paths[0]) == fingerprint(paths[0])
 
 
 @needs_llama_cpp

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantplan.errors import InputError, LlamaCppError
+from quantplan.inventory.header import read_header
 from quantplan.inventory.sources import shard_paths
 from quantplan.runtime import logits_worker
 from quantplan.runtime.find import LlamaCpp
@@ -37,7 +38,8 @@ ChunkProgress = Callable[[int, int], None]
 _LIBRARIES = ("libllama.so", "libllama.dylib", "llama.dll")
 _PROGRAMS = ("llama-perplexity", "llama-perplexity.exe")
 _FOLDERS = (".", "../lib", "../lib64")
-_HEAD_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**20, 256, 2**16
+# Files up to so many bytes are hashed whole, of others the header and so many places.
+_WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**29, 256, 2**16
 _JOURNAL_LINE = re.compile(r'^\{"chunk": (\d+),.*\}$', re.MULTILINE)
 _RESAMPLES, _SEED = 1000, 20261123
 
@@ -374,17 +376,21 @@ def _beside(llama_cpp: LlamaCpp, names: tuple[str, ...]) -> Path | None:
 def fingerprint(path: Path) -> str:
     """A hash of what a file, or a model's shards, hold.
 
-    Of a large file the first megabyte and 256 places spread over the rest are read, besides its
-    size: quantized models differ everywhere when they differ, and hashing all of a large one takes
-    as long as reading it.
+    Of a model that is too large to read as a whole, its header and 256 places spread over its
+    weights are read: weights that differ at all were quantized or trained differently everywhere,
+    and which tensor has which type is in the header.
     """
     digest = hashlib.sha256()
     for shard in shard_paths(path):
         size = shard.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         with shard.open("rb") as file:
-            digest.update(file.read(_HEAD_BYTES))
-            for place in np.linspace(_HEAD_BYTES, max(size - _SAMPLE_BYTES, 0), _SAMPLES):
+            if size <= _WHOLE_BYTES:
+                digest.update(file.read())
+                continue
+            begin = read_header(shard).data_offset
+            digest.update(file.read(begin))
+            for place in np.linspace(begin, size - _SAMPLE_BYTES, _SAMPLES):
                 file.seek(int(place))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
