@@ -6,10 +6,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import quantplan as qp
 from quantplan import Inventory, catalog_names
 from quantplan import read_inventory as read
+from quantplan.cli import app
 from quantplan.costs import load_data
 from quantplan.costs.evidence import Evidence, Link, Measurement, fit_curve
 from quantplan.costs.quality import LossTable, kld_nats, link, type_error, type_errors
@@ -308,3 +310,11 @@ def test_evidence_says_where_it_comes_from() -> None:
     assert found.describe() == (
         "the KLD of 1 types (from kld.csv, sha256 0123), 1.28 standard deviations above the median"
     )
+
+
+def test_the_command_plans_against_the_upper_end() -> None:
+    """`quantplan plan --robust` says how losses were counted."""
+    command = ["plan", "Qwen3.5-0.8B", "--machine", "2GiB@50GB/s", "--robust"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "1.28 standard deviations above the median" in done.output
