@@ -2,13 +2,16 @@
 
 import json
 import math
+import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import quantplan as qp
@@ -184,6 +187,33 @@ def test_goes_on_where_it_was_ended(
     whole = measure(llama_cpp, models, tmp_path / "whole")
     assert found.summary() == whole.summary()
     assert (found.kld_nats == whole.kld_nats).all()
+
+
+@needs_llama_cpp
+def test_nothing_runs_on_after_a_kill(
+    llama_cpp: LlamaCpp, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Where the measuring process is killed, its child ends with the chunk that it is at."""
+    text, cache = tmp_path / "text", tmp_path / "cache"
+    text.write_text(TEXT * 400)
+    program = (
+        "import sys; from pathlib import Path; from quantplan.runtime import *\n"
+        "measure_divergence(LlamaCpp.model_validate_json(sys.argv[1]), Path(sys.argv[3]),"
+        "Path(sys.argv[4]).read_text(), base=Path(sys.argv[2]), cache=Path(sys.argv[5]),"
+        "chunk_tokens=512, threads=1)"
+    )
+    arguments = [llama_cpp.model_dump_json(), *map(str, (*models, text, cache))]
+    with subprocess.Popen([sys.executable, "-c", program, *arguments]) as parent:
+        deadline = time.monotonic() + 60
+        while not list(cache.rglob("[0-9]*.npy")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (child,) = psutil.Process(parent.pid).children()
+        parent.kill()
+    child.wait(10)
+    assert (
+        len(list(cache.rglob("[0-9]*.npy")))
+        < json.loads(next(cache.rglob("text.json")).read_text())["n_chunks"]
+    )
 
 
 @needs_llama_cpp

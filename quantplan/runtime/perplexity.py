@@ -296,6 +296,7 @@ class _Job:
     def _run_library(self, library: Path, one: "_Pass") -> None:
         store = one.store
         job = {
+            "parent": os.getpid(),
             "library": str(library),
             "model": str(shard_paths(one.model)[0].absolute()),
             "text": str(one.text),

@@ -59,8 +59,10 @@ class Collector(Runner):
         weight, activations = (ctypes.c_uint64.from_address(tensor + _SOURCES + 8 * i).value
                                for i in (0, 1))  # fmt: skip
         name = self._llama.ggml_get_name(weight).decode()
-        if ask or not name.endswith(".weight"):
-            return name.endswith(".weight") or not ask
+        # As llama-imatrix: matrices of the layers only.
+        is_wanted = name.startswith("blk.") and name.endswith(".weight")
+        if ask or not is_wanted:
+            return is_wanted or not ask
         n_columns = ctypes.c_int64.from_address(activations + _NE).value
         n_bytes = self._llama.ggml_nbytes(activations)
         values = np.empty(n_bytes // 4, dtype=np.float32)
