@@ -38,6 +38,7 @@ from quantplan.runtime.perplexity import fingerprint, measure_divergence
 from quantplan.schema import Frozen
 from quantplan.version import __version__
 
+_EMPTY = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
 # Below this a KLD of half a text is noise.
 _LEAST_KLD_NATS = 1e-6
 
@@ -202,9 +203,6 @@ def measure_losses(
     finally:
         for future in pending:
             future.cancel()
-
-
-_EMPTY = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
 
 
 def survival(
