@@ -81,6 +81,8 @@ class Provenance(Frozen):
         source: Path or catalog name of the inventory.
         header_sha256: Hash of the header that the inventory was read from.
         origin: Where types were imported from, and in which format; None for a plan.
+        evidence: What was measured of the model's losses, from which files, and how it counted;
+            None for metadata alone.
         cost_data: SHA-256 of every data file that the cost models read, by file name.
         policy: Name of the policy.
         runtime: Runtime whose types and flags were used.
@@ -104,6 +106,7 @@ class Provenance(Frozen):
     source: str
     header_sha256: str
     origin: str | None = None
+    evidence: str | None = None
     cost_data: dict[str, str] = Field(default_factory=dict)
     policy: str | None = None
     runtime: str

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, median
@@ -23,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from quantplan.costs import load_data
 from quantplan.costs.evidence import Link, Measurement, fit_singles
 from quantplan.costs.sensitivity import Prior
 from scripts.quality_data import Measured, read_models
@@ -31,6 +33,8 @@ from scripts.quality_fit import Curves, fit, fit_curves, leave_one_family_out
 TARGET = Path(__file__).parents[1] / "quantplan" / "costs" / "data" / "quality.json"
 # A median absolute deviation times this is a standard deviation, where the rest is Gaussian.
 _ROBUST = 1.4826
+# Families' worth of pooled errors in the errors of a class.
+_POOLING = 2.0
 
 
 def robust_sd(values: list[float]) -> float:
@@ -40,12 +44,15 @@ def robust_sd(values: list[float]) -> float:
 
 def share_errors(
     models: Mapping[str, Measured], documents: Mapping[str, Mapping[str, Any]]
-) -> list[float]:
+) -> dict[tuple[str, str], list[float]]:
     """Ln of measured over predicted sensitivity in families left out, the model's mean removed.
 
     Only measurements that are at least twice their model's floor tell the two apart.
+
+    Returns:
+        Errors by class of the tensors, and family.
     """
-    found = []
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for model in models.values():
         if not model.units:
             continue
@@ -53,13 +60,29 @@ def share_errors(
         link = Link(document["link"]["curvature"], document["link"]["valid_kld_nats"])
         own = Prior(document).sensitivities(model.inventory)
         floor = float(np.percentile([u.kld_nats for u in model.units], 5))
+        clear = [u for u in model.units if u.kld_nats > 2 * floor]
         ratios = [
             math.log(link.loss(u.kld_nats - floor)) - math.log(sum(own[t.name] for t in u.tensors))
-            for u in model.units
-            if u.kld_nats > 2 * floor
+            for u in clear
         ]
-        found += [ratio - median(ratios) for ratio in ratios]
+        for unit, ratio in zip(clear, ratios, strict=True):
+            found[unit.tensors[0].role_class, model.family].append(ratio - median(ratios))
     return found
+
+
+def class_sds(errors: Mapping[tuple[str, str], list[float]], pooled: float) -> dict[str, float]:
+    """Standard deviation of ln sensitivity by class of tensors.
+
+    A class errs in common within a family, so families count, not tensors: the mean square over
+    families of their mean squares, pulled towards the pooled one as by two families.
+    """
+    squares: dict[str, list[float]] = defaultdict(list)
+    for (kind, _), found in errors.items():
+        squares[kind].append(fmean(e**2 for e in found))
+    return {
+        kind: round(math.sqrt((sum(found) + _POOLING * pooled**2) / (len(found) + _POOLING)), 3)
+        for kind, found in sorted(squares.items())
+    }
 
 
 def scale_errors(
@@ -114,10 +137,16 @@ def main() -> None:
     siblings = without_one(models)
     new = scale_errors(models, curves, left_out)
     known = scale_errors({n: models[n] for n in siblings}, _only(curves, siblings), siblings)
+    shares = share_errors(models, left_out)
+    share = robust_sd([e for found in shares.values() for e in found])
+    gaussian = load_data("type_error.json")["relative_squared_error"]
+    both = [math.log(e / gaussian[q]) for q, e in curves.errors.items() if q in gaussian]
     document["ln_sd"] |= {
         "scale_new_family": round(math.sqrt(fmean(e**2 for e in new)), 3),
         "scale_known_family": round(math.sqrt(fmean(e**2 for e in known)), 3),
-        "share": round(robust_sd(share_errors(models, left_out)), 3),
+        "share": round(share, 3),
+        "share_by_class": class_sds(shares, share),
+        "untested_type": round(robust_sd(both), 3),
         "single": round(robust_sd(repeat_errors(models, curves)), 3),
     }
     provenance = {
@@ -131,8 +160,10 @@ def main() -> None:
         "models": sorted(models),
         "ln_sd_why": "scale_*: root mean square error of ln scale for families, and for models of "
         "known families, left out of the fit; share: robust error of a tensor's sensitivity within "
-        "a model of a family left out; type: robust scatter of the error of a type between models; "
-        "single: scatter of one tensor's sensitivity measured at several types",
+        "a model of a family left out, share_by_class the same by class, families counting alike "
+        "and pooled as by two of them; type: robust scatter of the error of a type between models, "
+        "untested_type: robust difference between errors of types on Gaussian rows and in whole "
+        "models; single: scatter of one tensor's sensitivity measured at several types",
     }
     TARGET.write_text(json.dumps({**provenance, **document}, indent=1) + "\n", encoding="utf-8")
     print(f"{len(models)} models; {len(skipped)} left out: {', '.join(skipped)}")

@@ -6,14 +6,19 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+import quantplan as qp
 from quantplan import Inventory, catalog_names
 from quantplan import read_inventory as read
+from quantplan.cli import app
 from quantplan.costs import load_data
 from quantplan.costs.evidence import Evidence, Link, Measurement, fit_curve
 from quantplan.costs.quality import LossTable, kld_nats, link, type_error, type_errors
 from quantplan.costs.sensitivity import DEPTH_BANDS, Prior, depth, family
+from quantplan.errors import InputError
 from quantplan.inventory import Tensor
+from quantplan.qtypes import QTYPES
 from tests.support.models import toy_inventory
 
 untimed = settings(max_examples=50, deadline=None)
@@ -180,7 +185,7 @@ def test_a_curve_gives_back_what_made_it(baseline: str | None) -> None:
 
 def test_a_curve_without_any_known_type_is_refused() -> None:
     """A curve that says nothing is an error, not a guess."""
-    with pytest.raises(ValueError, match="no type of the curve"):
+    with pytest.raises(InputError, match="says nothing"):
         fit_curve({"Q9_Z": 0.1}, None, type_errors(), link(), 0.06)
 
 
@@ -263,3 +268,53 @@ def test_an_explanation_adds_up() -> None:
     _explained(DENSE, name)
     loss = 3 * LossTable(DENSE).loss_nats(DENSE.by_name[name], "IQ1_M")
     _explained(DENSE, name, Evidence(singles=(Measurement((name,), "IQ1_M", kld_nats(loss)),)))
+
+
+def test_the_upper_end_counts_more_where_less_is_known() -> None:
+    """At the upper end, classes that the prior predicts badly gain on those that were measured."""
+    name = "blk.3.ffn_up.weight"
+    singles = (Measurement((name,), "Q4_K", 0.002),)
+    median, upper = (
+        LossTable(DENSE, Evidence(singles=singles, upper_sds=sds)) for sds in (0.0, 1.28)
+    )
+    by_name = DENSE.by_name
+
+    def factor(tensor: str, qtype: str) -> float:
+        return upper.loss_nats(by_name[tensor], qtype) / median.loss_nats(by_name[tensor], qtype)
+
+    assert 1 < factor(name, "Q4_K") < 1.3
+    assert factor("blk.3.attn_q.weight", "Q4_K") > 1.5
+    assert factor("token_embd.weight", "Q4_K") > 2 * factor("blk.3.attn_q.weight", "Q4_K")
+    # Of this type no whole model was ever run.
+    assert "TQ2_0" not in load_data("quality.json")["type_error"]
+    assert factor(name, "TQ2_0") > factor(name, "Q4_K")
+
+
+def test_a_robust_plan_protects_what_is_least_known() -> None:
+    """A plan against the upper end gives the embedding, known least, more bits."""
+    machine = qp.Machine.parse("3GiB@50GB/s")
+    bits = []
+    for sds in (0.0, 1.28):
+        made = qp.plan(
+            DENSE, machine, policy="free", evidence=Evidence(upper_sds=sds), baselines=False
+        )
+        types = {a.tensor: a.qtype for a in made.assignments}
+        bits.append(QTYPES[types["token_embd.weight"]].bpw)
+    assert bits[1] > bits[0]
+    assert "1.28 standard deviations above the median" in " ".join(made.notes)
+
+
+def test_evidence_says_where_it_comes_from() -> None:
+    """The description names what was measured, its files and how it counts."""
+    found = Evidence(curve={"Q4_K": 0.1}, files=("kld.csv, sha256 0123",), upper_sds=1.2816)
+    assert found.describe() == (
+        "the KLD of 1 types (from kld.csv, sha256 0123), 1.28 standard deviations above the median"
+    )
+
+
+def test_the_command_plans_against_the_upper_end() -> None:
+    """`quantplan plan --robust` says how losses were counted."""
+    command = ["plan", "Qwen3.5-0.8B", "--machine", "2GiB@50GB/s", "--robust"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "1.28 standard deviations above the median" in done.output

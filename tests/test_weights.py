@@ -72,6 +72,18 @@ def test_each_expert_has_its_own_importance(tmp_path: Path) -> None:
     assert found.errors[NAME]["Q4_K"] != pytest.approx(plain, rel=1e-3)
 
 
+def test_outside_the_layers_importance_does_not_count(tmp_path: Path) -> None:
+    """One large column of the output does not hide what a type does to the others."""
+    weights = gaussian(16, 256)
+    source = tiny(tmp_path / "m.gguf", output__weight=weights, blk__0__ffn_up__weight=weights)
+    importance = np.ones((1, 256), dtype=np.float32)
+    importance[0, 0] = 1e6
+    names = ("output.weight", NAME)
+    imatrix = dict.fromkeys(names, importance)
+    found = measure_weights(source, ["Q4_0"], imatrix=imatrix, rows_per_tensor=16).ratios()
+    assert found[names[0], "Q4_0"] > 3 * found[names[1], "Q4_0"]
+
+
 def test_types_that_need_an_imatrix_get_one_or_are_refused(tmp_path: Path) -> None:
     """IQ2_XXS is measured with an importance matrix, and refused with every other fault without."""
     path = model(tmp_path / "m.gguf", gaussian(4, 256))

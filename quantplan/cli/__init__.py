@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli import machines, planning, quantizing, recipes, running
+from quantplan.cli import machines, measuring, planning, quantizing, recipes, running
 from quantplan.errors import InputError, QuantplanError
 from quantplan.version import __version__
 
@@ -48,6 +48,7 @@ for _command in (
     machines.machine,
     machines.calibrate,
     quantizing.measure_weights,
+    measuring.measure,
     planning.explain,
     planning.show,
     recipes.diff,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from quantplan.inventory import Inventory
     from quantplan.policy import Policy
 
+_ROBUST_QUANTILE = 0.9
 EngineName = Literal["llama.cpp", "ik_llama.cpp", "ik"]
 MachineOption = Annotated[
     str | None,
@@ -43,6 +44,10 @@ MeasuredOption = Annotated[
 WeightsOption = Annotated[
     Path | None,
     typer.Option(metavar="JSON", help="Errors that `quantplan measure-weights` saved."),
+]
+RobustOption = Annotated[
+    bool,
+    typer.Option("--robust", help="Plan against the upper end (90 %) of what the losses may be."),
 ]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A GGUF file, any shard of one, or a catalog name.")
@@ -109,20 +114,30 @@ def parse_policy(name: str, pins: list[str], allowed: list[str]) -> "Policy":
     return found
 
 
-def read_evidence(measured: Path | None, weights: Path | None) -> "Evidence | None":
-    """Measurements of a model, from the files that were given."""
+def read_evidence(
+    measured: Path | None, weights: Path | None, robust: bool = False
+) -> "Evidence | None":
+    """Measurements of a model, from the files that were given, and how to count with them."""
+    import hashlib  # noqa: PLC0415
     from dataclasses import replace  # noqa: PLC0415
+    from statistics import NormalDist  # noqa: PLC0415
 
     from quantplan.costs.evidence import Evidence  # noqa: PLC0415
     from quantplan.formats.sensitivity_tables import read_sensitivity_table  # noqa: PLC0415
     from quantplan.quantize.weights import WeightErrors  # noqa: PLC0415
 
-    if measured is None and weights is None:
+    if measured is None and weights is None and not robust:
         return None
     found = Evidence() if measured is None else read_sensitivity_table(measured).evidence
     if weights is not None:
         found = replace(found, weight_errors=WeightErrors.load(weights).ratios())
-    return found
+    files = tuple(
+        f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+        for path in (measured, weights)
+        if path is not None
+    )
+    upper_sds = NormalDist().inv_cdf(_ROBUST_QUANTILE) if robust else 0.0
+    return replace(found, files=files, upper_sds=upper_sds)
 
 
 def unchecked(text: str | None) -> Any:

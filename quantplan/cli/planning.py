@@ -14,6 +14,7 @@ from quantplan.cli.options import (
     MarginOption,
     MeasuredOption,
     ModelArgument,
+    RobustOption,
     WeightsOption,
     is_recipe,
     parse_machine,
@@ -70,6 +71,7 @@ def plan(
     ] = None,
     measured: MeasuredOption = None,
     weights: WeightsOption = None,
+    robust: RobustOption = False,
     gap: Annotated[float, typer.Option(help="Relative gap at which to stop.")] = 1e-4,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the recipe as JSON.")
@@ -114,7 +116,7 @@ def plan(
         ubatch="auto" if ubatch == "auto" else None,
         n_gpus="auto" if gpus == "auto" else None,
         policy=parse_policy(policy, pin or [], allow or []),
-        evidence=read_evidence(measured, weights),
+        evidence=read_evidence(measured, weights, robust),
         gap=gap,
     )
     if recipe is not None:

@@ -11,6 +11,8 @@ from statistics import median
 
 import numpy as np
 
+from quantplan.errors import InputError
+
 # Bounds of the search for scale and floor, in ln; both far outside what was ever measured.
 _LN_SCALES = np.arange(-0.5, 4.0, 0.05)
 _LN_FLOORS = np.arange(-9.0, -2.9, 0.2)
@@ -27,11 +29,13 @@ class Measurement:
         tensors: Full names of the tensors that had it at the same time.
         qtype: The type, upper case.
         kld_nats: Mean KLD from the baseline, in nats per token, noise floor included.
+        standard_error_nats: Of the mean, over parts of the text; 0 where it is not known.
     """
 
     tensors: tuple[str, ...]
     qtype: str
     kld_nats: float
+    standard_error_nats: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,18 @@ class Evidence:
         singles: KLDs with a few tensors at a low type.
         weight_errors: Error of a type on the real weights over that on Gaussian rows, by tensor
             name and type.
+        files: Where the measurements were read from, for provenance.
+        upper_sds: Losses count as so many of their standard deviations above the median. A plan
+            against the upper end prefers what is known well; what is common to all tensors, the
+            scale of the model, is left out.
     """
 
     curve: Mapping[str, float] = field(default_factory=dict)
     baseline: str | None = None
     singles: tuple[Measurement, ...] = ()
     weight_errors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    upper_sds: float = 0.0
 
     def describe(self) -> str:
         """What there is, in a few words."""
@@ -59,7 +69,12 @@ class Evidence:
             f"{len(self.singles)} measurements of tensors" if self.singles else "",
             f"errors on the weights of {n_tensors} tensors" if n_tensors else "",
         ]
-        return ", ".join(part for part in parts if part) or "metadata alone"
+        found = ", ".join(part for part in parts if part) or "metadata alone"
+        if self.files:
+            found += f" (from {', '.join(self.files)})"
+        if self.upper_sds:
+            found += f", {self.upper_sds:.2f} standard deviations above the median"
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +135,16 @@ def fit_curve(
         type_sd: Standard deviation of ln error of a type between models.
 
     Raises:
-        ValueError: No type of the curve is known, or none has a KLD above zero.
+        InputError: No type of the curve is known, or none has a KLD above zero.
     """
     # A type at least as good as the baseline says nothing about the loss.
     base = errors.get(baseline or "", 0.0)
     known = [q for q, kld in curve.items() if q in errors and kld > 0 and errors[q] > base]
     if not known:
-        raise ValueError("no type of the curve is known and worse than the baseline")
+        raise InputError(
+            f"the measured curve over types ({', '.join(curve)}) says nothing: no type of it is "
+            f"known and worse than {baseline or 'the unquantized model'}"
+        )
     kld = np.array([curve[q] for q in known])
     total = np.array([errors[q] + base for q in known])
     used = kld < link.valid_kld_nats if (kld < link.valid_kld_nats).any() else kld > 0
@@ -191,6 +209,6 @@ def fit_singles(
         noise = max(floor - float(kld.min()), 0.02 * floor)
         for one in ones:
             above = max(one.kld_nats - floor, noise, 1e-9)
-            sd = math.hypot(single_sd, noise / above)
+            sd = math.hypot(single_sd, math.hypot(noise, one.standard_error_nats) / above)
             found.append(Single(one.tensors, math.log(link.loss(above) / errors[name]), sd))
     return found

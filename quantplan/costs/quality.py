@@ -129,8 +129,9 @@ class LossTable:
         self._inventory = inventory
         self._evidence = evidence or Evidence()
         self._link = link(data)
-        self._sd: dict[str, float] = data["ln_sd"]
+        self._sd: dict[str, Any] = data["ln_sd"]
         self._errors = type_errors(data)
+        self._tested = set(data["type_error"])
         self._prior = Prior(data)
         known = "known_family" if self._prior.is_known(inventory) else "new_family"
         self._scale_sd = self._sd[f"scale_{known}"]
@@ -139,10 +140,22 @@ class LossTable:
         if self._evidence.curve:
             self._use_curve()
         self._s = dict(self._prior_s)
-        self._ln_sd = dict.fromkeys(self._s, math.hypot(self._scale_sd, self._sd["share"]))
+        self._ln_sd = {n: math.hypot(self._scale_sd, self._share_sd(n)) for n in self._s}
         # Number of tensors measured together, sensitivity by the measurement alone, ln sd.
         self._singles: dict[str, tuple[int, float, float]] = {}
         self._use_singles()
+
+    def _share_sd(self, name: str) -> float:
+        """Standard deviation of ln of a tensor's share of the model's sensitivity, by the prior."""
+        by_class = self._sd.get("share_by_class", {})
+        found: float = by_class.get(self._inventory.by_name[name].role_class, self._sd["share"])
+        return found
+
+    def _type_sd(self, qtype_name: str) -> float:
+        """Standard deviation of ln error of a type; more where no whole model was run at it."""
+        tested = "type" if qtype_name in self._tested else "untested_type"
+        found: float = self._sd.get(tested, self._sd["type"])
+        return found
 
     def _use_curve(self) -> None:
         """Replaces scale and errors of types by what the model's own curve says."""
@@ -200,19 +213,37 @@ class LossTable:
         """Predicted loss in nats per token when the tensor has the type.
 
         A tensor that keeps its source type, is not quantizable or is not loaded costs nothing.
+        Where the evidence asks for the upper end, the loss is so many standard deviations above
+        the median, those of the sensitivity and of the type; that of the whole model's scale says
+        nothing about which answer is better.
 
         Raises:
             KeyError: The error of the type was never measured.
         """
         if qtype_name == tensor.qtype or tensor.name not in self._s:
             return 0.0
-        return self._s[tensor.name] * self.error(tensor, qtype_name)
+        loss = self._s[tensor.name] * self.error(tensor, qtype_name)
+        if not self._evidence.upper_sds:
+            return loss
+        own = math.hypot(self.own_ln_sd(tensor), self._type_sd(qtype_name))
+        return loss * math.exp(self._evidence.upper_sds * own)
 
     def ln_sd(self, tensor: Tensor, qtype_name: str) -> float:
         """Standard deviation of the logarithm of a loss; 0 where there is none."""
         if self.loss_nats(tensor, qtype_name) == 0:
             return 0.0
-        return math.hypot(self._ln_sd[tensor.name], self._sd["type"])
+        return math.hypot(self._ln_sd[tensor.name], self._type_sd(qtype_name))
+
+    def own_ln_sd(self, tensor: Tensor) -> float:
+        """Standard deviation of ln sensitivity without what is common to all tensors."""
+        variance = self._ln_sd.get(tensor.name, 0.0) ** 2 - self._scale_sd**2
+        return math.sqrt(max(0.0, variance))
+
+    @property
+    def single_ln_sd(self) -> float:
+        """Standard deviation of ln loss of one measurement, far above the noise."""
+        found: float = self._sd["single"]
+        return found
 
     def model_kld_nats(self, qtypes: Mapping[str, str]) -> float:
         """Predicted KLD of the model with the types given by full tensor name, others kept."""
@@ -244,11 +275,10 @@ class LossTable:
             if one == other or tensor.name not in self._s:
                 continue
             losses = self.loss_nats(tensor, one), self.loss_nats(tensor, other)
-            own_variance = self._ln_sd[tensor.name] ** 2 - self._scale_sd**2
             total += losses[0] - losses[1]
-            by_class[tensor.role_class] += (losses[0] - losses[1]) * math.sqrt(max(0, own_variance))
-            by_type[one] += losses[0] * self._sd["type"]
-            by_type[other] -= losses[1] * self._sd["type"]
+            by_class[tensor.role_class] += (losses[0] - losses[1]) * self.own_ln_sd(tensor)
+            by_type[one] += losses[0] * self._type_sd(one)
+            by_type[other] -= losses[1] * self._type_sd(other)
         return total, math.hypot(*by_class.values(), *by_type.values())
 
     def explain(self, tensor: Tensor, qtype_name: str) -> Explanation:
@@ -265,7 +295,7 @@ class LossTable:
             Estimate(
                 source=f"prior from metadata, family {family}{scale}",
                 loss_nats=prior * error,
-                ln_sd=math.hypot(self._scale_sd, self._sd["share"]),
+                ln_sd=math.hypot(self._scale_sd, self._share_sd(tensor.name)),
             )
         ]
         if tensor.name in self._singles:

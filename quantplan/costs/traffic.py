@@ -200,9 +200,11 @@ def collect(
             found.append((output, output_read(tensor, name)))
         for place, read in found:
             sums[place, read.qtype, read.is_expert, read.is_prompt_work].append(read)
-        if tensor.layer is not None and device == "CPU" != homes[tensor.layer]:
-            n_crossings += shares.get(tensor.name, 0.0)
-            transfers[homes[tensor.layer]] += 2 * shares.get(tensor.name, 0.0)
+        if tensor.layer is not None and device != homes[tensor.layer]:
+            share = shares.get(tensor.name, 0.0)
+            n_crossings += share
+            for end in (device, homes[tensor.layer]):
+                transfers[end] += 2 * share
     reads: dict[str, list[Read]] = defaultdict(list)
     for (device, *_), found_reads in sums.items():
         reads[device].append(_total(found_reads))

@@ -3,7 +3,9 @@
 Three layouts are understood, plain or gzipped:
 
 - wide, as GGUF-Tool-Suite writes it: a column ``QTYPE``, then one column per tensor or group;
-- plain: ``tensor,qtype,kld``;
+- plain: ``tensor,qtype,kld``, where ``all`` is the whole model, and where two more columns may
+  follow, as `append_measurement` writes them: ``standard_error``, and ``group``, which names
+  tensors of any layers that were measured together;
 - long: ``scope,tensor_or_group,bench_group,qtype,metric,value,flag``, where ``bench_group`` names
   tensors that were measured together and ``scope`` tells single tensors from whole models.
 
@@ -33,6 +35,7 @@ _UNMEASURED = {"", "404"}
 _REPACKED = re.compile(r"_R(?:4|8|16)$")
 # A mean over tokens may come out this far below zero where nothing changed.
 _ROUNDING_NATS = 1e-3
+PLAIN_COLUMNS = ("tensor", "qtype", "kld", "standard_error", "group")
 _WHOLE = re.compile(r"group\d+|ffn_all|all")
 
 
@@ -71,6 +74,8 @@ class _Row:
     value: str
     is_whole: bool
     is_surely_measured: bool
+    error: str = ""
+    spans_layers: bool = False
 
 
 def plain_type(name: str) -> str:
@@ -104,7 +109,7 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
     faults = [
         f"{path}: {row.name} at {row.qtype}: {row.value!r} is not a KLD"
         for row in rows
-        if row.value not in _UNMEASURED and not _is_kld(row.value)
+        if row.value not in _UNMEASURED and not (_is_kld(row.value) and _is_kld(row.error or "0"))
     ]
     if faults:
         raise SourceError(faults)
@@ -114,6 +119,25 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
         curve=_curve([row for row in found if row.is_whole]),
         n_unmeasured=len(rows) - len(found),
     )
+
+
+def append_measurement(path: Path, measurement: Measurement, group: str) -> None:
+    """Adds a measurement to a table in the plain layout, all of it in one write.
+
+    Args:
+        path: The table; it is begun where there is none.
+        measurement: What was measured; tensors of the whole model are left out.
+        group: Name of the tensors; ``all`` for the whole model.
+    """
+    is_whole = bool(_WHOLE.fullmatch(group))
+    names = [group] if is_whole else list(measurement.tensors)
+    value = f"{measurement.kld_nats:.8g},{measurement.standard_error_nats:.4g}"
+    shared = "" if is_whole else group
+    rows = [f"{name},{measurement.qtype},{value},{shared}\n" for name in names]
+    with path.open("a", encoding="utf-8", newline="") as file:
+        if not file.tell():
+            rows.insert(0, ",".join(PLAIN_COLUMNS) + "\n")
+        file.write("".join(rows))
 
 
 def _is_kld(value: str) -> bool:
@@ -139,7 +163,9 @@ def _rows(columns: list[str], reader: Iterable[dict[str, str]]) -> Iterator[_Row
         for row in reader:
             name, value = ((row[lower[c]] or "").strip() for c in ("tensor", "kld"))
             whole = bool(_WHOLE.fullmatch(name))
-            yield _Row(name, "", plain_type(row[lower["qtype"]] or ""), value, whole, False)
+            group, error = (row.get(column) or "" for column in ("group", "standard_error"))
+            kind = plain_type(row[lower["qtype"]] or "")
+            yield _Row(name, group, kind, value, whole, False, error, spans_layers=True)
     elif "qtype" in lower:
         for row in reader:
             for name in columns:
@@ -154,16 +180,19 @@ def _singles(rows: Iterable[_Row]) -> Iterator[Measurement]:
     found = list(rows)
     silent = _silent_bundles(found)
     bundles: dict[tuple[str, object], dict[str, list[float]]] = defaultdict(dict)
+    errors: dict[tuple[str, object], float] = {}
     for row in found:
         layer, role = split_layer(row.name)
         together = silent.get((row.qtype, layer, row.value), frozenset())
         if row.group:
-            key: object = (layer, row.group)
+            key: object = row.group if row.spans_layers else (layer, row.group)
         else:
             key = (layer, together) if role in together else row.name
         bundles[row.qtype, key].setdefault(row.name, []).append(float(row.value))
-    for (kind, _), members in bundles.items():
-        yield Measurement(tuple(members), kind, _mean([v for vs in members.values() for v in vs]))
+        errors[row.qtype, key] = float(row.error or 0)
+    for (kind, key), members in bundles.items():
+        kld = _mean([v for vs in members.values() for v in vs])
+        yield Measurement(tuple(members), kind, kld, errors[kind, key])
 
 
 def _silent_bundles(rows: list[_Row]) -> dict[tuple[str, int | None, str], frozenset[str]]:

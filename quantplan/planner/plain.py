@@ -343,7 +343,7 @@ class TypedModel:
         seconds = self.seconds[layouts.parts, part, layer].sum(axis=(1, 2))
         seconds += costs.cache_s[homes[:, :n_loaded], np.arange(n_loaded)].sum(axis=1)
         seconds += self.outside_s[0, output] + self.outside_s[1, ram] + self.outside_s[2, output]
-        is_away = (layouts.parts == ram) & (homes != ram)[:, None, :]
+        is_away = layouts.parts != homes[:, None, :]
         crossings = (is_away * costs.shares).sum(axis=(1, 2))
         run = np.concatenate([homes[:, :n_loaded], output[:, None]], axis=1)
         crossings += (run[:, 1:] != run[:, :-1]).sum(axis=1) / 2

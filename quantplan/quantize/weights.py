@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from quantplan.costs import load_data
 from quantplan.errors import InputError, QuantizeError, SourceError
 from quantplan.inventory.header import Header, TensorEntry
-from quantplan.inventory.roles import is_quantizable
+from quantplan.inventory.roles import is_quantizable, split_layer
 from quantplan.inventory.sources import read_headers
 from quantplan.qtypes import QTYPES, fitting_qtype
 from quantplan.quantize.ggml import ggml
@@ -30,7 +30,8 @@ class WeightErrors(Frozen):
         library: What quantized.
         rows_per_tensor: Rows sampled from each tensor.
         has_imatrix: Whether errors are weighted by an importance matrix.
-        errors: ``|W' - W|^2 / |W|^2`` by tensor name and type, columns weighted by importance.
+        errors: ``|W' - W|^2 / |W|^2`` by tensor name and type, columns of matrices in the layers
+            weighted by importance.
     """
 
     schema_version: Literal[1] = 1
@@ -75,6 +76,9 @@ def measure_weights(
     Rows are spread evenly over the tensor, and so over its experts. Where a row does not fit a
     type, the type that would be written instead is measured; floating-point types are not.
 
+    Outside the layers, errors are not weighted by importance: embeddings are looked up, not
+    multiplied, and what a few large columns add to all logits alike, the softmax does not see.
+
     Args:
         source: An F32, F16 or BF16 GGUF, or any shard of one.
         types: Wanted types.
@@ -105,7 +109,8 @@ def measure_weights(
             if is_quantizable(entry.name, entry.shape_ne) and entry.qtype.is_float:
                 rows, which = _sample(header, entry, content, rows_per_tensor)
                 weights = (imatrix or {}).get(entry.name)
-                errors[entry.name] = _errors(rows, which, wanted, weights)
+                is_weighted = split_layer(entry.name)[0] is not None
+                errors[entry.name] = _errors(rows, which, wanted, weights, is_weighted)
     return WeightErrors(
         source=str(source),
         library=f"ggml {ggml().version}",
@@ -138,6 +143,7 @@ def _errors(
     experts: NDArray[np.int64],
     wanted: list[str],
     importance: NDArray[np.float32] | None,
+    is_weighted: bool,
 ) -> dict[str, float]:
     n_columns = rows.shape[1]
     by_expert = None if importance is None else importance.reshape(-1, n_columns)
@@ -154,7 +160,9 @@ def _errors(
             own = np.ascontiguousarray(rows[experts == expert])
             weight = None if by_expert is None else by_expert[min(expert, len(by_expert) - 1)]
             difference = ggml().round_trip(kind, own, weight) - own
-            columns = np.float64(1.0) if weight is None else weight.astype(np.float64)
+            columns = np.float64(1.0)
+            if weight is not None and is_weighted:
+                columns = weight.astype(np.float64)
             lost += float((columns * difference.astype(np.float64) ** 2).sum())
             total += float((columns * own.astype(np.float64) ** 2).sum())
         if total > 0:

@@ -263,6 +263,8 @@ def main() -> None:
         runner = Runner(load_library(Path(job["library"])), job)
         agree(base, runner.tokens, runner.n_vocab, runner.n_chunks)
         for chunk in range(min(job["chunks"] or runner.n_chunks, runner.n_chunks)):
+            if os.getppid() != job["parent"]:
+                raise ValueError("whoever asked for this has ended")
             if job["journal"] is None:
                 if not base_path(base, chunk).exists():
                     keep(base, chunk, runner.log_probabilities(chunk)[0])

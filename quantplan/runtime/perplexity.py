@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantplan.errors import InputError, LlamaCppError
+from quantplan.inventory.header import read_header
 from quantplan.inventory.sources import shard_paths
 from quantplan.runtime import logits_worker
 from quantplan.runtime.find import LlamaCpp
@@ -37,7 +38,8 @@ ChunkProgress = Callable[[int, int], None]
 _LIBRARIES = ("libllama.so", "libllama.dylib", "llama.dll")
 _PROGRAMS = ("llama-perplexity", "llama-perplexity.exe")
 _FOLDERS = (".", "../lib", "../lib64")
-_HEAD_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**20, 256, 2**16
+# Files up to so many bytes are hashed whole, of others the header and so many places.
+_WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**29, 256, 2**16
 _JOURNAL_LINE = re.compile(r'^\{"chunk": (\d+),.*\}$', re.MULTILINE)
 _RESAMPLES, _SEED = 1000, 20261123
 
@@ -253,46 +255,48 @@ class _Job:
     def key(self) -> str:
         """Another one for all that changes the base's log probabilities."""
         # llama-perplexity says nothing of the text beyond the chunks that were asked for.
-        library, chunks = self.library(), "" if self.library() else f", {self.chunks} chunks"
+        chunks = "" if self._library() else f", {self.chunks} chunks"
         parts = (
             fingerprint(self.base),
             hashlib.sha256(self.text.encode()).hexdigest(),
-            f"{self.llama_cpp} {fingerprint(library or self.program() or self.llama_cpp.server)}",
+            f"{self.llama_cpp} {fingerprint(self._library() or self._program())}",
             f"{self.chunk_tokens} tokens, {self.gpu_layers} layers on GPUs{chunks}",
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def library(self) -> Path | None:
+    def _library(self) -> Path | None:
         """The library beside llama-server, where its layout is known."""
         is_known = self.llama_cpp.runtime == "llama.cpp"
         return _beside(self.llama_cpp, _LIBRARIES) if is_known else None
 
-    def program(self) -> Path | None:
+    def _program(self) -> Path:
         """The llama-perplexity beside llama-server."""
-        return _beside(self.llama_cpp, _PROGRAMS)
+        found = _beside(self.llama_cpp, _PROGRAMS)
+        if found is None:
+            raise LlamaCppError(
+                f"{self.llama_cpp.server} has neither {_LIBRARIES[0]} (of llama.cpp) nor "
+                f"{_PROGRAMS[0]} beside it, which measure KLD: install a whole build"
+            )
+        return found
 
     def run(
         self, model: Path, store: _Store, *, is_base: bool, progress: ChunkProgress | None
     ) -> None:
         """Runs a model over the chunks that are missing."""
-        library, program = self.library(), self.program()
+        library = self._library()
         with tempfile.TemporaryDirectory(prefix="quantplan-") as name:
             text = Path(name) / "text"
             text.write_bytes(self.text.encode())
             one = _Pass(model, text, store, is_base, progress)
             if library is not None:
                 self._run_library(library, one)
-            elif program is not None:
-                self._run_program(program, one)
             else:
-                raise LlamaCppError(
-                    f"{self.llama_cpp.server} has neither {_LIBRARIES[0]} (of llama.cpp) nor "
-                    f"{_PROGRAMS[0]} beside it, which measure KLD: install a whole build"
-                )
+                self._run_program(self._program(), one)
 
     def _run_library(self, library: Path, one: "_Pass") -> None:
         store = one.store
         job = {
+            "parent": os.getpid(),
             "library": str(library),
             "model": str(shard_paths(one.model)[0].absolute()),
             "text": str(one.text),
@@ -373,17 +377,21 @@ def _beside(llama_cpp: LlamaCpp, names: tuple[str, ...]) -> Path | None:
 def fingerprint(path: Path) -> str:
     """A hash of what a file, or a model's shards, hold.
 
-    Of a large file the first megabyte and 256 places spread over the rest are read, besides its
-    size: quantized models differ everywhere when they differ, and hashing all of a large one takes
-    as long as reading it.
+    Of a model that is too large to read as a whole, its header and 256 places spread over its
+    weights are read: weights that differ at all were quantized or trained differently everywhere,
+    and which tensor has which type is in the header.
     """
     digest = hashlib.sha256()
     for shard in shard_paths(path):
         size = shard.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         with shard.open("rb") as file:
-            digest.update(file.read(_HEAD_BYTES))
-            for place in np.linspace(_HEAD_BYTES, max(size - _SAMPLE_BYTES, 0), _SAMPLES):
+            if size <= _WHOLE_BYTES:
+                digest.update(file.read())
+                continue
+            begin = read_header(shard).data_offset
+            digest.update(file.read(begin))
+            for place in np.linspace(begin, size - _SAMPLE_BYTES, _SAMPLES):
                 file.seek(int(place))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()

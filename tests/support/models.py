@@ -28,7 +28,7 @@ def smollm2_path() -> Path | None:
     return next((path for folder in folders or () for path in Path(folder).glob("*.gguf")), None)
 
 
-def smollm2_f16(directory: Path) -> Path:
+def smollm2_f16(directory: Path, seed: int = 0) -> Path:
     """Write SmolLM2-135M with F16 weights, blurred so that no quant type is at an advantage.
 
     Dequantized Q4_1 weights lie on a grid which Q4_1 hits exactly and all other types miss, so the
@@ -37,6 +37,7 @@ def smollm2_f16(directory: Path) -> Path:
 
     Args:
         directory: Where to write.
+        seed: Of the noise.
 
     Returns:
         The file.
@@ -57,7 +58,7 @@ def smollm2_f16(directory: Path) -> Path:
         if name == "general.file_type":
             value = int(gguf.LlamaFileType.MOSTLY_F16)
         writer.add_key_value(name, value, field.types[0], field.types[-1])
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for tensor in reader.tensors:
         weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if tensor.tensor_type != gguf.GGMLQuantizationType.F32:

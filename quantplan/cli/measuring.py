@@ -1,0 +1,95 @@
+"""The command that measures a model's losses with llama.cpp."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def measure(
+    source: Annotated[Path, typer.Argument(help="The F32, F16 or BF16 GGUF (any shard).")],
+    table: Annotated[
+        Path, typer.Argument(metavar="CSV", help="Where to save the KLDs, for --measured.")
+    ],
+    text: Annotated[
+        Path, typer.Option(metavar="FILE", help="Text to measure on, such as you will work with.")
+    ],
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Only the whole model at a few types.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no run after so many minutes.")
+    ] = None,
+    runs: Annotated[int | None, typer.Option(help="Runs at most.")] = None,
+    chunks: Annotated[int, typer.Option(help="Chunks of 512 tokens to measure on.")] = 16,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Quantize with this importance matrix."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a table that is there.")
+    ] = False,
+    parallel: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a run; all cores.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Log probabilities and quantized files; CSV.cache."),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The llama.cpp in this folder.")
+    ] = None,
+) -> None:
+    """Measure the KLD of a model at low types on your own text, on a budget."""
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
+
+    from rich.console import Console  # noqa: PLC0415
+
+    from quantplan.errors import SourceError  # noqa: PLC0415
+    from quantplan.inventory.sources import read_inventory  # noqa: PLC0415
+    from quantplan.measure import Outcome, Setup, measure_losses, survival  # noqa: PLC0415
+    from quantplan.measure_groups import Job  # noqa: PLC0415
+    from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
+
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{text} cannot be read: {error}") from error
+    setup = Setup(
+        source=source,
+        text=content,
+        llama_cpp=find_llama_cpp(llama_cpp),
+        cache=cache or table.with_name(f"{table.name}.cache"),
+        chunks=chunks,
+        imatrix=imatrix,
+        threads=threads,
+    )
+    outcomes: list[Outcome] = []
+    console = Console(stderr=True)
+    with console.status("") as status, ThreadPoolExecutor(max(parallel, 1)) as pool:
+
+        def report(job: Job, outcome: Outcome | None) -> None:
+            if outcome is None:
+                status.update(f"{len(outcomes)} done, measuring {job}")
+                return
+            outcomes.append(outcome)
+            console.print(
+                f"{job}: KLD {outcome.kld_nats:.5f} ± {outcome.standard_error_nats:.5f} "
+                f"({outcome.duration_s:.0f} s)"
+            )
+
+        found = measure_losses(
+            setup,
+            table,
+            curve=curve,
+            runs=runs,
+            limit_s=None if minutes is None else minutes * 60,
+            resume=resume,
+            executor=pool if parallel > 1 else None,
+            parallel=parallel,
+            progress=report,
+        )
+    typer.echo(f"{table}: {found.evidence.describe()}")
+    if (share := survival(read_inventory(source), found, outcomes)) is not None:
+        typer.echo(
+            f"of what the groups show on one half of the text, {share:.0%} is there on the other"
+        )

@@ -1,0 +1,382 @@
+"""Measures a model's own losses with the real llama.cpp: a few runs that tell the most.
+
+Each run quantizes the model with some tensors at a low type, measures the KLD from the source on
+the person's own text, and removes the file. First comes the curve over types, with the whole model
+at each; then groups of tensors, one at a time, in the order of the uncertainty that they remove.
+What was measured is evidence for `quantplan.plan`.
+"""
+
+import hashlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from quantplan.costs.evidence import Evidence, Measurement
+from quantplan.costs.quality import LossTable, link
+from quantplan.errors import InputError
+from quantplan.formats.sensitivity_tables import (
+    SensitivityTable,
+    append_measurement,
+    read_sensitivity_table,
+)
+from quantplan.inventory import Inventory
+from quantplan.inventory.sources import read_inventory
+from quantplan.measure_groups import WHOLE, Job, curve_jobs, next_group
+from quantplan.qtypes import qtype
+from quantplan.quantize.apply import quantize
+from quantplan.recipe import Provenance, Recipe, RecipeTensor, write_whole
+from quantplan.runtime.find import LlamaCpp
+from quantplan.runtime.perplexity import fingerprint, measure_divergence
+from quantplan.schema import Frozen
+from quantplan.version import __version__
+
+_EMPTY = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
+# Below this a KLD of half a text is noise.
+_LEAST_KLD_NATS = 1e-6
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every run has in common. It can be sent to another process or host.
+
+    Attributes:
+        source: The F32, F16 or BF16 GGUF, or any shard of it.
+        text: What to measure on.
+        llama_cpp: What runs the models.
+        cache: Folder for log probabilities and for the quantized file of a run.
+        chunks: Chunks of the text to measure on.
+        chunk_tokens: Tokens per chunk.
+        imatrix: An importance matrix to quantize with.
+        threads: Of the CPU, per run; all by default.
+        gpu_layers: Layers on GPUs; as llama.cpp decides by default.
+    """
+
+    source: Path
+    text: str
+    llama_cpp: LlamaCpp
+    cache: Path
+    chunks: int = 16
+    chunk_tokens: int = 512
+    imatrix: Path | None = None
+    threads: int | None = None
+    gpu_layers: int | None = None
+
+
+class Outcome(Frozen):
+    """What one run gave.
+
+    Attributes:
+        job: What was measured.
+        kld_nats: Mean KLD in nats per token.
+        standard_error_nats: Its standard error over chunks of the text.
+        halves_nats: Mean KLD on the even, and on the odd chunks.
+        duration_s: Time that the run took.
+    """
+
+    job: Job
+    kld_nats: float
+    standard_error_nats: float
+    halves_nats: tuple[float, float]
+    duration_s: float
+
+
+class Conditions(Frozen):
+    """What measurements of one table have in common; kept beside it, so that none are mixed.
+
+    Attributes:
+        schema_version: Version of this format.
+        quantplan_version: Version of quantplan.
+        source: The model that was quantized.
+        source_sha256: Hash of samples of its file.
+        text_sha256: Hash of the text.
+        imatrix_sha256: Hash of the importance matrix.
+        llama_cpp: The runtime and its build.
+        chunks: Chunks of the text.
+        chunk_tokens: Tokens per chunk.
+    """
+
+    schema_version: Literal[1] = 1
+    quantplan_version: str
+    source: str
+    source_sha256: str
+    text_sha256: str
+    imatrix_sha256: str | None
+    llama_cpp: str
+    chunks: int
+    chunk_tokens: int
+
+    @classmethod
+    def of(cls, setup: Setup) -> Self:
+        """The conditions of a setup."""
+        return cls(
+            quantplan_version=__version__,
+            source=setup.source.name,
+            source_sha256=fingerprint(setup.source),
+            text_sha256=hashlib.sha256(setup.text.encode()).hexdigest(),
+            imatrix_sha256=fingerprint(setup.imatrix) if setup.imatrix else None,
+            llama_cpp=str(setup.llama_cpp),
+            chunks=setup.chunks,
+            chunk_tokens=setup.chunk_tokens,
+        )
+
+
+Progress = Callable[[Job, Outcome | None], None]
+"""Is called when a run begins, without an outcome, and when it ends."""
+
+
+def measure_losses(
+    setup: Setup,
+    table: Path,
+    *,
+    curve: bool = False,
+    runs: int | None = None,
+    limit_s: float | None = None,
+    resume: bool = False,
+    executor: Executor | None = None,
+    parallel: int = 1,
+    progress: Progress | None = None,
+) -> SensitivityTable:
+    """Measures the curve over types, then groups of tensors, until the budget is spent.
+
+    Each result is in the table as soon as it is there, so a run that is ended loses at most the
+    present jobs.
+
+    Args:
+        setup: The model, the text and what runs it.
+        table: Where to write the KLDs (``tensor,qtype,kld,standard_error,group``); beside it goes
+            a JSON file with what they were measured with.
+        curve: Measure the curve over types only.
+        runs: How many runs at most, those of an earlier call not counted.
+        limit_s: No run begins after so many seconds.
+        resume: Go on with a table that is there.
+        executor: Where runs go, such as a `ThreadPoolExecutor`, a `ProcessPoolExecutor` or that of
+            a dask.distributed client; it must see the same files. This thread by default.
+        parallel: Runs at the same time.
+        progress: Is called in this thread when a run begins and when it ends.
+
+    Returns:
+        All that is in the table.
+
+    Raises:
+        InputError: There is no budget, the table exists or was measured differently, or the source
+            is quantized already.
+        SourceError: The source or the table cannot be read.
+        LlamaCppError: llama.cpp failed; what was measured before is kept.
+        QuantizeError: A quantized file could not be written.
+    """
+    inventory = read_inventory(setup.source)
+    _check(inventory, table, curve, runs, limit_s, resume=resume, parallel=parallel)
+    _check_conditions(Conditions.of(setup), table.with_name(f"{table.name}.json"), table)
+    campaign = _Campaign(inventory, table, curve)
+    started = time.monotonic()
+    pending: dict[Future[Outcome], Job] = {}
+    n_begun, width = 0, 1  # the first run leaves the base's log probabilities for the others
+    pool = executor or _Inline()
+    try:
+        while True:
+            while len(pending) < width and (runs is None or n_begun < runs):
+                job = campaign.next(pending.values())
+                is_late = limit_s is not None and time.monotonic() - started >= limit_s
+                if job is None or is_late:
+                    break
+                if progress is not None:
+                    progress(job, None)
+                pending[pool.submit(run_job, setup, job)] = job
+                n_begun += 1
+            if not pending:
+                return read_sensitivity_table(table) if table.exists() else _EMPTY
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                outcome = future.result()
+                campaign.add(outcome)
+                del pending[future]
+                width = parallel
+                if progress is not None:
+                    progress(outcome.job, outcome)
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def survival(
+    inventory: Inventory, table: SensitivityTable, outcomes: Sequence[Outcome]
+) -> float | None:
+    """How much of what groups show on half of the text is there on the other half.
+
+    What a plan gains by measurements is where they differ from the prior. The share of that which
+    is not fitted to the text is the slope of the differences (in ln loss, their mean removed) on
+    the odd chunks over those on the even ones, and the other way round.
+
+    Args:
+        inventory: The model.
+        table: The curve over types.
+        outcomes: Runs; those of whole models are left out.
+
+    Returns:
+        The share; 1 where both halves say the same. None with fewer than 3 groups.
+    """
+    prior = LossTable(inventory, Evidence(curve=table.curve) if table.curve else None)
+    rows = [
+        [
+            math.log(link().loss(max(half, _LEAST_KLD_NATS)))
+            - math.log(
+                sum(prior.loss_nats(inventory.by_name[n], one.job.qtype) for n in one.job.tensors)
+            )
+            for half in one.halves_nats
+        ]
+        for one in outcomes
+        if one.job.name != WHOLE
+    ]
+    if len(rows) < 3:
+        return None
+    differences = np.array(rows) - np.mean(rows, axis=0)
+    product = float((differences[:, 0] * differences[:, 1]).sum())
+    return 2 * product / float((differences**2).sum())
+
+
+def run_job(setup: Setup, job: Job) -> Outcome:
+    """Quantizes the tensors of a job and measures the KLD; the file is removed."""
+    started = time.monotonic()
+    setup.cache.mkdir(parents=True, exist_ok=True)
+    inventory = read_inventory(setup.source)
+    with tempfile.TemporaryDirectory(dir=setup.cache, prefix="run-") as name:
+        target = Path(name) / "model.gguf"
+        quantize(
+            _recipe(inventory, job), setup.source, target, imatrix=setup.imatrix,
+            threads=setup.threads,
+        )  # fmt: skip
+        found = measure_divergence(
+            setup.llama_cpp, target, setup.text, base=setup.source, cache=setup.cache,
+            chunks=setup.chunks, chunk_tokens=setup.chunk_tokens, threads=setup.threads,
+            gpu_layers=setup.gpu_layers,
+        )  # fmt: skip
+    kld = found.kld_by_chunk
+    return Outcome(
+        job=job,
+        kld_nats=max(found.kld.value, 0.0),
+        standard_error_nats=found.kld.standard_error,
+        halves_nats=(float(kld[::2].mean()), float(kld[1::2].mean())),
+        duration_s=time.monotonic() - started,
+    )
+
+
+def _recipe(inventory: Inventory, job: Job) -> Recipe:
+    low = set(job.tensors)
+    return Recipe(
+        model=inventory.name,
+        tensors=tuple(
+            RecipeTensor(
+                tensor=t.name,
+                qtype=job.qtype if t.name in low else t.qtype,
+                device=None,
+                shape_ne=t.shape_ne,
+            )
+            for t in inventory.tensors
+        ),
+        flags=(),
+        provenance=Provenance(
+            quantplan_version=__version__,
+            source=inventory.source,
+            header_sha256=inventory.header_sha256,
+            origin=f"a measurement of {job}",
+            runtime="llama.cpp",
+        ),
+    )
+
+
+class _Campaign:
+    """What was measured, and what to measure next."""
+
+    def __init__(self, inventory: Inventory, table: Path, curve_only: bool) -> None:
+        self._inventory, self._table, self._curve_only = inventory, table, curve_only
+        self._curve: dict[str, float] = {}
+        self._singles: list[Measurement] = []
+        if table.exists():
+            found = read_sensitivity_table(table)
+            self._curve, self._singles = dict(found.curve), list(found.singles)
+
+    def next(self, pending: Iterable[Job]) -> Job | None:
+        """The next job; None where nothing is left."""
+        begun = list(pending)
+        for job in curve_jobs(self._inventory):
+            if job.qtype not in self._curve and job not in begun:
+                return job
+        if self._curve_only:
+            return None
+        evidence = Evidence(curve=self._curve, singles=tuple(self._singles))
+        return next_group(self._inventory, evidence, begun)
+
+    def add(self, outcome: Outcome) -> None:
+        """Writes down what a run gave."""
+        job = outcome.job
+        found = Measurement(job.tensors, job.qtype, outcome.kld_nats, outcome.standard_error_nats)
+        append_measurement(self._table, found, job.name)
+        if job.name == WHOLE:
+            self._curve[job.qtype] = outcome.kld_nats
+        else:
+            self._singles.append(found)
+
+
+class _Inline(Executor):
+    """Runs jobs at once, in the calling thread, so that an interrupt ends them."""
+
+    def submit(self, function: Any, /, *arguments: Any, **more: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments, **more))
+        return future
+
+
+def _check(
+    inventory: Inventory,
+    table: Path,
+    curve: bool,
+    runs: int | None,
+    limit_s: float | None,
+    *,
+    resume: bool,
+    parallel: int,
+) -> None:
+    faults = []
+    if not curve and runs is None and limit_s is None:
+        faults.append("no budget: say how many runs or minutes, or measure the curve only")
+    if runs is not None and runs < 1:
+        faults.append(f"{runs} runs; there must be at least 1")
+    if limit_s is not None and not (math.isfinite(limit_s) and limit_s > 0):
+        faults.append(f"a limit of {limit_s} s; it must be above 0")
+    if parallel < 1:
+        faults.append(f"{parallel} runs at the same time; there must be at least 1")
+    if not any(t.is_quantizable and qtype(t.qtype).is_float for t in inventory.tensors):
+        faults.append(
+            f"{inventory.name} is quantized already: give the F32, F16 or BF16 model, whose losses "
+            "are to be measured"
+        )
+    if table.exists() and not resume:
+        faults.append(f"{table} is there already: go on with it (--resume), or name another file")
+    if faults:
+        raise InputError(faults)
+
+
+def _check_conditions(conditions: Conditions, path: Path, table: Path) -> None:
+    """Holds conditions against those of a table that is there; writes them for a new one."""
+    if not table.exists():
+        write_whole(path, conditions.model_dump_json(indent=1) + os.linesep)
+        return
+    try:
+        known = Conditions.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} does not say how {table} was measured: {error}") from error
+    own, other = (c.model_dump(exclude={"quantplan_version"}) for c in (conditions, known))
+    faults = [
+        f"{table} was measured with {name} {other[name]}, not {value}: name another file"
+        for name, value in own.items()
+        if other[name] != value
+    ]
+    if faults:
+        raise InputError(faults)

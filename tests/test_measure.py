@@ -1,0 +1,256 @@
+"""Own measurements: a curve over types, then the groups that tell the most, on a budget."""
+
+import csv
+import math
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import quantplan as qp
+from quantplan.cli import app
+from quantplan.costs.evidence import Evidence, Measurement
+from quantplan.costs.quality import LossTable, link
+from quantplan.errors import InputError
+from quantplan.formats.sensitivity_tables import (
+    SensitivityTable,
+    append_measurement,
+    read_sensitivity_table,
+)
+from quantplan.inventory.catalog import read_catalog
+from quantplan.measure import Outcome, Setup, measure_losses, survival
+from quantplan.measure_groups import Job, curve_jobs, groups, next_group
+from quantplan.runtime import find_llama_cpp
+from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
+from tests.support.models import toy_moe
+
+TEXT = "The quick brown fox jumps over the lazy dog; 1234 others see it. " * 4
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    """A toy model, and the llama.cpp of the Python package, computing on any processor."""
+    folder = tmp_path_factory.mktemp("measure")
+    with pytest.MonkeyPatch.context() as patch:
+        for key, text in portable_cpu(folder).items():
+            patch.setenv(key, text)
+        yield Setup(
+            source=toy_moe(folder / "F16.gguf", "qwen3moe", layers=2),
+            text=TEXT,
+            llama_cpp=find_llama_cpp(packaged_folder()),
+            cache=folder / "cache",
+            chunks=2,
+            chunk_tokens=32,
+            threads=1,
+        )
+
+
+def inventory(name: str) -> qp.Inventory:
+    """A model of the catalog."""
+    found = read_catalog(name)
+    assert found is not None
+    return found
+
+
+@needs_llama_cpp
+def test_measurements_become_evidence(setup: Setup, tmp_path: Path) -> None:
+    """The curve comes first, then groups; the plan and explain use what the table holds."""
+    table = tmp_path / "kld.csv"
+    found = measure_losses(setup, table, runs=7)
+    assert sorted(found.curve) == ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+    klds = [found.curve[q] for q in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
+    assert klds == sorted(klds, reverse=True)
+    assert len(found.singles) == 2
+    assert all(one.standard_error_nats > 0 for one in found.singles)
+    own = qp.read_inventory(setup.source)
+    before, after = LossTable(own), LossTable(own, found.evidence)
+    (first, *_), *_ = (one.tensors for one in found.singles)
+    tensor = own.by_name[first]
+    assert after.own_ln_sd(tensor) < before.own_ln_sd(tensor) / 2
+    assert "measured" in after.explain(tensor, "Q4_K").estimates[1].source
+    types = {t.name: "Q3_K" for t in own.tensors if t.is_quantizable}
+    assert after.model_kld_nats(types) == pytest.approx(found.curve["Q3_K"], rel=0.5)
+
+
+@needs_llama_cpp
+def test_goes_on_with_the_table(setup: Setup, tmp_path: Path) -> None:
+    """A table is never overwritten, is gone on with, and takes no other text's results."""
+    table = tmp_path / "kld.csv"
+    measure_losses(setup, table, curve=True, runs=2)
+    before = table.read_text()
+    with pytest.raises(InputError, match="is there already"):
+        measure_losses(setup, table, curve=True)
+    with pytest.raises(InputError, match="was measured with text_sha256"):
+        measure_losses(replace(setup, text=TEXT[1:]), table, curve=True, resume=True)
+    jobs: list[Job] = []
+    measure_losses(
+        setup, table, curve=True, resume=True,
+        progress=lambda job, outcome: jobs.append(job) if outcome else None,
+    )  # fmt: skip
+    assert table.read_text().startswith(before)
+    assert len(jobs) == 3
+    assert len(read_sensitivity_table(table).curve) == 5
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_runs_in_any_executor(setup: Setup, tmp_path: Path, kind: str) -> None:
+    """Two runs at a time, in threads or in other processes, give what one at a time gives."""
+    pools: dict[str, type[Executor]] = {
+        "threads": ThreadPoolExecutor,
+        "processes": ProcessPoolExecutor,
+    }
+    with pools[kind](2) as pool:  # type: ignore[call-arg]
+        found = measure_losses(
+            setup, tmp_path / "many.csv", curve=True, runs=3, executor=pool, parallel=2
+        )
+    alone = measure_losses(setup, tmp_path / "alone.csv", curve=True, runs=3)
+    assert found.curve == alone.curve
+
+
+@needs_llama_cpp
+def test_runs_on_a_cluster(setup: Setup, tmp_path: Path) -> None:
+    """The executor of a dask cluster does the runs."""
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        found = measure_losses(
+            setup, tmp_path / "kld.csv", curve=True, runs=2, parallel=2,
+            executor=client.get_executor(),
+        )  # fmt: skip
+    assert len(found.curve) == 2
+
+
+@needs_llama_cpp
+def test_the_command_measures(setup: Setup, tmp_path: Path) -> None:
+    """`quantplan measure` writes a table that `quantplan explain` reads."""
+    text, table = tmp_path / "text", tmp_path / "kld.csv"
+    text.write_text(TEXT * 12)
+    done = CliRunner().invoke(
+        app,
+        ["measure", str(setup.source), str(table), "--text", str(text), "--runs", "1", "--curve",
+         "--chunks", "2", "--llama-cpp", str(packaged_folder())],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "the KLD of 1 types" in done.output
+    explained = CliRunner().invoke(
+        app, ["explain", str(setup.source), "blk.0.attn_q.weight", "--measured", str(table)]
+    )
+    assert "scaled to the model's own curve" in explained.output
+
+
+def test_a_budget_is_needed(setup: Setup, tmp_path: Path) -> None:
+    """Without a budget, and for a quantized model, nothing is begun."""
+    with pytest.raises(InputError, match="no budget"):
+        measure_losses(setup, tmp_path / "kld.csv")
+    with pytest.raises(InputError, match="0 runs"):
+        measure_losses(setup, tmp_path / "kld.csv", runs=0)
+    assert not (tmp_path / "kld.csv").exists()
+
+
+def test_the_curve_has_types_that_fit() -> None:
+    """A curve is measured at types that fit the model's rows: of 256 weights, or of 32."""
+    assert {job.qtype for job in curve_jobs(inventory("Qwen3-32B"))} == {
+        "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"
+    }  # fmt: skip
+    narrow = inventory("gpt-oss-20b")  # rows of 2880
+    assert {job.qtype for job in curve_jobs(narrow)} == {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
+
+
+def test_groups_cover_every_matrix_once() -> None:
+    """Every tensor that can be quantized is in one group, of one role."""
+    model = inventory("GLM-4.5-Air")
+    names = [t.name for tensors in groups(model).values() for t in tensors]
+    assert len(names) == len(set(names))
+    assert set(names) == set(LossTable(model)._prior_s)
+    assert all(len({t.role for t in tensors}) == 1 for tensors in groups(model).values())
+
+
+def test_the_next_group_removes_the_most_uncertainty() -> None:
+    """Groups come in the order of their loss times what is not known of it, and none twice."""
+    model = inventory("Qwen3-4B-Instruct-2507")
+    evidence, seen, shares = Evidence(), [], []
+    table = LossTable(model)
+    total = sum(table.loss_nats(t, "Q4_K") for t in model.tensors if t.is_quantizable)
+    for _ in range(6):
+        job = next_group(model, evidence, ())
+        assert job is not None
+        seen.append(job.tensors)
+        losses = sum(table.loss_nats(model.by_name[n], "Q4_K") for n in job.tensors)
+        shares.append(losses / total)
+        kld = sum(table.loss_nats(model.by_name[n], job.qtype) for n in job.tensors)
+        evidence = Evidence(singles=(*evidence.singles, Measurement(job.tensors, job.qtype, kld)))
+    assert len(set(seen)) == 6
+    assert shares == sorted(shares, reverse=True)
+    every = Evidence(
+        singles=tuple(
+            Measurement(tuple(t.name for t in tensors), "Q4_K", 0.01)
+            for tensors in groups(model).values()
+        )
+    )
+    assert next_group(model, every, ()) is None
+
+
+def test_a_table_keeps_what_was_appended(tmp_path: Path) -> None:
+    """Groups over layers, standard errors and the curve come back as they were written."""
+    path = tmp_path / "kld.csv"
+    group = Measurement(("blk.0.ffn_up.weight", "blk.1.ffn_up.weight"), "Q3_K", 0.0123, 0.0004)
+    append_measurement(path, Measurement((), "Q4_K", 0.05, 0.001), "all")
+    append_measurement(path, group, "ffn_up 0-1")
+    found = read_sensitivity_table(path)
+    (single,) = found.singles
+    assert (single.tensors, single.qtype) == (group.tensors, group.qtype)
+    assert (single.kld_nats, single.standard_error_nats) == pytest.approx((0.0123, 0.0004))
+    assert found.curve == {"Q4_K": pytest.approx(0.05)}
+    with path.open() as file:
+        assert len(list(csv.DictReader(file))) == 3
+
+
+def test_a_noisy_measurement_counts_less() -> None:
+    """The standard error of a measurement is part of its uncertainty."""
+    model = inventory("Qwen3-4B-Instruct-2507")
+    name = "blk.3.attn_v.weight"
+    sds = [
+        LossTable(model, Evidence(singles=(Measurement((name,), "Q4_K", 0.01, error),))).own_ln_sd(
+            model.by_name[name]
+        )
+        for error in (0.0, 0.001, 0.01)
+    ]
+    assert sds == sorted(sds)
+    assert sds[0] < 0.5 * sds[2]
+
+
+def test_survival_is_the_share_that_both_halves_show() -> None:
+    """What two halves show alike survives whole, what they do not show alike does not."""
+    model = inventory("Qwen3-4B-Instruct-2507")
+    table = LossTable(model)
+
+    def outcome(name: str, even: float, odd: float) -> Outcome:
+        """A group whose halves are so much, in ln, above what the prior says."""
+        tensors = tuple(t.name for t in groups(model)[name])
+        loss = sum(table.loss_nats(model.by_name[n], "Q4_K") for n in tensors)
+        job = Job(name=name, tensors=tensors, qtype="Q4_K")
+        halves = link().kld(loss * math.exp(even)), link().kld(loss * math.exp(odd))
+        return Outcome(
+            job=job, kld_nats=sum(halves) / 2, standard_error_nats=0.0, halves_nats=halves,
+            duration_s=1.0,
+        )  # fmt: skip
+
+    none = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
+    names = list(groups(model))[:4]
+    deviations = (0.5, -0.3, 0.2, -0.4)
+    same = [outcome(n, d, d + 0.1) for n, d in zip(names, deviations, strict=True)]
+    assert survival(model, none, same) == pytest.approx(1)
+    swapped = [outcome(n, d, -d) for n, d in zip(names, deviations, strict=True)]
+    assert survival(model, none, swapped) == pytest.approx(-1)
+    half = [outcome(n, d, d if i < 2 else -d) for i, (n, d) in
+            enumerate(zip(names, (0.5, -0.5, 0.5, -0.5), strict=True))]  # fmt: skip
+    assert survival(model, none, half) == pytest.approx(0)
+    assert survival(model, none, same[:2]) is None
