@@ -344,6 +344,7 @@ def _provenance(
         source=problem.inventory.source,
         header_sha256=problem.inventory.header_sha256,
         cost_data=data_hashes(),
+        evidence=problem.evidence.describe() if problem.evidence else None,
         policy=problem.policy.describe(),
         runtime="llama.cpp",
         machine=problem.machine,

@@ -117,22 +117,22 @@ class Model:
     def decode_ms(self) -> dict[pulp.LpVariable, float]:
         """Milliseconds per token that depend on the variables."""
         problem = self.problem
-        boundary_s = problem.boundary_s
-        return self._seconds(problem.decode_s, problem.cache_s, problem.hop_s, boundary_s)
+        return self._seconds(problem.decode_s, problem.cache_s, problem.hop_s, problem.boundary_s)
 
     @cached_property
     def turn_ms(self) -> dict[pulp.LpVariable, float]:
         """Milliseconds of the workload's prompt and answer that depend on the variables."""
         problem = self.problem
-        boundary_s = problem.workload.answer_tokens * problem.boundary_s
-        return self._seconds(problem.turn_s, problem.cache_turn_s, problem.turn_hop_s, boundary_s)
+        return self._seconds(
+            problem.turn_s, problem.cache_turn_s, problem.turn_hop_s, problem.turn_boundary_s
+        )
 
     def _seconds(
         self,
         weights: Callable[..., float],
         cache: Callable[[LayerCache, Device], float],
-        hop: Callable[[Group], float],
-        boundary_s: float,
+        hop: Callable[[Group, Sequence[str]], float],
+        boundary: Callable[[str], float],
     ) -> dict[pulp.LpVariable, float]:
         problem = self.problem
         terms = {
@@ -142,10 +142,10 @@ class Model:
         }  # fmt: skip
         for (kind, name), variable in self.layers.items():
             terms[variable] = _MILLI * cache(kind, problem.devices[name])
-        for (k, _), variable in self.hops.items():
-            terms[variable] = _MILLI * hop(self.shapes[k].group)
-        for variable in self.used.values():
-            terms[variable] = _MILLI * boundary_s
+        for (k, name), variable in self.hops.items():
+            terms[variable] = _MILLI * hop(self.shapes[k].group, (name,))
+        for name, variable in self.used.items():
+            terms[variable] = _MILLI * boundary(name)
         return terms
 
     @cached_property
@@ -240,12 +240,13 @@ def form_shapes(problem: Problem, cohorts: tuple[Cohort, ...]) -> tuple[Shape, .
 
 def gpu_pools(problem: Problem) -> tuple[tuple[Device, ...], ...]:
     """GPUs that decode equally fast, taken together."""
-    by_rate: dict[tuple[float, ...], list[Device]] = defaultdict(list)
+    by_rate: dict[tuple[object, ...], list[Device]] = defaultdict(list)
     for gpu in problem.machine.gpus:
-        rates: tuple[float, ...] = (
+        rates: tuple[object, ...] = (
             gpu.bandwidth_bytes_per_s,
             gpu.vector_flops_per_s,
             gpu.decode_slowdown,
+            gpu.network,
         )
         if problem.goal.max_turn_s is not None:
             rates = (*rates, gpu.flops_per_s, gpu.prefill_slowdown)
@@ -322,7 +323,7 @@ def add_choices(model: Model) -> None:
 
 
 def add_streaming(model: Model) -> None:
-    """The first GPU's compute buffer holds the largest tensor that is streamed to it from RAM.
+    """The first GPU of this host has room for the largest tensor that is streamed to it from RAM.
 
     With the sizes h[1] < h[2] < ... of all tensors that may be streamed, above the size h[0] that
     the GPU's graph has room for: y[s] is 1 where some tensor of at least h[s] is streamed.
@@ -330,10 +331,10 @@ def add_streaming(model: Model) -> None:
     streamed[GPU0] = sum_s (h[s] - h[s-1]) y[s], y[s+1] <= y[s], and for every shape k and size s:
     sum of x[k,o,CPU] over the options o of at least h[s] <= size(k) y[s].
     """
-    problem = model.problem
-    if not problem.machine.gpus:
+    problem, first = model.problem, model.problem.machine.streaming_gpu
+    if first is None:
         return
-    first, ram = problem.machine.gpus[0], problem.machine.ram.name
+    ram = problem.machine.ram.name
     graph = problem.compute_bytes(first)
     held: dict[int, int] = {}
     by_shape: dict[int, dict[int, int]] = defaultdict(dict)

@@ -1,13 +1,13 @@
 """What the integer program is made from: groups, and what they cost on each device."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from quantplan.costs import compute, memory
 from quantplan.costs.compute import BytesEstimate, Work
-from quantplan.costs.decode import cache_s, read_s
+from quantplan.costs.decode import cache_s, network_s, read_s
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.factors import shipped
 from quantplan.costs.prefill import prefill_s
@@ -17,6 +17,7 @@ from quantplan.costs.traffic import (
     Read,
     Traffic,
     boundary_crossings,
+    boundary_transfers,
     output_read,
 )
 from quantplan.hardware import Device, Machine
@@ -102,7 +103,8 @@ class Problem:
 
     def is_streamed(self, group: Group) -> bool:
         """Whether large batches copy the group to a GPU when it is held in RAM."""
-        return bool(self.machine.gpus) and group.layer is not None and compute.streams(self._launch)
+        has_streams = self.machine.streaming_gpu is not None and compute.streams(self._launch)
+        return has_streams and group.layer is not None
 
     @cached_property
     def around_streamed_bytes(self) -> int:
@@ -124,7 +126,8 @@ class Problem:
 
         Args:
             device: The device.
-            streamed_bytes: The largest tensor that is streamed from RAM, to the first GPU.
+            streamed_bytes: The largest tensor that is streamed from RAM, to the first GPU of this
+                host.
             is_pipeline: Whether the GPUs work as a pipeline.
         """
         architecture, n_vocab = self.inventory.architecture, self.inventory.n_vocab
@@ -133,7 +136,7 @@ class Problem:
         work = Work(
             device_kind=device.kind,
             has_output=device == self.output_device,
-            streamed_bytes=streamed_bytes if is_first and is_gpu else 0,
+            streamed_bytes=streamed_bytes if device == self.machine.streaming_gpu else 0,
             n_input_copies=compute.PIPELINE_COPIES if is_pipeline else 1,
             is_first=is_first,
         )
@@ -205,7 +208,8 @@ class Problem:
     @cached_property
     def base_turn_s(self) -> float:
         """Seconds of the workload's turn that no type changes."""
-        boundaries = self.workload.answer_tokens * self._boundaries_s
+        work = self.workload
+        boundaries = self._per_turn(self._boundaries_s, self._boundary_network_s(work.ubatch))
         return self.fixed_turn_s + self._of_caches(self.cache_turn_s) + boundaries
 
     def _of_caches(self, seconds: Callable[[LayerCache, Device], float]) -> float:
@@ -213,15 +217,46 @@ class Problem:
         pairs = Counter(zip(self.cache_kinds, self.layer_devices, strict=True))
         return sum(n * seconds(kind, self.devices[name]) for (kind, name), n in pairs.items())
 
-    @property
-    def boundary_s(self) -> float:
-        """Seconds per token where the next layer, or the output, is on another device."""
-        return boundary_crossings(("CPU",), "GPU0") * shipped().crossing_s
+    def boundary_s(self, name: str) -> float:
+        """Seconds per token at least where layers on a device end before the output."""
+        crossing = boundary_crossings((name,), "") * shipped().crossing_s
+        return crossing + self._network_s({name: 2.0}, 1)
+
+    def turn_boundary_s(self, name: str) -> float:
+        """The same per turn of the workload."""
+        return self._per_turn(self.boundary_s(name), self._network_s({name: 2.0}))
+
+    def _per_turn(self, token_s: float, ubatch_s: float) -> float:
+        """Seconds of a turn, from those per token of the answer and per ubatch of the prompt."""
+        work = self.workload
+        return work.answer_tokens * token_s + work.prompt_tokens / work.ubatch * ubatch_s
 
     @property
     def _boundaries_s(self) -> float:
         n_crossings = boundary_crossings(self.layer_devices, self.output_device.name)
-        return n_crossings * shipped().crossing_s
+        return n_crossings * shipped().crossing_s + self._boundary_network_s(1)
+
+    def _boundary_network_s(self, n_tokens: int) -> float:
+        """Seconds on the way to and from other hosts where layers end, for a batch of tokens."""
+        transfers = boundary_transfers(self.layer_devices, self.output_device.name)
+        return self._network_s(transfers, n_tokens, self.output_device.name)
+
+    def _network_s(
+        self, transfers: Mapping[str, float], n_tokens: int | None = None, output: str = ""
+    ) -> float:
+        """Seconds on the way to and from other hosts, for a batch of tokens; by default an ubatch.
+
+        Args:
+            transfers: How often a row of activations goes to or from each device.
+            n_tokens: Tokens of the batch.
+            output: Device of the output, whose logits come back.
+        """
+        if not self.machine.endpoints:
+            return 0.0
+        architecture, n_vocab = self.inventory.architecture, self.inventory.n_vocab
+        traffic = Traffic(architecture, {}, (), 0.0, transfers, n_vocab, output)
+        n = self.workload.ubatch if n_tokens is None else n_tokens
+        return network_s(traffic, self.machine, n)
 
     @property
     def fixed_decode_s(self) -> float:
@@ -275,13 +310,27 @@ class Problem:
         if group.tensors[0].role == "token_embd" and self.inventory.has_tied_output:
             copy = output_read(group.tensors[0], option.qtypes[0])
             seconds += read_s(self.output_device, copy)
-        if not homeless and group.layer is not None and group.n_crossings:
-            seconds += self.hop_s(group) if self.is_moved(group, placed_on) else 0.0
+        if not homeless and group.n_crossings and self.is_moved(group, placed_on):
+            seconds += self.hop_s(group, self._ends(group, placed_on))
         return seconds
 
-    def hop_s(self, group: Group) -> float:
-        """Seconds per token that a group costs by leaving its layer's GPU."""
-        return group.n_crossings * shipped().crossing_s
+    def _ends(self, group: Group, placed_on: str) -> tuple[str, str]:
+        return placed_on, self.layer_devices[group.layer or 0]
+
+    def hop_s(self, group: Group, ends: Sequence[str]) -> float:
+        """Seconds per token that a group costs by leaving the device of its layer.
+
+        Args:
+            group: The tensors.
+            ends: Names of the devices that it is on and that its layer is on, as far as known.
+        """
+        ways = dict.fromkeys(ends, 2 * group.n_crossings)
+        return group.n_crossings * shipped().crossing_s + self._network_s(ways, 1)
+
+    def turn_hop_s(self, group: Group, ends: Sequence[str]) -> float:
+        """The same per turn of the workload."""
+        ways = dict.fromkeys(ends, 2 * group.n_crossings)
+        return self._per_turn(self.hop_s(group, ends), self._network_s(ways))
 
     def turn_s(
         self, group: Group, option: Option, placed_on: str, *, homeless: bool = False
@@ -296,10 +345,11 @@ class Problem:
             placed_on: Name of the device.
             homeless: Leave out hops, as in `decode_s`.
         """
-        answer = self.decode_s(group, option, placed_on, homeless=homeless)
-        prompt = self._prompt_s({placed_on: option.reads}, ())
-        work = self.workload
-        return work.answer_tokens * answer + work.prompt_tokens * prompt / work.ubatch
+        answer = self.decode_s(group, option, placed_on, homeless=True)
+        seconds = self._per_turn(answer, self._prompt_s({placed_on: option.reads}, ()))
+        if not homeless and group.n_crossings and self.is_moved(group, placed_on):
+            seconds += self.turn_hop_s(group, self._ends(group, placed_on))
+        return seconds
 
     def cache_turn_s(self, kind: LayerCache, device: Device) -> float:
         """Seconds that attention to the cache of one layer adds to the workload's turn.
@@ -314,10 +364,6 @@ class Problem:
         for depth, tokens in answer.items():
             seconds += tokens * cache_s(device, arch, kind, work, depth)
         return seconds
-
-    def turn_hop_s(self, group: Group) -> float:
-        """Seconds per turn that a group costs by leaving its layer's GPU."""
-        return self.workload.answer_tokens * self.hop_s(group)
 
     def _prompt_s(
         self,
