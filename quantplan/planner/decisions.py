@@ -19,7 +19,7 @@ _KV_TYPES = (("f16", 1.0), ("q8_0", 1 / 0.9))
 # make the objective at least a hundredth smaller.
 _UBATCHES = tuple((2048 >> n, 1.01**n) for n in range(5))
 # Time for saying what would have to change where there is no plan.
-_DIAGNOSIS_S = 4.0
+_DIAGNOSIS_S = 8.0
 # Share of the time that is left that may go into finding the longest context.
 _CONTEXT_SHARE = 0.5
 

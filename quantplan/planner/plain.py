@@ -213,13 +213,14 @@ class PlainCosts:
 
     @cached_property
     def streams(self) -> bool:
-        """Whether large batches copy weights from RAM to the first GPU."""
-        return bool(self.machine.gpus) and compute.streams(self._launch)
+        """Whether large batches copy weights from RAM to the first GPU of this host."""
+        return self.machine.streaming_gpu is not None and compute.streams(self._launch)
 
     @cached_property
     def n_pipeline_copies(self) -> int:
         """Copies of the graph's inputs where all is on GPUs and nothing is overridden."""
-        return compute.PIPELINE_COPIES if len(self.machine.gpus) > 1 else 1
+        is_pipeline = len(self.machine.gpus) > 1 and not self.machine.endpoints
+        return compute.PIPELINE_COPIES if is_pipeline else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +329,7 @@ class TypedModel:
                     has_layers=bool(has_layers[b]),
                     has_experts=bool(has_experts[b]),
                     has_output=bool(layouts.homes[b, -1] == d),
-                    streamed_bytes=int(streamed[b]) if d == 0 and d != ram else 0,
+                    streamed_bytes=int(streamed[b]) if device == costs.machine.streaming_gpu else 0,
                     n_input_copies=costs.n_pipeline_copies if whole[b] else 1,
                     is_first=d == 0,
                 )
