@@ -103,17 +103,7 @@ def verify(
     checks = memory_checks(predicted, measured)
     speeds = None
     if speed:
-        workload = parse_flags(flags, inventory, engine=runtime.runtime).workload
-        cells = workload.context // workload.n_streams
-        speeds = measure_speed(
-            runtime,
-            path,
-            flags_for(runtime, flags),
-            depths=_depths(cells) if depths is None else depths,
-            n_tokens=_SPEED_TOKENS,
-            n_prompt=max(1, min(workload.ubatch, cells - _SPARE_CELLS)),
-            limit_s=limit_s,
-        )
+        speeds = _measured_speed(runtime, inventory, flags, depths, limit_s)
         checks += speed_checks(predicted, speeds)
     loss = None
     if base is not None and text is not None:
@@ -211,6 +201,27 @@ def _devices(server: Server, machine: Machine) -> tuple[MeasuredDevice, ...]:
             f"GPUs: {advice}"
         )
     return measured
+
+
+def _measured_speed(
+    runtime: LlamaCpp,
+    inventory: Inventory,
+    flags: Sequence[str],
+    depths: Sequence[int] | None,
+    limit_s: float,
+) -> SpeedMeasurement:
+    """Speeds at depths for which the flags leave room, and of a prompt of one ubatch at most."""
+    workload = parse_flags(flags, inventory, engine=runtime.runtime).workload
+    cells = workload.context // workload.n_streams
+    return measure_speed(
+        runtime,
+        Path(inventory.source),
+        flags_for(runtime, flags),
+        depths=_depths(cells) if depths is None else depths,
+        n_tokens=_SPEED_TOKENS,
+        n_prompt=max(1, min(workload.ubatch, cells - _SPARE_CELLS)),
+        limit_s=limit_s,
+    )
 
 
 def memory_checks(
