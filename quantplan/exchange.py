@@ -68,9 +68,9 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
         "llama-quantize-command": lambda: _quantize_command(
             quantize_arguments(recipe.quantizable_types), model_path
         ),
-        "ik-custom-q": lambda: custom_q(_matrix_types(recipe)) + "\n",
+        "ik-custom-q": lambda: custom_q(recipe.matrix_types) + "\n",
         "ik-quantize-command": lambda: _quantize_command(
-            ["--pure", "--custom-q", custom_q(_matrix_types(recipe))], model_path
+            ["--custom-q", custom_q(recipe.matrix_types)], model_path
         ),
         "gguf-tool-suite": lambda: recipe_file(
             {t.tensor: t.qtype for t in recipe.tensors}, recipe.model
@@ -93,10 +93,6 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
     if target not in writers:
         raise InputError(f"unknown format {target!r}; known are {', '.join(writers)}")
     return writers[target]()
-
-
-def _matrix_types(recipe: Recipe) -> dict[str, str]:
-    return {t.name: t.qtype for t in recipe.inventory_tensors if sum(n > 1 for n in t.shape_ne) > 1}
 
 
 def _quantize_command(arguments: Sequence[str], model_path: str) -> str:
@@ -282,6 +278,8 @@ def _read_commands(text: str, folder: Path, engine: Runtime) -> tuple[Rules, Dia
                     rules += [
                         r for v in values[:1] for r in read_tensor_type_file(_text(folder / v))
                     ]
+                elif flag == "--custom-q" and ["--pure"] in given:
+                    raise RecipeError("ik_llama.cpp ignores --custom-q beside --pure; drop --pure")
                 elif flag == "--custom-q":
                     rules += read_custom_q(values[0] if values else "")
                     dialect = IK_QUANTIZE

@@ -2,11 +2,16 @@
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from quantplan.cli.options import parse_size
+
+if TYPE_CHECKING:
+    from quantplan.quantize import Backend, LlamaQuantize
+
+BackendName = Literal["ggml", "numpy", "llama-quantize"]
 
 
 def measure_weights(
@@ -60,6 +65,13 @@ def quantize(
         bool, typer.Option("--allow-requantize", help="Convert quantized tensors too.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Worker threads; all cores.")] = None,
+    backend: Annotated[
+        BackendName,
+        typer.Option(
+            help="What quantizes: the bundled ggml, numpy (slow, simple types), or llama-quantize "
+            "(llama.cpp's or ik_llama.cpp's, in LLAMA_CPP_DIR or on PATH).",
+        ),
+    ] = "ggml",
 ) -> None:
     """Write a GGUF with the types of a recipe, and check it."""
     from rich.console import Console  # noqa: PLC0415
@@ -98,9 +110,18 @@ def quantize(
             split_max_bytes=parse_size("--split-max-size", split_max_size),
             resume=resume,
             verify=verify,
+            backend=_backend(backend),
             threads=threads,
             progress=report,
         )
     typer.echo(f"{result.path}: {result.n_bytes} bytes in {result.duration_s:.1f} s, checked")
     if result.verification is not None:
         typer.echo(result.verification.summary())
+
+
+def _backend(name: BackendName) -> "Backend | LlamaQuantize | None":
+    from quantplan.quantize import NumpyBackend, find_llama_quantize  # noqa: PLC0415
+
+    if name == "llama-quantize":
+        return find_llama_quantize()
+    return NumpyBackend() if name == "numpy" else None
