@@ -43,7 +43,10 @@ def measure_weights(
 def quantize(
     recipe: Annotated[Path, typer.Argument(help="A recipe that `quantplan plan` saved.")],
     source: Annotated[
-        str, typer.Argument(help="The F32, F16 or BF16 GGUF (any shard): a file or an HTTP URL.")
+        str,
+        typer.Argument(
+            help="The F32, F16 or BF16 GGUF (any shard): a file, a URL, or hf:OWNER/REPO/FILE."
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="The GGUF to write.")],
     imatrix: Annotated[
@@ -101,19 +104,25 @@ def quantize(
                 shown.enter_context(bar)
             bar.update(task, completed=step.done_bytes, total=step.total_bytes)
 
-        result = qp.quantize(
-            qp.Recipe.load(recipe),
-            source,
-            target,
-            imatrix=imatrix,
-            allow_requantize=allow_requantize,
-            split_max_bytes=parse_size("--split-max-size", split_max_size),
-            resume=resume,
-            verify=verify,
-            backend=_backend(backend),
-            threads=threads,
-            progress=report,
-        )
+        try:
+            result = qp.quantize(
+                qp.Recipe.load(recipe),
+                source,
+                target,
+                imatrix=imatrix,
+                allow_requantize=allow_requantize,
+                split_max_bytes=parse_size("--split-max-size", split_max_size),
+                resume=resume,
+                verify=verify,
+                backend=_backend(backend),
+                threads=threads,
+                progress=report,
+            )
+        except KeyboardInterrupt:
+            shown.close()
+            if backend != "llama-quantize":
+                typer.echo("Interrupted. The same command with --resume goes on.", err=True)
+            raise
     typer.echo(f"{result.path}: {result.n_bytes} bytes in {result.duration_s:.1f} s, checked")
     if result.verification is not None:
         typer.echo(result.verification.summary())

