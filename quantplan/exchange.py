@@ -173,18 +173,7 @@ def import_recipe(
         raise InputError(
             f"unknown format {chosen!r}; known are {', '.join(get_args(ImportFormat))}"
         )
-    flags: list[str] = []
-    runtime = engine
-    if chosen == "gguf":
-        qtypes = _cloned(inventory, path)
-    else:
-        text = _text(path)
-        rules, dialect = _rules_in(chosen, text) if chosen != "command" else ([], LLAMA_QUANTIZE)
-        if chosen == "command":
-            rules, dialect, flags = _read_commands(text, path.parent, engine)
-        else:
-            runtime = dialect.runtime
-        qtypes = read_rules(rules, inventory, dialect)
+    qtypes, flags, runtime = _read(inventory, path, chosen, engine)
     devices = _devices(inventory.with_qtypes(qtypes), flags, machine, engine)
     return Recipe(
         model=inventory.name,
@@ -204,6 +193,20 @@ def import_recipe(
             machine=machine,
         ),
     )
+
+
+def _read(
+    inventory: Inventory, path: Path, source_format: ImportFormat, engine: Runtime
+) -> tuple[dict[str, str], list[str], Runtime]:
+    """Types by tensor, flags to run the model with, and whose they are."""
+    if source_format == "gguf":
+        return _cloned(inventory, path), [], engine
+    text = _text(path)
+    if source_format == "command":
+        rules, dialect, flags = _read_commands(text, path.parent, engine)
+        return read_rules(rules, inventory, dialect), flags, engine
+    rules, dialect = _rules_in(source_format, text)
+    return read_rules(rules, inventory, dialect), [], dialect.runtime
 
 
 def _format_of(path: Path) -> ImportFormat:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from quantplan.qtypes import Runtime
 from quantplan.quantize.imatrix import Importance
 from quantplan.quantize.layout import Layout
 from quantplan.recipe import Recipe
-from quantplan.runtime.process import Process, ending, failure, isolated_environment, running
+from quantplan.runtime.process import Process, ending, failure, running
 
 _PROGRAM = "llama-quantize"
 _VARIABLE = "LLAMA_CPP_DIR"
@@ -107,22 +106,14 @@ def _in_folder(folder: Path) -> Iterator[Path]:
 
 def _usage(program: Path) -> str:
     """What it prints of its options; llama.cpp's ends with code 1 then."""
-    with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
-        try:
-            done = subprocess.run(
-                [program, "--help"],
-                check=False,
-                env=isolated_environment(Path(folder)),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=_ASK_LIMIT_S,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise LlamaCppError(f"{program} does not run: {error}") from error
-    text = done.stdout.decode(errors="replace")
+    try:
+        with running([str(program), "--help"]) as process:
+            process.wait_until(lambda: process.popen.poll() is not None, _ASK_LIMIT_S)
+            text, code = process.log, process.popen.returncode
+    except OSError as error:
+        raise LlamaCppError(f"{program} does not run: {error}") from error
     if "--allow-requantize" not in text:
-        raise failure(f"{program} --help", ending(done.returncode), text)
+        raise failure(f"{program} --help", ending(code), text)
     return text
 
 
