@@ -21,6 +21,7 @@ from quantplan.formats.llama_cpp import (
     quantize_arguments,
     read_tensor_type_file,
 )
+from quantplan.formats.lm_studio import lm_studio_settings
 from quantplan.formats.rules import (
     IK_QUANTIZE,
     LLAMA_QUANTIZE,
@@ -41,7 +42,7 @@ from quantplan.version import __version__
 ExportFormat = Literal[
     "llama-quantize", "llama-quantize-command", "ik-custom-q", "ik-quantize-command",
     "gguf-tool-suite", "llama-server", "llama-cli", "llama-bench", "ik-server", "koboldcpp",
-    "shell", "systemd", "docker-compose",
+    "lm-studio", "shell", "systemd", "docker-compose",
 ]  # fmt: skip
 ImportFormat = Literal[
     "gguf", "llama-quantize", "rules", "ik-custom-q", "gguf-tool-suite", "command"
@@ -56,7 +57,8 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
         recipe: What to write.
         target: ``llama-quantize`` is its tensor-type file and ``ik-custom-q`` the value of that
             option; ``...-command`` are command lines that name all types; ``gguf-tool-suite`` is a
-            ``.recipe`` file; the others run the model.
+            ``.recipe`` file; ``lm-studio`` is the file of a model's settings, for versions that
+            take llama.cpp arguments; the others run the model.
         model_path: The quantized GGUF, where a command needs it.
 
     Raises:
@@ -82,6 +84,7 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
         "koboldcpp": lambda: command_line(
             ["koboldcpp", "--model", model_path, *koboldcpp_flags(_flags(recipe))]
         ),
+        "lm-studio": lambda: lm_studio_settings(_flags(recipe)),
         "shell": lambda: shell_script(
             recipe.model, quantize_arguments(recipe.quantizable_types), _flags(recipe)
         ),

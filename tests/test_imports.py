@@ -64,6 +64,7 @@ ORDER = [
     "formats.ik_llama",
     "formats.gguf_tool_suite",
     "formats.koboldcpp",
+    "formats.lm_studio",
     "formats.launchers",
     "formats.args_notes",
     "formats.llama_args",
