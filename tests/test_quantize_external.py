@@ -8,7 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from quantplan.cli import app
 from quantplan.errors import InputError, LlamaCppError, QuantizeError, RecipeError
 from quantplan.exchange import export_recipe
 from quantplan.inventory.header import read_header
@@ -132,6 +134,23 @@ def test_the_exported_command_does_what_the_recipe_says(
     subprocess.run([ik.program, *words], check=True, capture_output=True)
     found = {name: qtype for name, (qtype, _) in stored(tmp_path / "q.gguf").items()}
     assert found == {t.tensor: t.qtype for t in recipe.tensors}
+
+
+@needs_ik
+def test_the_command_runs_the_program(
+    toy: Path, tmp_path: Path, ik: LlamaQuantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`quantplan quantize --backend llama-quantize` uses the program of LLAMA_CPP_DIR."""
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(ik.program.parent))
+    recipe, target = ik_recipe(toy, ("IQ4_KS", "Q6_0")), tmp_path / "q.gguf"
+    recipe.save(tmp_path / "recipe.json")
+    words = ["quantize", str(tmp_path / "recipe.json"), str(toy), str(target)]
+    done = CliRunner().invoke(app, [*words, "--backend", "llama-quantize"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "checked" in done.output
+    assert {t.tensor: t.qtype for t in recipe.tensors} == {
+        name: qtype for name, (qtype, _) in stored(target).items()
+    }
 
 
 @needs_ik

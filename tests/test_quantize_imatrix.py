@@ -62,7 +62,7 @@ def test_rows_that_types_do_not_fit_have_the_bytes_of_llama_cpp(tmp_path: Path) 
     """Where expert rows, 352 as 1408 no multiple of 256, make the IQ types fall back, the bytes are
     llama.cpp's too, and those of the other matrices.
     """
-    source = toy_moe(tmp_path / "toy.gguf", "glm4moe", layers=2)
+    source = toy_moe(tmp_path / "toy.gguf", "glm4moe", layers=1)
     importance = random_imatrix(source)
     wanted = [name for name in TYPES if name.startswith("IQ") and name not in SLOW_TO_START]
     qtypes = spread(source, wanted)
