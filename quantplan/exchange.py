@@ -21,6 +21,7 @@ from quantplan.formats.llama_cpp import (
     quantize_arguments,
     read_tensor_type_file,
 )
+from quantplan.formats.lm_studio import lm_studio_settings
 from quantplan.formats.rules import (
     IK_QUANTIZE,
     LLAMA_QUANTIZE,
@@ -41,7 +42,7 @@ from quantplan.version import __version__
 ExportFormat = Literal[
     "llama-quantize", "llama-quantize-command", "ik-custom-q", "ik-quantize-command",
     "gguf-tool-suite", "llama-server", "llama-cli", "llama-bench", "ik-server", "koboldcpp",
-    "shell", "systemd", "docker-compose",
+    "lm-studio", "shell", "systemd", "docker-compose",
 ]  # fmt: skip
 ImportFormat = Literal[
     "gguf", "llama-quantize", "rules", "ik-custom-q", "gguf-tool-suite", "command"
@@ -56,7 +57,8 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
         recipe: What to write.
         target: ``llama-quantize`` is its tensor-type file and ``ik-custom-q`` the value of that
             option; ``...-command`` are command lines that name all types; ``gguf-tool-suite`` is a
-            ``.recipe`` file; the others run the model.
+            ``.recipe`` file; ``lm-studio`` is the file of a model's settings, for versions that
+            take llama.cpp arguments; the others run the model.
         model_path: The quantized GGUF, where a command needs it.
 
     Raises:
@@ -68,9 +70,9 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
         "llama-quantize-command": lambda: _quantize_command(
             quantize_arguments(recipe.quantizable_types), model_path
         ),
-        "ik-custom-q": lambda: custom_q(_matrix_types(recipe)) + "\n",
+        "ik-custom-q": lambda: custom_q(recipe.matrix_types) + "\n",
         "ik-quantize-command": lambda: _quantize_command(
-            ["--pure", "--custom-q", custom_q(_matrix_types(recipe))], model_path
+            ["--custom-q", custom_q(recipe.matrix_types)], model_path
         ),
         "gguf-tool-suite": lambda: recipe_file(
             {t.tensor: t.qtype for t in recipe.tensors}, recipe.model
@@ -82,6 +84,7 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
         "koboldcpp": lambda: command_line(
             ["koboldcpp", "--model", model_path, *koboldcpp_flags(_flags(recipe))]
         ),
+        "lm-studio": lambda: lm_studio_settings(_flags(recipe)),
         "shell": lambda: shell_script(
             recipe.model, quantize_arguments(recipe.quantizable_types), _flags(recipe)
         ),
@@ -93,10 +96,6 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
     if target not in writers:
         raise InputError(f"unknown format {target!r}; known are {', '.join(writers)}")
     return writers[target]()
-
-
-def _matrix_types(recipe: Recipe) -> dict[str, str]:
-    return {t.name: t.qtype for t in recipe.inventory_tensors if sum(n > 1 for n in t.shape_ne) > 1}
 
 
 def _quantize_command(arguments: Sequence[str], model_path: str) -> str:
@@ -177,18 +176,7 @@ def import_recipe(
         raise InputError(
             f"unknown format {chosen!r}; known are {', '.join(get_args(ImportFormat))}"
         )
-    flags: list[str] = []
-    runtime = engine
-    if chosen == "gguf":
-        qtypes = _cloned(inventory, path)
-    else:
-        text = _text(path)
-        rules, dialect = _rules_in(chosen, text) if chosen != "command" else ([], LLAMA_QUANTIZE)
-        if chosen == "command":
-            rules, dialect, flags = _read_commands(text, path.parent, engine)
-        else:
-            runtime = dialect.runtime
-        qtypes = read_rules(rules, inventory, dialect)
+    qtypes, flags, runtime = _read(inventory, path, chosen, engine)
     devices = _devices(inventory.with_qtypes(qtypes), flags, machine, engine)
     return Recipe(
         model=inventory.name,
@@ -208,6 +196,20 @@ def import_recipe(
             machine=machine,
         ),
     )
+
+
+def _read(
+    inventory: Inventory, path: Path, source_format: ImportFormat, engine: Runtime
+) -> tuple[dict[str, str], list[str], Runtime]:
+    """Types by tensor, flags to run the model with, and whose they are."""
+    if source_format == "gguf":
+        return _cloned(inventory, path), [], engine
+    text = _text(path)
+    if source_format == "command":
+        rules, dialect, flags = _read_commands(text, path.parent, engine)
+        return read_rules(rules, inventory, dialect), flags, engine
+    rules, dialect = _rules_in(source_format, text)
+    return read_rules(rules, inventory, dialect), [], dialect.runtime
 
 
 def _format_of(path: Path) -> ImportFormat:
@@ -282,6 +284,8 @@ def _read_commands(text: str, folder: Path, engine: Runtime) -> tuple[Rules, Dia
                     rules += [
                         r for v in values[:1] for r in read_tensor_type_file(_text(folder / v))
                     ]
+                elif flag == "--custom-q" and ["--pure"] in given:
+                    raise RecipeError("ik_llama.cpp ignores --custom-q beside --pure; drop --pure")
                 elif flag == "--custom-q":
                     rules += read_custom_q(values[0] if values else "")
                     dialect = IK_QUANTIZE

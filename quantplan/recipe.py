@@ -204,6 +204,12 @@ class Recipe(Frozen):
         """Types of the tensors that a quantizer may change, by name."""
         return {t.name: t.qtype for t in self.inventory_tensors if t.is_quantizable}
 
+    @property
+    def matrix_types(self) -> dict[str, str]:
+        """Types of all matrices, by name; among them is all that ik_llama.cpp may change."""
+        tensors = self.inventory_tensors
+        return {t.name: t.qtype for t in tensors if sum(n > 1 for n in t.shape_ne) > 1}
+
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file so that a reader sees the old content or the new, never a part.

@@ -1,10 +1,19 @@
 """Fixtures that several test files share."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.support import models
+
+# No test sees the models that this machine's user has added, or leaves anything in their folders.
+# Set at once, since tests are collected by the names of the catalog.
+_HOME = tempfile.TemporaryDirectory(prefix="quantplan-tests-")
+os.environ.update(XDG_CACHE_HOME=f"{_HOME.name}/cache", XDG_DATA_HOME=f"{_HOME.name}/data")
+for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(_name, None)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def quantized(name: str, rows: np.ndarray) -> np.ndarray:
     qtype, library = QTYPES[name], ggml()
     library.prepare(qtype)
     out = np.empty(qtype.tensor_bytes(rows.shape[::-1]), np.uint8)
-    assert library.quantize(qtype, rows.ravel(), rows.shape[1], out)
+    assert library.quantize(qtype, rows, out)
     return out.reshape(len(rows), -1)
 
 
@@ -97,7 +97,7 @@ def test_an_overflow_is_reported() -> None:
     qtype, library = QTYPES["Q8_0"], ggml()
     library.prepare(qtype)
     rows = np.full(32, 1e8, np.float32)
-    assert not library.quantize(qtype, rows, 32, np.empty(34, np.uint8))
+    assert not library.quantize(qtype, rows.reshape(-1, 32), np.empty(34, np.uint8))
 
 
 def test_an_unusable_library_is_an_error_with_a_way_out(tmp_path: Path) -> None:

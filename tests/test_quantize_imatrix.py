@@ -58,6 +58,23 @@ def test_types_have_the_bytes_of_llama_cpp(toy: Path, tmp_path: Path) -> None:
 
 
 @needs_llama_cpp
+def test_rows_that_types_do_not_fit_have_the_bytes_of_llama_cpp(tmp_path: Path) -> None:
+    """Where expert rows, 352 as 1408 no multiple of 256, make the IQ types fall back, the bytes are
+    llama.cpp's too, and those of the other matrices.
+    """
+    source = toy_moe(tmp_path / "toy.gguf", "glm4moe", layers=1)
+    importance = random_imatrix(source)
+    wanted = [name for name in TYPES if name.startswith("IQ") and name not in SLOW_TO_START]
+    qtypes = spread(source, wanted)
+    llama_quantize(source, tmp_path / "theirs.gguf", qtypes, imatrix=importance)
+    imatrix = imatrix_gguf(tmp_path / "imatrix.gguf", importance)
+    quantize(recipe_for(source, qtypes), source, tmp_path / "ours.gguf", imatrix=imatrix, threads=2)
+    theirs = stored(tmp_path / "theirs.gguf")
+    assert stored(tmp_path / "ours.gguf") == theirs
+    assert set(wanted) <= {qtype for qtype, _ in theirs.values()}
+
+
+@needs_llama_cpp
 def test_a_real_model_gets_the_bytes_of_llama_cpp(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2, whose rows make many types fall back, has llama.cpp's bytes."""
     importance = random_imatrix(smollm2)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,38 @@ def test_killed_runs_are_continued(toy: Path, recipe: Recipe, whole: bytes, tmp_
     assert n_done > 0.5 * len(whole)
     seen = resumed(recipe, toy, target, whole)
     assert seen[0] > n_done
+
+
+def test_a_command_that_is_interrupted_is_continued(toy: Path, target: Path) -> None:
+    """A real SIGINT, as Ctrl-C sends it, ends the command soon, with the code of the signal and a
+    hint; --resume goes on from there, and the file is that of an undisturbed run.
+    """
+    recipe = recipe_for(
+        toy, spread(toy, ["IQ3_S", "Q8_0", "Q8_0"])
+    )  # slow enough to be interrupted
+    recipe.save(target.parent.parent / "recipe.json")
+    words = [str(target.parent.parent / "recipe.json"), str(toy), str(target), "--threads", "1"]
+    command = [sys.executable, "-m", "quantplan.cli", "quantize", *words]
+    partial = target.with_name(".q.gguf.partial")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_size > 1 << 19):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "--resume" in printed
+    assert target.read_bytes() == b"an older model"
+    journal = target.with_name(".q.gguf.journal").read_text().split("\n")
+    n_done = json.loads(journal[-1])["n_bytes"]
+    assert n_done > 0
+    whole = quantize(recipe, toy, target.parent.parent / "whole.gguf").path.read_bytes()
+    assert n_done < len(whole)
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    assert hashlib.sha256(target.read_bytes()).digest() == hashlib.sha256(whole).digest()
+    assert beside(target) == {"q.gguf"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])

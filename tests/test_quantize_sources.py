@@ -2,13 +2,8 @@
 
 import hashlib
 import os
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import gguf
 import numpy as np
@@ -21,6 +16,7 @@ from quantplan.inventory.sources import read_inventory
 from quantplan.quantize import NumpyBackend, Progress, quantize
 from quantplan.quantize.ggml import ggml
 from quantplan.recipe import Recipe
+from tests.support.http_server import serve
 from tests.support.llama_cpp import llama_server, needs_llama_cpp
 from tests.support.models import toy_moe
 from tests.support.quantizer import llama_quantize, recipe_for, spread, stored, tiny
@@ -36,88 +32,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(toy: Path) -> Recipe:
     """A recipe of several types."""
     return recipe_for(toy, spread(toy, ["Q8_0", "Q4_K", "Q5_0"]))
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Serves the ranges of a folder's files, with a fault if one is set."""
-
-    protocol_version = "HTTP/1.1"
-    folder: ClassVar[Path]
-    fault: ClassVar[str] = ""
-    n_faults: ClassVar[int] = 0
-    requests: ClassVar[list[tuple[int, int]]] = []
-
-    def do_GET(self) -> None:
-        path = self.folder / self.path.partition("?")[0].lstrip("/")
-        if not path.is_file():
-            self.send_error(404)
-            return
-        raw = path.read_bytes()
-        begin, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-        cls = type(self)
-        cls.requests.append((begin, end))
-        fault = ""
-        if cls.n_faults and begin:
-            cls.n_faults -= 1
-            fault = cls.fault
-        if fault == "busy":
-            self.send_error(503)
-            return
-        if fault == "moved":
-            self.send_response(302)
-            self.send_header("Location", f"{self.path}?moved")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        part = raw[begin : end + 1]
-        if fault == "whole":
-            self.send_response(200)
-            part = raw
-        else:
-            self.send_response(206)
-        span = (begin + 1, end + 1) if fault == "shifted" else (begin, end)
-        size = len(raw) + 7 if fault == "size" else len(raw)
-        self.send_header("Content-Range", f"bytes {span[0]}-{span[1]}/{size}")
-        self.send_header("ETag", '"other"' if fault == "changed" else '"one"')
-        part = part[: len(part) // 2] if fault == "short" else part
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        if fault == "stall":
-            time.sleep(0.7)
-        self.wfile.write(part[: len(part) // 2] if fault == "drop" else part)
-        if fault == "drop":
-            self.close_connection = True
-
-    def log_message(self, *_: object) -> None:
-        """Says nothing."""
-
-
-class QuietServer(ThreadingHTTPServer):
-    """A server whose client may go away."""
-
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:
-        """Says nothing."""
-
-
-@contextmanager
-def serve(folder: Path, fault: str = "", n_faults: int = 0) -> Iterator[tuple[str, type[Handler]]]:
-    """Serves a folder, with a number of faults once a file is open."""
-    handler = type(
-        "Served",
-        (Handler,),
-        {"folder": folder, "fault": fault, "n_faults": n_faults, "requests": []},
-    )
-    server = QuietServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", handler
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture

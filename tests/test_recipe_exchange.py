@@ -1,12 +1,15 @@
 """Recipes that go out in the words of other programs and come back."""
 
+import json
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 import quantplan as qp
+from quantplan.errors import RecipeError
 from quantplan.exchange import ExportFormat, ImportFormat, export_recipe, import_recipe
+from quantplan.formats.llama_cpp import options
 from quantplan.recipe import Recipe
 from tests.support.llama_cpp import needs_llama_cpp
 from tests.support.models import toy_moe
@@ -178,3 +181,24 @@ def test_unknown_formats_name_the_known_ones(tmp_path: Path) -> None:
         import_recipe(AIR, tmp_path / "x.recipe")
     with pytest.raises(qp.RecipeError, match="No such file"):
         import_recipe(AIR, tmp_path / "missing.recipe")
+
+
+def test_lm_studio_gets_what_the_plan_says(planned: Recipe) -> None:
+    """LM Studio's settings state context, batches, KV types and, as llama.cpp's arguments, the
+    layers and single tensors; flags that it cannot say are refused by name.
+    """
+    content = json.loads(export_recipe(planned, "lm-studio"))
+    found = {field["key"]: field["value"] for field in content["load"]["fields"]}
+    given = {flag: values for flag, *values in options(planned.flags)}
+    override = found["llm.load.llama.argumentsOverride"]
+    arguments = {item["key"]: item["value"] for item in override["overrideParameters"]}
+    assert override["enabled"]
+    assert arguments["--n-gpu-layers"] == given["-ngl"][0]
+    assert arguments["--override-tensor"] == given["-ot"][0]
+    assert found["llm.load.contextLength"] == 32768
+    assert found["llm.load.llama.physicalBatchSize"] == int(given["-ub"][0])
+    assert found["llm.load.llama.kCacheQuantizationType"] == {"checked": True, "value": "q8_0"}
+    assert not found["llm.load.llama.autoFit"]
+    odd = planned.model_copy(update={"flags": (*planned.flags, "--swa-full")})
+    with pytest.raises(RecipeError, match="LM Studio has no setting for --swa-full"):
+        export_recipe(odd, "lm-studio")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli import machines, measuring, planning, quantizing, recipes, running
+from quantplan.cli import machines, measuring, models, planning, quantizing, recipes, running
 from quantplan.errors import InputError, QuantplanError
 from quantplan.version import __version__
 
@@ -60,6 +60,8 @@ for _command in (
 ):
     app.command()(_command)
 app.command(name="import")(recipes.import_)
+app.command()(models.models)
+app.add_typer(models.catalog)
 
 
 def _exit_on_signals() -> None:

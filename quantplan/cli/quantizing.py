@@ -2,11 +2,16 @@
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from quantplan.cli.options import parse_size
+
+if TYPE_CHECKING:
+    from quantplan.quantize import Backend, LlamaQuantize
+
+BackendName = Literal["ggml", "numpy", "llama-quantize"]
 
 
 def measure_weights(
@@ -38,7 +43,10 @@ def measure_weights(
 def quantize(
     recipe: Annotated[Path, typer.Argument(help="A recipe that `quantplan plan` saved.")],
     source: Annotated[
-        str, typer.Argument(help="The F32, F16 or BF16 GGUF (any shard): a file or an HTTP URL.")
+        str,
+        typer.Argument(
+            help="The F32, F16 or BF16 GGUF (any shard): a file, a URL, or hf:OWNER/REPO/FILE."
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="The GGUF to write.")],
     imatrix: Annotated[
@@ -60,6 +68,13 @@ def quantize(
         bool, typer.Option("--allow-requantize", help="Convert quantized tensors too.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Worker threads; all cores.")] = None,
+    backend: Annotated[
+        BackendName,
+        typer.Option(
+            help="What quantizes: the bundled ggml, numpy (slow, simple types), or llama-quantize "
+            "(llama.cpp's or ik_llama.cpp's, in LLAMA_CPP_DIR or on PATH).",
+        ),
+    ] = "ggml",
 ) -> None:
     """Write a GGUF with the types of a recipe, and check it."""
     from rich.console import Console  # noqa: PLC0415
@@ -89,18 +104,33 @@ def quantize(
                 shown.enter_context(bar)
             bar.update(task, completed=step.done_bytes, total=step.total_bytes)
 
-        result = qp.quantize(
-            qp.Recipe.load(recipe),
-            source,
-            target,
-            imatrix=imatrix,
-            allow_requantize=allow_requantize,
-            split_max_bytes=parse_size("--split-max-size", split_max_size),
-            resume=resume,
-            verify=verify,
-            threads=threads,
-            progress=report,
-        )
+        try:
+            result = qp.quantize(
+                qp.Recipe.load(recipe),
+                source,
+                target,
+                imatrix=imatrix,
+                allow_requantize=allow_requantize,
+                split_max_bytes=parse_size("--split-max-size", split_max_size),
+                resume=resume,
+                verify=verify,
+                backend=_backend(backend),
+                threads=threads,
+                progress=report,
+            )
+        except KeyboardInterrupt:
+            shown.close()
+            if backend != "llama-quantize":
+                typer.echo("Interrupted. The same command with --resume goes on.", err=True)
+            raise
     typer.echo(f"{result.path}: {result.n_bytes} bytes in {result.duration_s:.1f} s, checked")
     if result.verification is not None:
         typer.echo(result.verification.summary())
+
+
+def _backend(name: BackendName) -> "Backend | LlamaQuantize | None":
+    from quantplan.quantize import NumpyBackend, find_llama_quantize  # noqa: PLC0415
+
+    if name == "llama-quantize":
+        return find_llama_quantize()
+    return NumpyBackend() if name == "numpy" else None

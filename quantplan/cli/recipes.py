@@ -36,7 +36,9 @@ def export(
 
     FORMAT is llama-quantize (a tensor-type file), llama-quantize-command, ik-custom-q,
     ik-quantize-command, gguf-tool-suite, llama-server, llama-cli, llama-bench, ik-server,
-    koboldcpp, shell, systemd or docker-compose.
+    koboldcpp, lm-studio, shell, systemd or docker-compose. LM Studio reads lm-studio's output as
+    ~/.lmstudio/.internal/user-concrete-model-default-config/PUBLISHER/MODEL/FILE.gguf.json; only
+    versions that take llama.cpp arguments place the tensors as planned.
     """
     import quantplan as qp  # noqa: PLC0415
     from quantplan.recipe import write_whole  # noqa: PLC0415

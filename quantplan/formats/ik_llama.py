@@ -1,7 +1,8 @@
 """ik_llama.cpp's own words: ``--custom-q`` and its llama-server's flags.
 
 ``--custom-q`` is split at every ``,`` and then at the first ``=``; it is matched before row
-fallbacks apply. Its ``-ngl`` counts the output layer last of all, llama.cpp's first.
+fallbacks apply, and ignored beside ``--pure``. Its ``-ngl`` counts the output layer last of all,
+llama.cpp's first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ _DROPPED = {"--fit", "-kvu", "--swa-full"}
 
 
 def custom_q(qtype_by_name: Mapping[str, str]) -> str:
-    """The value of ``llama-quantize --custom-q``; call it with ``--pure``.
+    """The value of ``llama-quantize --custom-q``; it has no effect with ``--pure``.
 
     Args:
         qtype_by_name: Type of every matrix, by full name; those that a quantizer leaves alone too,

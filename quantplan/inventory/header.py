@@ -15,6 +15,7 @@ from typing import Any
 from gguf import GGUFValueType
 
 from quantplan.errors import SourceError
+from quantplan.inventory.header_cache import keep_header, kept_header
 from quantplan.inventory.ranges import open_ranges
 from quantplan.qtypes import QType, qtype_by_id
 
@@ -303,8 +304,17 @@ def _sha256(read_at: ReadAt, end: int) -> str:
 def read_header(source: str | os.PathLike[str]) -> Header:
     """Reads the header of a GGUF file on disk, or behind an HTTP URL.
 
+    Headers of remote files are kept on the disk; the server is then only asked whether the file is
+    the same, and whether it may be read.
+
     Raises:
         SourceError: The file cannot be opened, or `parse_header` refuses it.
     """
     with open_ranges(source) as file:
-        return parse_header(file.read_at, file.size, file.name)
+        kept = kept_header(file.cache_key) if file.cache_key else None
+        if kept is not None:
+            return parse_header(lambda at, n: kept[at : at + n], file.size, file.name)
+        header = parse_header(file.read_at, file.size, file.name)
+        if file.cache_key:
+            keep_header(file.cache_key, file.read_at(0, header.data_offset))
+        return header

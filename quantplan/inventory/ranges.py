@@ -5,41 +5,29 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
-from urllib.parse import urlsplit
+from typing import Protocol
 
 from quantplan.errors import SourceError
+from quantplan.inventory.hub import file_url
 
 Location = Path | str
 """A file on the disk, or an HTTP URL as text."""
 
 
-class Ranges(Protocol):
+class Ranges(contextlib.AbstractContextManager["Ranges"], Protocol):
     """A file that several threads may read at any place at once.
 
     Attributes:
         name: How messages call it.
         size: Its bytes.
         identity: Text that changes when the file does.
+        cache_key: Text that stands for the file and its content; None where it is not to be cached.
     """
 
     name: str
     size: int
     identity: str
-
-    def __enter__(self) -> Self:
-        """Returns itself."""
-        ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Closes it."""
-        ...
+    cache_key: str | None
 
     def read_at(self, offset: int, n_bytes: int) -> bytes:
         """Reads bytes; fewer come back at the end of the file.
@@ -58,13 +46,14 @@ class Ranges(Protocol):
         ...
 
 
-class LocalFile:
+class LocalFile(contextlib.AbstractContextManager["LocalFile"]):
     """A file on the disk.
 
     Attributes:
         name: Its path.
         size: Its bytes when it was opened.
         identity: Its size and the time of its last change.
+        cache_key: None, since it is here already.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -79,18 +68,10 @@ class LocalFile:
             self._file = open(path, "rb", buffering=0)  # noqa: PTH123, SIM115 (closed by __exit__)
             status = os.fstat(self._file.fileno())
         self.size = status.st_size
+        self.cache_key: str | None = None
         self.identity = f"{status.st_size} {status.st_mtime_ns}"
 
-    def __enter__(self) -> Self:
-        """Returns itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes the file."""
         self._file.close()
 
@@ -135,14 +116,14 @@ class LocalFile:
             raise SourceError(f"{self.name}: {error.strerror or error}") from error
 
 
-def is_url(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is an HTTP URL."""
-    return isinstance(source, str) and urlsplit(source).scheme.lower() in {"http", "https"}
-
-
 def located(source: str | os.PathLike[str]) -> Location:
-    """A source as the caller names it, as a URL or a path."""
-    return source if isinstance(source, str) and is_url(source) else Path(source)
+    """A source as the caller names it, as a URL or a path.
+
+    Raises:
+        SourceError: It starts with ``hf:``, but names no file.
+    """
+    url = file_url(source) if isinstance(source, str) else None
+    return url or Path(source)
 
 
 def open_ranges(source: str | os.PathLike[str], *, read_ahead: int = 0) -> Ranges:
@@ -155,8 +136,9 @@ def open_ranges(source: str | os.PathLike[str], *, read_ahead: int = 0) -> Range
     Raises:
         SourceError: It cannot be opened.
     """
-    if isinstance(source, str) and is_url(source):
+    place = located(source)
+    if isinstance(place, str):
         from quantplan.inventory.remote import HttpFile  # noqa: PLC0415 (local files go without)
 
-        return HttpFile(source, read_ahead=read_ahead)
-    return LocalFile(source)
+        return HttpFile(place, read_ahead=read_ahead)
+    return LocalFile(place)

@@ -4,22 +4,25 @@ import re
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Self
+from contextlib import AbstractContextManager
 
 import urllib3
 from urllib3.exceptions import HTTPError, MaxRetryError
 
 from quantplan.errors import SourceError
+from quantplan.inventory.hub import authorization, refusal
 
 # One request per block: large enough that a redirect and a round trip for each do not count.
 _BLOCK_BYTES = 4 << 20
+# A header is read twice, once for its hash: with the longest vocabularies it has about 20 MB.
+_KEPT_BLOCKS = 6
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_REFUSED = (401, 403, 404)
 # Answers that mean "later", besides those that state a time themselves.
 _TEMPORARY = (429, 500, 502, 503, 504)
 
 
-class HttpFile:
+class HttpFile(AbstractContextManager["HttpFile"]):
     """A remote file that several threads may read at any place.
 
     Blocks are fetched whole; those that follow the one asked for are fetched meanwhile. A lost
@@ -29,6 +32,7 @@ class HttpFile:
         name: The URL.
         size: Bytes of the whole file.
         identity: Size and ETag (or date), which change when the file does.
+        cache_key: URL and identity; None where the server states neither ETag nor date.
     """
 
     def __init__(
@@ -72,18 +76,10 @@ class HttpFile:
         self.size = 1
         _, self.size, self._validator = self._request(0, 1)
         self.identity = f"{self.size} {self._validator}"
+        self.cache_key = f"{url} {self.identity}" if self._validator else None
         self._pool = ThreadPoolExecutor(read_ahead + 1)
 
-    def __enter__(self) -> Self:
-        """Returns itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes the connections."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._http.clear()
@@ -120,7 +116,7 @@ class HttpFile:
                     self._blocks[index] = self._pool.submit(self._fetch, index)
             self._blocks.move_to_end(number)
             found = self._blocks[number]
-            while len(self._blocks) > 2 * self._read_ahead + 2:
+            while len(self._blocks) > 2 * self._read_ahead + _KEPT_BLOCKS:
                 self._blocks.popitem(last=False)
         return found.result()
 
@@ -132,7 +128,9 @@ class HttpFile:
         """Fetches a range; returns it, the size of the file, and what tells its versions apart."""
         span = f"bytes={begin}-{end - 1}"
         try:
-            reply = self._http.request("GET", self.name, headers={"Range": span}, redirect=True)
+            # urllib3 drops the authorization where a redirection leads to another host.
+            headers = {"Range": span, **authorization(self.name)}
+            reply = self._http.request("GET", self.name, headers=headers, redirect=True)
         except MaxRetryError as error:
             raise SourceError(
                 f"{self.name}: the connection failed at {span}: {error.reason}. Go on when the "
@@ -146,7 +144,10 @@ class HttpFile:
                 "and name the local copy"
             )
         if reply.status != 206:
-            raise SourceError(f"{self.name}: HTTP {reply.status} {reply.reason} for {span}")
+            hint = ""
+            if reply.status in _REFUSED:
+                hint = refusal(self.name, has_token="Authorization" in headers)
+            raise SourceError(f"{self.name}: HTTP {reply.status} {reply.reason} for {span}{hint}")
         stated = _CONTENT_RANGE.fullmatch(reply.headers.get("Content-Range", ""))
         if stated is None or (int(stated[1]), int(stated[2])) != (begin, end - 1):
             raise SourceError(

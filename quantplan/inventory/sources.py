@@ -11,7 +11,7 @@ from quantplan.errors import SourceError
 from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.catalog import catalog_names, read_catalog
 from quantplan.inventory.header import Header, SkippedArray, read_header
-from quantplan.inventory.ranges import Location, is_url, located
+from quantplan.inventory.ranges import Location, located
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
@@ -54,7 +54,7 @@ def read_headers(source: str | os.PathLike[str]) -> tuple[tuple[Location, Header
     """Reads the headers of a model's files and checks that they belong together.
 
     Args:
-        source: A GGUF file or any shard of one, by its path or its HTTP URL.
+        source: A GGUF file or any shard of one, by its path, its URL or ``hf:owner/repo/file``.
 
     Raises:
         SourceError: A file is missing or damaged, or the shards contradict each other.
@@ -144,16 +144,17 @@ def read_inventory(source: str | Path) -> Inventory:
     the size of the model.
 
     Args:
-        source: A GGUF file or any shard of a split one, by its path or its HTTP URL, or a name of
-            the catalog such as ``GLM-4.5-Air``, in any spelling that `read_named` takes.
+        source: A GGUF file or any shard of a split one, by its path, its HTTP URL or, on Hugging
+            Face, ``hf:owner/repository/file.gguf``, or a name of the catalog such as
+            ``GLM-4.5-Air``, in any spelling that `read_named` takes.
 
     Raises:
         SourceError: The file is missing, no regular file, no GGUF, truncated or damaged, a shard
             is missing, or the catalog has no such name; similar names are suggested.
     """
-    if isinstance(source, str) and is_url(source):
-        return _from_files(source)
-    path = Path(source)
+    path = located(source)
+    if isinstance(path, str):
+        return _from_files(path)
     try:
         is_file = path.is_file()
     except OSError as error:

@@ -2,6 +2,16 @@
 
 from quantplan.quantize.apply import Progress, QuantizeResult, quantize
 from quantplan.quantize.backend import Backend, NumpyBackend
+from quantplan.quantize.external import LlamaQuantize, find_llama_quantize
 from quantplan.quantize.verify import Verification
 
-__all__ = ["Backend", "NumpyBackend", "Progress", "QuantizeResult", "Verification", "quantize"]
+__all__ = [
+    "Backend",
+    "LlamaQuantize",
+    "NumpyBackend",
+    "Progress",
+    "QuantizeResult",
+    "Verification",
+    "find_llama_quantize",
+    "quantize",
+]

@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantplan.errors import InputError, QuantizeError, WeightError
-from quantplan.inventory.ranges import Location, Ranges, open_ranges
+from quantplan.inventory.ranges import Location, Ranges, located, open_ranges
 from quantplan.inventory.sources import headers_sha256, read_headers
 from quantplan.qtypes import QType
 from quantplan.quantize.backend import Backend
 from quantplan.quantize.check import checked_layouts
 from quantplan.quantize.convert import Chunk, Workspace, chunks
+from quantplan.quantize.external import (
+    ExternalJob,
+    LlamaQuantize,
+    as_written,
+    run_llama_quantize,
+)
 from quantplan.quantize.ggml import ggml
 from quantplan.quantize.imatrix import read_imatrix
 from quantplan.quantize.layout import Files, Layout
@@ -73,7 +79,7 @@ def quantize(
     split_max_bytes: int | None = None,
     resume: bool = False,
     verify: bool = False,
-    backend: Backend | None = None,
+    backend: Backend | LlamaQuantize | None = None,
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> QuantizeResult:
@@ -101,67 +107,91 @@ def quantize(
             tensor data each; a larger tensor has a shard to itself.
         resume: Continue what an earlier run has left.
         verify: Read everything back: compare the bytes with those written, hash them, and compare
-            the weights with the source's.
-        backend: What quantizes; the bundled ggml by default.
+            the weights with the source's (but for ik_llama.cpp's types).
+        backend: What quantizes; the bundled ggml by default. A `LlamaQuantize` runs that program,
+            which can write ik_llama.cpp's types, but no shards, and reads local files only.
         threads: Threads that convert; by default one per processor that may be used.
         progress: Called after each part of a tensor that was written, in the calling thread.
             An exception that it raises ends the work and is passed on.
 
     Raises:
-        InputError: ``threads`` or ``split_max_bytes`` is less than 1.
+        InputError: ``threads`` or ``split_max_bytes`` is less than 1, or an option that the backend
+            does not have.
         SourceError: The source or the importance matrix is missing, damaged, big-endian, or changes
             while it is read; a server fails.
         RecipeError: The recipe does not fit the source, there is no place for the target, or what
             is to be continued is another job; all faults are named, and nothing has been written.
         WeightError: A weight is not finite or too large.
-        QuantizeError: The backend cannot be used, or writing failed.
+        QuantizeError: The backend cannot be used, writing failed, or what was written reads back as
+            something else.
+        LlamaCppError: llama-quantize does not run, fails, or is silent for too long.
     """
     started = time.perf_counter()
-    faults = [
-        f"{name} is {value}; it must be at least 1"
-        for name, value in (("threads", threads), ("split_max_bytes", split_max_bytes))
-        if value is not None and value < 1
-    ]
-    if faults:
-        raise InputError(faults)
-    target, threads = Path(target), threads or _n_processors()
+    _check_options(source, threads, split_max_bytes, resume, backend)
+    threads = threads or _n_processors()
     files, importance = read_headers(source), read_imatrix(imatrix) if imatrix else None
     backend = backend or ggml()
+    metadata = _provenance(files, imatrix, backend)
     layouts = checked_layouts(
         recipe,
         files,
         Path(os.path.realpath(target)),
         importance=importance,
         allow_requantize=allow_requantize,
-        metadata=_provenance(files, imatrix, backend),
+        metadata=metadata,
         split_max_bytes=split_max_bytes,
+        program=backend.runtime if isinstance(backend, LlamaQuantize) else None,
     )
     total_bytes = sum(layout.n_bytes for layout in layouts)
-    _prepare(backend, layouts)
-    with contextlib.ExitStack() as stack:
-        sources = {
-            place: stack.enter_context(open_ranges(place, read_ahead=_READ_AHEAD))
-            for place, _ in files
-        }
-        parts = [
-            stack.enter_context(PartialFile(layout.path, _job(layout, sources), resume=resume))
-            for layout in layouts
-        ]
-        tools = _Tools(sources, backend, threads)
 
-        def report(tensor: str) -> None:
-            if progress:
-                progress(Progress(tensor, sum(part.n_bytes for part in parts), total_bytes))
+    def report(tensor: str, done_bytes: int) -> None:
+        if progress:
+            progress(Progress(tensor, done_bytes, total_bytes))
 
-        for layout, part in zip(layouts, parts, strict=True):
-            _write(layout, part, tools, report)
-        checked = _finish(layouts, parts, tools, verify=verify)
+    if isinstance(backend, LlamaQuantize):
+        job = ExternalJob(
+            recipe, files[0][0], imatrix, importance, allow_requantize, threads, metadata
+        )
+        checked = _run_program(backend, job, layouts[0], report, verify=verify)
+    else:
+        _prepare(backend, layouts)
+        tools = _Tools(backend, threads, verify)
+        checked = _convert(layouts, [place for place, _ in files], tools, resume, report)
+    path = layouts[0].path if split_max_bytes else Path(target)
     return QuantizeResult(
-        path=target if split_max_bytes is None else layouts[0].path,
-        n_bytes=total_bytes,
+        path=path,
+        n_bytes=total_bytes if split_max_bytes else path.stat().st_size,
         duration_s=time.perf_counter() - started,
         verification=checked,
     )
+
+
+def _check_options(
+    source: str | os.PathLike[str],
+    threads: int | None,
+    split_max_bytes: int | None,
+    resume: bool,
+    backend: Backend | LlamaQuantize | None,
+) -> None:
+    """Refuses options that make no sense, or that the backend does not have."""
+    faults = [
+        f"{name} is {value}; it must be at least 1"
+        for name, value in (("threads", threads), ("split_max_bytes", split_max_bytes))
+        if value is not None and value < 1
+    ]
+    if isinstance(backend, LlamaQuantize):
+        lacking = {
+            "write shards": split_max_bytes is not None,
+            "go on with what an interrupted run has left": resume,
+            "read a source over HTTP": not isinstance(located(source), Path),
+        }
+        faults += [
+            f"llama-quantize cannot {what}; use the default backend, or do without"
+            for what, is_wanted in lacking.items()
+            if is_wanted
+        ]
+    if faults:
+        raise InputError(faults)
 
 
 def _n_processors() -> int:
@@ -171,7 +201,7 @@ def _n_processors() -> int:
 
 
 def _provenance(
-    files: Files, imatrix: str | os.PathLike[str] | None, backend: Backend
+    files: Files, imatrix: str | os.PathLike[str] | None, backend: Backend | LlamaQuantize
 ) -> dict[str, str]:
     """What the header says of how the file was made."""
     stated = {
@@ -204,14 +234,48 @@ def _job(layout: Layout, sources: Mapping[Location, Ranges]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Tools:
-    """What the work is done with."""
+    """What the bundled quantizers work with.
 
-    sources: Mapping[Location, Ranges]
+    Attributes:
+        backend: Converts rows.
+        threads: How many to use.
+        verify: Whether to read everything back.
+    """
+
     backend: Backend
     threads: int
+    verify: bool
 
 
-def _write(layout: Layout, file: PartialFile, tools: _Tools, report: Callable[[str], None]) -> None:
+def _convert(
+    layouts: Sequence[Layout],
+    places: Sequence[Location],
+    tools: _Tools,
+    resume: bool,
+    report: Callable[[str, int], None],
+) -> Verification | None:
+    """Writes all files, checks them, and gives them their names."""
+    with contextlib.ExitStack() as stack:
+        sources = {
+            place: stack.enter_context(open_ranges(place, read_ahead=_READ_AHEAD))
+            for place in places
+        }
+        parts = [
+            stack.enter_context(PartialFile(layout.path, _job(layout, sources), resume=resume))
+            for layout in layouts
+        ]
+        for layout, part in zip(layouts, parts, strict=True):
+            _write(layout, part, sources, tools, lambda n: report(n, sum(p.n_bytes for p in parts)))
+        return _finish(layouts, parts, sources, tools)
+
+
+def _write(
+    layout: Layout,
+    file: PartialFile,
+    sources: Mapping[Location, Ranges],
+    tools: _Tools,
+    report: Callable[[str], None],
+) -> None:
     """Writes the header and then every tensor, in order, from where the file ends."""
     n_header = len(layout.header)
     if not file.n_bytes:
@@ -225,7 +289,7 @@ def _write(layout: Layout, file: PartialFile, tools: _Tools, report: Callable[[s
     )
 
     def convert(workspace: Workspace, chunk: Chunk) -> memoryview:
-        return workspace.convert(chunk, tools.sources[chunk.move.location], tools.backend)
+        return workspace.convert(chunk, sources[chunk.move.location], tools.backend)
 
     workspaces = Workspace.several(4 * tools.threads, layout.moves)
     with contextlib.closing(in_order(convert, todo, workspaces, tools.threads)) as converted:
@@ -244,7 +308,10 @@ def _write(layout: Layout, file: PartialFile, tools: _Tools, report: Callable[[s
 
 
 def _finish(
-    layouts: Sequence[Layout], parts: Sequence[PartialFile], tools: _Tools, *, verify: bool
+    layouts: Sequence[Layout],
+    parts: Sequence[PartialFile],
+    sources: Mapping[Location, Ranges],
+    tools: _Tools,
 ) -> Verification | None:
     """Checks the files, their weights too if so wished, and gives them their names."""
     hashes: dict[str, str] = {}
@@ -253,14 +320,36 @@ def _finish(
         part.sync()
         try:
             verify_header(layout, part.path)
-            if verify:
+            if tools.verify:
                 hashes[layout.path.name] = file_hash(part.path, part.crc)
-                errors |= squared_errors(
-                    layout, part.path, tools.sources, tools.backend, tools.threads
-                )
+                errors |= squared_errors(layout, part.path, sources, tools.backend, tools.threads)
         except QuantizeError:
             part.discard()
             raise
     for part in parts:
         part.commit()
-    return Verification(hashes, errors) if verify else None
+    return Verification(hashes, errors) if tools.verify else None
+
+
+def _run_program(
+    backend: LlamaQuantize,
+    job: ExternalJob,
+    layout: Layout,
+    report: Callable[[str, int], None],
+    *,
+    verify: bool,
+) -> Verification | None:
+    """Has llama-quantize write the file, checks it, and gives it its name."""
+    with PartialFile(layout.path, backend.name, resume=False) as part:
+        run_llama_quantize(backend, job, part.path, report)
+        part.sync()
+        written = as_written(layout, part.path, backend.name)
+        checked = None
+        if verify:
+            with contextlib.ExitStack() as stack:
+                places = dict.fromkeys(move.location for move in written.moves)
+                sources = {place: stack.enter_context(open_ranges(place)) for place in places}
+                errors = squared_errors(written, part.path, sources, ggml(), job.threads)
+            checked = Verification({layout.path.name: file_hash(part.path)}, errors)
+        part.commit()
+    return checked

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from quantplan.errors import QuantizeError
 from quantplan.qtypes import QType
 
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
 
 class Backend(Protocol):
     """Converts rows of weights; several threads call it at once.
@@ -35,9 +38,7 @@ class Backend(Protocol):
         """
         ...
 
-    def to_float32(
-        self, qtype: QType, raw: NDArray[np.uint8], floats: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def to_float32(self, qtype: QType, raw: Bytes, floats: Floats) -> Floats:
         """Converts stored weights to single precision.
 
         Args:
@@ -51,24 +52,22 @@ class Backend(Protocol):
         ...
 
     def quantize(
-        self,
-        qtype: QType,
-        floats: NDArray[np.float32],
-        n_columns: int,
-        out: NDArray[np.uint8],
-        importance: NDArray[np.float32] | None = None,
+        self, qtype: QType, rows: Floats, out: Bytes, importance: Floats | None = None
     ) -> bool:
         """Quantizes whole rows; floating-point types are rounded.
 
         Args:
             qtype: A type that `prepare` accepted.
-            floats: Contiguous rows, finite.
-            n_columns: Weights per row.
+            rows: Contiguous, shape (rows, columns), finite, and their magnitudes below about 1e9:
+                ggml ends the process on some others.
             out: Contiguous memory of exactly the rows' bytes.
-            importance: Weight of each column, at least 0.
+            importance: Weight of each column, at least 0, as an importance matrix has it.
 
         Returns:
             Whether the result is valid: False where a number or the scale of a block overflowed.
+
+        Raises:
+            QuantizeError: The backend contradicts what is known of the type.
         """
         ...
 
@@ -93,32 +92,21 @@ class NumpyBackend:
                 "default backend"
             )
 
-    def to_float32(
-        self,
-        qtype: QType,
-        raw: NDArray[np.uint8],
-        floats: NDArray[np.float32],  # noqa: ARG002 (numpy makes its own memory)
-    ) -> NDArray[np.float32]:
-        """Converts stored weights to single precision."""
-        rows = raw.view(np.float32 if qtype.name == "F32" else np.uint8)
+    def to_float32(self, qtype: QType, raw: Bytes, floats: Floats) -> Floats:  # noqa: ARG002
+        """Converts stored weights to single precision, in memory of its own."""
+        if qtype.name == "F32":
+            return raw.view(np.float32)
         if qtype.name == "F16":
             return raw.view(np.float16).astype(np.float32)
-        found = dequantize(rows.reshape(1, -1), gguf.GGMLQuantizationType[qtype.name])
+        found = dequantize(raw.reshape(1, -1), gguf.GGMLQuantizationType[qtype.name])
         return np.ascontiguousarray(found.reshape(-1), dtype=np.float32)
 
     def quantize(
-        self,
-        qtype: QType,
-        floats: NDArray[np.float32],
-        n_columns: int,
-        out: NDArray[np.uint8],
-        importance: NDArray[np.float32] | None = None,
+        self, qtype: QType, rows: Floats, out: Bytes, importance: Floats | None = None
     ) -> bool:
         """Quantizes whole rows."""
         self.prepare(qtype, has_imatrix=importance is not None)
-        kind = gguf.GGMLQuantizationType[qtype.name]
         with np.errstate(over="ignore", invalid="ignore"):
-            rows = quantize(floats.reshape(-1, n_columns), kind)
-        out[:] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return bool(np.isfinite(self.to_float32(qtype, out, floats)).all())
+            stored = quantize(rows, gguf.GGMLQuantizationType[qtype.name])
+            out[:] = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+            return bool(np.isfinite(self.to_float32(qtype, out, rows)).all())

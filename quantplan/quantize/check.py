@@ -1,6 +1,7 @@
 """What must hold before a byte is written; every fault is found in one go."""
 
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -12,12 +13,16 @@ from numpy.typing import NDArray
 from quantplan.errors import RecipeError, SourceError
 from quantplan.inventory import Tensor
 from quantplan.inventory.header import TensorEntry
-from quantplan.qtypes import QTYPES, QType
+from quantplan.qtypes import QTYPES, QType, Runtime
 from quantplan.quantize.imatrix import Importance
 from quantplan.quantize.layout import Files, Layout, Metadata, lay_out
 from quantplan.quantize.partial import begun_bytes
 from quantplan.recipe import Recipe, RecipeTensor
 from quantplan.units import mib
+
+# ik_llama.cpp stores so many rows of these types as one, and writes another type for other rows.
+_INTERLEAVED = re.compile(r"_R(\d+)$")
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
 def checked_layouts(
@@ -29,6 +34,7 @@ def checked_layouts(
     allow_requantize: bool = False,
     metadata: Metadata | None = None,
     split_max_bytes: int | None = None,
+    program: Runtime | None = None,
 ) -> tuple[Layout, ...]:
     """Checks a recipe against a source and a place to write to.
 
@@ -40,6 +46,7 @@ def checked_layouts(
         allow_requantize: Whether quantized tensors may be converted too.
         metadata: Keys to add to the header.
         split_max_bytes: Most tensor data in one file.
+        program: Whose llama-quantize will write; None for the bundled quantizer.
 
     Raises:
         SourceError: The source is big-endian.
@@ -51,7 +58,7 @@ def checked_layouts(
         raise SourceError(
             f"{place} is big-endian; convert it for little-endian" for place in swapped
         )
-    faults = _tensor_faults(recipe, files, importance, allow_requantize)
+    faults = _tensor_faults(recipe, files, importance, allow_requantize, program)
     if faults:
         raise RecipeError([*faults, *_target_faults(files, target)])
     layouts = lay_out(
@@ -71,7 +78,11 @@ def checked_layouts(
 
 
 def _tensor_faults(
-    recipe: Recipe, files: Files, importance: Importance | None, allow_requantize: bool
+    recipe: Recipe,
+    files: Files,
+    importance: Importance | None,
+    allow_requantize: bool,
+    program: Runtime | None,
 ) -> list[str]:
     counts = Counter(t.tensor for t in recipe.tensors)
     faults = [f"the recipe names {name} {n} times" for name, n in counts.items() if n > 1]
@@ -90,8 +101,8 @@ def _tensor_faults(
     if importance and not importance.keys() & present.keys():
         faults.append("the importance matrix knows no tensor of the source; it is of another model")
     both = (
-        _tensor_fault(present[name], wanted[name], (importance or {}).get(name), allow_requantize)
-        for name in present
+        _tensor_fault(entry, wanted[name], (importance or {}).get(name), allow_requantize, program)
+        for name, entry in present.items()
         if name in wanted
     )
     return [*sorted(faults), *(fault for fault in both if fault)]
@@ -102,6 +113,7 @@ def _tensor_fault(
     wanted: RecipeTensor,
     importance: NDArray[np.float32] | None,
     allow_requantize: bool,
+    program: Runtime | None,
 ) -> str | None:
     if wanted.shape_ne != source.shape_ne:
         return (
@@ -119,7 +131,7 @@ def _tensor_fault(
             f"{source.name} has {n_columns} columns in {n_experts} experts, but the importance "
             f"matrix has {importance.size} values for it; it is of another model"
         )
-    fault = _source_fault(source, allow_requantize) or _type_fault(source, qtype)
+    fault = _source_fault(source, allow_requantize, program) or _type_fault(source, qtype, program)
     if fault is None and qtype.needs_imatrix and importance is None:
         fault = (
             "the type needs an importance matrix, and none is given for this tensor; give one that "
@@ -128,11 +140,16 @@ def _tensor_fault(
     return fault and f"{source.name} cannot become {qtype.name}: {fault}"
 
 
-def _source_fault(source: TensorEntry, allow_requantize: bool) -> str | None:
+def _source_fault(
+    source: TensorEntry, allow_requantize: bool, program: Runtime | None
+) -> str | None:
     if source.qtype.is_float:
         return None
-    if "llama.cpp" not in source.qtype.runtimes or not source.qtype.is_file_target:
-        return f"it is {source.qtype.name} in the source, which only ik_llama.cpp can read"
+    if not _is_written_by(program, source.qtype):
+        return (
+            f"it is {source.qtype.name} in the source, which only {_other(program)} can read; use "
+            "its llama-quantize"
+        )
     if not allow_requantize:
         return (
             f"it is {source.qtype.name} in the source, and quantizing twice costs quality; start "
@@ -141,17 +158,40 @@ def _source_fault(source: TensorEntry, allow_requantize: bool) -> str | None:
     return None
 
 
-def _type_fault(source: TensorEntry, qtype: QType) -> str | None:
-    if "llama.cpp" not in qtype.runtimes or not qtype.is_file_target:
-        return "llama.cpp's quantizer writes no such file; for ik_llama.cpp use its llama-quantize"
+def _is_written_by(program: Runtime | None, qtype: QType) -> bool:
+    return qtype.is_file_target and (program or "llama.cpp") in qtype.runtimes
+
+
+def _other(program: Runtime | None) -> Runtime:
+    return "llama.cpp" if program == "ik_llama.cpp" else "ik_llama.cpp"
+
+
+def _type_fault(source: TensorEntry, qtype: QType, program: Runtime | None) -> str | None:
+    if not _is_written_by(program, qtype):
+        other = _other(program)
+        return (
+            f"{program or 'llama.cpp'}'s quantizer writes no such file; for {other} use its "
+            "llama-quantize"
+        )
     tensor = Tensor(name=source.name, shape_ne=source.shape_ne, qtype=source.qtype.name)
     if not qtype.is_float and not tensor.is_quantizable:
         return "llama.cpp loads this tensor only as floating-point numbers"
+    if program and not tensor.is_quantizable:
+        return "llama-quantize leaves this tensor as it is; use the default backend"
     if source.shape_ne[0] % qtype.block:
         return (
             f"its rows have {source.shape_ne[0]} weights, which is not a multiple of the block of "
             f"{qtype.block}"
         )
+    return _interleaving_fault(source, qtype)
+
+
+def _interleaving_fault(source: TensorEntry, qtype: QType) -> str | None:
+    interleaved = _INTERLEAVED.search(qtype.name)
+    if interleaved and source.name in _EMBEDDINGS:
+        return "embeddings cannot be stored in interleaved rows"
+    if interleaved and source.shape_ne[1] % int(interleaved[1]):
+        return f"its {source.shape_ne[1]} rows are no multiple of the {interleaved[1]} of the type"
     return None
 
 

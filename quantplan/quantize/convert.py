@@ -129,7 +129,8 @@ class Workspace:
         out = self._out[: chunk.target_n_bytes]
         floats = backend.to_float32(entry.qtype, raw, self._floats)
         _check_magnitudes(floats, entry.name)
-        if not backend.quantize(qtype, floats, entry.shape_ne[0], out, chunk.importance):
+        rows = floats.reshape(-1, entry.shape_ne[0])
+        if not backend.quantize(qtype, rows, out, chunk.importance):
             raise WeightError(
                 f"{entry.name}: weights up to {np.abs(floats).max():.3g} are too large for "
                 f"{qtype.name}; choose BF16 or F32 for it, or repair the source"

@@ -14,16 +14,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quantplan.errors import QuantizeError
 from quantplan.qtypes import QType
+from quantplan.quantize.backend import Bytes, Floats
 
 _FOLDERS = ("lib64", "lib", "bin")
 _FILE_NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 _INSTEAD = (
-    "Install it with: pip install 'libggml-python>=0.20,<0.21'. Where it has no wheel, run "
-    "llama-quantize with the recipe's tensor-type file instead."
+    "Install it with: pip install 'libggml-python>=0.20,<0.21'. Where it has no wheel, use "
+    "--backend llama-quantize."
 )
 
 # name: (result, arguments), as ggml.h of ggml 0.20 declares them
@@ -142,18 +142,11 @@ class Ggml:
                 "or choose another type"
             )
 
-    def to_float32(
-        self, qtype: QType, raw: NDArray[np.uint8], floats: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        """Converts stored weights to single precision, floating-point numbers exactly.
-
-        Args:
-            qtype: Type that they are stored in, one of llama.cpp's.
-            raw: Contiguous bytes of whole blocks.
-            floats: Contiguous memory for the result, at least as long.
+    def to_float32(self, qtype: QType, raw: Bytes, floats: Floats) -> Floats:
+        """Converts stored weights, floating-point numbers exactly; see `Backend.to_float32`.
 
         Returns:
-            One number per weight: a view of ``raw`` if it is F32, of ``floats`` otherwise.
+            A view of ``raw`` for F32, of ``floats`` otherwise.
         """
         if qtype.name == "F32":
             return raw.view(np.float32)
@@ -165,59 +158,33 @@ class Ggml:
         address = self._library.ggml_get_type_traits(ggml_id)
         return _TO_FLOAT(_TypeTraits.from_address(address).to_float)
 
-    def round_trip(
-        self,
-        qtype: QType,
-        floats: NDArray[np.float32],
-        importance: NDArray[np.float32] | None = None,
-    ) -> NDArray[np.float32]:
+    def round_trip(self, qtype: QType, rows: Floats, importance: Floats | None = None) -> Floats:
         """What is left of rows that are quantized and read back.
 
         Args:
             qtype: A quantized type that `prepare` accepted.
-            floats: Contiguous rows, one per row of the array; finite and below about 1e9.
-            importance: Weight of each column, at least 0, as an importance matrix has it.
+            rows: As `Backend.quantize` takes them.
+            importance: Weight of each column, or None.
 
         Returns:
             Rows of the same shape.
         """
-        stored = np.empty(floats.shape[0] * qtype.row_bytes(floats.shape[1]), dtype=np.uint8)
-        self.quantize(qtype, floats, floats.shape[1], stored, importance)
-        restored = np.empty(floats.size, dtype=np.float32)
-        return self.to_float32(qtype, stored, restored).reshape(floats.shape)
+        stored = np.empty(rows.shape[0] * qtype.row_bytes(rows.shape[1]), dtype=np.uint8)
+        self.quantize(qtype, rows, stored, importance)
+        restored = np.empty(rows.size, dtype=np.float32)
+        return self.to_float32(qtype, stored, restored).reshape(rows.shape)
 
     def quantize(
-        self,
-        qtype: QType,
-        floats: NDArray[np.float32],
-        n_columns: int,
-        out: NDArray[np.uint8],
-        importance: NDArray[np.float32] | None = None,
+        self, qtype: QType, rows: Floats, out: Bytes, importance: Floats | None = None
     ) -> bool:
-        """Quantizes whole rows; floating-point types are rounded.
-
-        Args:
-            qtype: A type that `prepare` accepted.
-            floats: Contiguous rows. They must be finite and their magnitudes below about 1e9:
-                ggml ends the process on some others.
-            n_columns: Weights per row.
-            out: Contiguous memory of exactly the rows' bytes.
-            importance: Weight of each column, at least 0, as an importance matrix has it.
-
-        Returns:
-            Whether the result is valid: False where a number or the scale of a block overflowed.
+        """Quantizes whole rows with ggml's reference code; see `Backend.quantize`.
 
         Raises:
             QuantizeError: The library wrote another number of bytes than the rows take.
         """
+        weights = None if importance is None else importance.ctypes.data
         n_bytes = self._library.ggml_quantize_chunk(
-            qtype.ggml_id,
-            floats.ctypes.data,
-            out.ctypes.data,
-            0,
-            floats.size // n_columns,
-            n_columns,
-            None if importance is None else importance.ctypes.data,
+            qtype.ggml_id, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, weights
         )
         if n_bytes != out.nbytes:
             raise QuantizeError(

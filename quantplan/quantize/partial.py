@@ -12,8 +12,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from quantplan.errors import QuantizeError, RecipeError
 
@@ -33,7 +32,7 @@ def _partial(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-class PartialFile:
+class PartialFile(contextlib.AbstractContextManager["PartialFile"]):
     """An unfinished file beside a target.
 
     Attributes:
@@ -113,16 +112,7 @@ class PartialFile:
         self._journal.write(b"\n" + json.dumps(note).encode())
         self._journal.flush()
 
-    def __enter__(self) -> Self:
-        """Returns itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes the file; unless `commit` has renamed it, it stays if it can be continued."""
         with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
             self._file.close()

