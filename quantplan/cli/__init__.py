@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli import machines, planning, quantizing, recipes
+from quantplan.cli import machines, planning, quantizing, recipes, reporting
 from quantplan.errors import InputError, QuantplanError
 from quantplan.version import __version__
 
@@ -52,6 +52,7 @@ for _command in (
     recipes.diff,
     recipes.export,
     quantizing.quantize,
+    reporting.report,
 ):
     app.command()(_command)
 app.command(name="import")(recipes.import_)
