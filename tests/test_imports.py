@@ -84,6 +84,7 @@ ORDER = [
     "page.others",
     "page",
     "page.document",
+    "page.server",
     "quantize.imatrix",
     "quantize.layout",
     "quantize.backend",

@@ -53,6 +53,7 @@ for _command in (
     recipes.export,
     quantizing.quantize,
     reporting.report,
+    reporting.ui,
 ):
     app.command()(_command)
 app.command(name="import")(recipes.import_)

@@ -72,3 +72,22 @@ def report(
     typer.echo(f"{output}: {made.model}, {len(content.plans)} plans to choose from")
     if reason:
         typer.echo(f"note: no frontier: {reason}", err=True)
+
+
+def ui(
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 for any free one.")] = 8765,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+) -> None:
+    """Show plans in the browser, and change model, machine and context there.
+
+    Only this machine can reach the page. Ctrl+C ends it.
+    """
+    import webbrowser  # noqa: PLC0415
+
+    from quantplan.page.server import Server  # noqa: PLC0415
+
+    server = Server(port)
+    typer.echo(f"{server.url}\nCtrl+C ends it.")
+    if browser:
+        webbrowser.open(server.url)
+    server.serve_until_interrupted()

@@ -30,7 +30,8 @@ def assumptions(plan: Plan) -> tuple[Assumption, ...]:
         Assumption(
             what="Model",
             value=f"{len(plan.assignments)} tensors of {plan.model}",
-            source=f"{plan.provenance.source}, header SHA-256 {plan.provenance.header_sha256[:16]}…",
+            source=f"{plan.provenance.source}, SHA-256 of the header "
+            f"{plan.provenance.header_sha256[:16]}…",
         ),
         *(_device(device) for device in plan.machine.devices),
         *_machine(plan),

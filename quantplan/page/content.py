@@ -224,7 +224,9 @@ def _shown(
 
 def _workload(plan: Plan) -> str:
     work, asked = plan.workload, plan.provenance.min_decode_tps
-    kv = work.kv_type_k if work.kv_type_k == work.kv_type_v else f"{work.kv_type_k}/{work.kv_type_v}"
+    kv = (
+        work.kv_type_k if work.kv_type_k == work.kv_type_v else f"{work.kv_type_k}/{work.kv_type_v}"
+    )
     said = [f"{work.context} tokens of context", f"KV cache {kv}"]
     if work.slots > 1:
         said.append(f"{work.slots} slots")

@@ -10,9 +10,7 @@ from quantplan.costs.speed import Z80, Estimate
 from quantplan.inventory import Inventory
 
 
-def loss_interval(
-    table: LossTable, inventory: Inventory, qtypes: Mapping[str, str]
-) -> Estimate:
+def loss_interval(table: LossTable, inventory: Inventory, qtypes: Mapping[str, str]) -> Estimate:
     """Predicted KLD of the model in some types, in nats per token, with its 80 % interval.
 
     The scale of the model is uncertain as for models of its family that the fit had not seen; the
