@@ -73,12 +73,15 @@ class Planner:
     """Answers questions one at a time; who asks anew gives up what was asked before.
 
     A plan does not wait for a frontier that nobody wants any more: each kind has its own turn.
+
+    Attributes:
+        newest: Number of the newest question.
     """
 
     def __init__(self) -> None:
         """Starts with nothing asked."""
         self._turns = {"plan": threading.Lock(), "frontier": threading.Lock()}
-        self._newest = 0
+        self.newest = 0
         self._numbers = threading.Lock()
 
     def answer(self, question: Question) -> Content | None:
@@ -88,11 +91,11 @@ class Planner:
             QuantplanError: There is no plan; the message says what to change.
         """
         with self._numbers:
-            self._newest += 1
-            number = self._newest
+            self.newest += 1
+            number = self.newest
 
         def is_wanted() -> bool:
-            return number == self._newest
+            return number == self.newest
 
         with self._turns[question.wants]:
             return _answer(question, is_wanted) if is_wanted() else None
@@ -144,15 +147,16 @@ def application() -> Starlette:
             return _problems(["send JSON"], 415)
         if int(request.headers.get("content-length", _LARGEST_REQUEST + 1)) > _LARGEST_REQUEST:
             return _problems([f"a request has a length of at most {_LARGEST_REQUEST} bytes"], 413)
+        # What cannot be planned is an answer too: browsers write other codes to their console.
         try:
             question = Question.model_validate_json(await request.body())
             content = await run_in_threadpool(planner.answer, question)
         except ValidationError as error:
-            return _problems([_fault(fault) for fault in error.errors()], 422)
+            return _problems([_fault(fault) for fault in error.errors()])
         except InputError as error:
-            return _problems(list(error.faults), 422)
+            return _problems(list(error.faults))
         except QuantplanError as error:
-            return _problems(str(error).split("\n"), 409)
+            return _problems(str(error).split("\n"))
         if content is None:
             return Response(status_code=204)
         return Response(content.model_dump_json(), media_type="application/json")
@@ -163,7 +167,7 @@ def application() -> Starlette:
     )
 
 
-def _problems(texts: list[str], status: int) -> Response:
+def _problems(texts: list[str], status: int = 200) -> Response:
     return JSONResponse({"problems": texts}, status_code=status)
 
 

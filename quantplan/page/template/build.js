@@ -35,7 +35,7 @@ function rate(tps) {
 }
 
 function loss(nats) {
-  return nats === 0 ? "0" : Number(nats.toPrecision(2)).toString();
+  return nats === 0 ? "0" : nats.toPrecision(2);
 }
 
 // A number may come with its interval or alone.

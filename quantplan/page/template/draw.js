@@ -127,7 +127,10 @@ function drawFrontier(target, content, index, pick) {
   const points = content.plans.map((plan) => ({
     x: lastOf(plan.speed).decode_tps.expected, y: middle(plan.loss_nats) }));
   const positive = points.filter((p) => p.y > 0);
-  if (positive.length === 0) { target.replaceChildren(); return 0; }
+  if (positive.length === 0 || points.length + content.baselines.length < 2) {
+    target.replaceChildren();
+    return null;
+  }
   const best = new Map();
   for (const b of content.baselines) if (b.fits && b.loss_nats > 0 && !best.has(b.types)) best.set(b.types, b);
   const low = Math.min(...positive.map((p) => p.y)), high = Math.max(...positive.map((p) => p.y));

@@ -18,7 +18,7 @@ async function fetchContent(wants) {
   });
   if (answer.status === 204) return null;
   const body = await answer.json();
-  if (!answer.ok) throw new Error(body.problems.join("\n"));
+  if (body.problems) throw new Error(body.problems.join("\n"));
   return body;
 }
 
@@ -36,12 +36,13 @@ async function ask() {
   const isNewest = () => number === asked.number;
   clearTimeout(asked.timer);
   byId("busy").textContent = "Planning …";
+  keepAddress();
   try {
     const content = await fetchContent("plan");
     if (!isNewest() || content === null) return;
     byId("problem").hidden = true;
     byId("page").classList.remove("stale");
-    show({ ...content, without_frontier: "The frontier and the plain answers are being worked out." });
+    show({ ...content, without_frontier: "Being worked out …", without_baselines: "Being worked out …" });
     byId("busy").textContent = "Working out the frontier …";
     asked.timer = setTimeout(async () => {
       try {
@@ -56,6 +57,13 @@ async function ask() {
   } catch (error) {
     if (isNewest()) { showProblem(error); byId("busy").textContent = ""; }
   }
+}
+
+// The address says what is asked, so that it can be kept.
+function keepAddress() {
+  const { wants, ...said } = question("plan");
+  const kept = Object.entries(said).filter(([, value]) => value !== null);
+  history.replaceState(null, "", `?${new URLSearchParams(kept)}`);
 }
 
 function showContext() {
@@ -75,12 +83,14 @@ byId("ask-gpu").replaceChildren(make("option", { value: "-" }, "as in the text")
   make("option", { value: "" }, "none"), ...offered.gpus.map((name) => make("option", { value: name }, name)));
 byId("ask-kv").replaceChildren(...offered.kv.map((name) => make("option", {}, name)));
 byId("ask-policy").replaceChildren(...offered.policies.map((name) => make("option", {}, name)));
-byId("ask-model").value = offered.first.model;
-byId("ask-machine").value = offered.first.machine;
-byId("ask-kv").value = offered.first.kv;
-byId("ask-policy").value = offered.first.policy;
+const first = { ...offered.first, ...Object.fromEntries(new URLSearchParams(location.search)) };
+byId("ask-model").value = first.model;
+byId("ask-machine").value = first.machine;
+byId("ask-kv").value = first.kv;
+byId("ask-policy").value = first.policy;
+byId("ask-speed").value = first.min_tps ?? "";
 byId("ask-context").max = offered.contexts.length - 1;
-byId("ask-context").value = offered.contexts.indexOf(offered.first.context);
+byId("ask-context").value = offered.contexts.findIndex((n) => n >= Number(first.context));
 showContext();
 byId("ask-context").addEventListener("input", showContext);
 byId("ask-gpu").addEventListener("change", (event) => {

@@ -45,7 +45,7 @@ function drawAll() {
   drawMemory(byId("memory"), byId("memory-legend"), plan, page.content.parts);
   const plain = drawFrontier(byId("frontier"), page.content, page.index, pick);
   const key = (child) => shape("svg", { class: "key", width: 22, height: 16, "aria-hidden": "true" }, child);
-  const legend = [
+  const legend = plain === null ? [] : [
     ["a plan", shape("circle", { cx: 11, cy: 8, r: 5, class: "point" })],
     ["the one shown", shape("circle", { cx: 11, cy: 8, r: 6, class: "ring" })],
   ];
@@ -100,7 +100,7 @@ function show(content) {
     baselines.replaceChildren(sortableTable("Plain answers, the best first", BASELINE_COLUMNS, content.baselines,
       { rowClass: (b) => (b.fits && b.reaches_speed ? null : "misses") }).table);
   } else {
-    baselines.replaceChildren(make("p", {}, "None were worked out for this plan."));
+    baselines.replaceChildren(make("p", {}, content.without_baselines ?? "None were worked out for this plan."));
   }
   byId("assumptions").replaceChildren(plainTable("What the numbers rest on", ["What", "Taken for granted", "Source"],
     content.assumptions.map((a) => [a.what, a.value, a.source])));
