@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from quantplan.configuration import resolve
 from quantplan.costs import data_hashes
@@ -13,10 +13,12 @@ from quantplan.costs.prefill import prefill_s
 from quantplan.costs.quality import LossTable, kld_nats, link, type_errors
 from quantplan.costs.speed import SpeedPrediction, predict_traffic
 from quantplan.costs.traffic import Traffic, collect
+from quantplan.display import Table
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import placement_flags, server_command, workload_flags
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
+from quantplan.overview import baselines_table, plan_html
 from quantplan.planner.baselines import Baseline, baseline_row, baseline_table, find_baselines
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import best_solution, reachable_gap
@@ -32,6 +34,7 @@ from quantplan.recipe import (
     Provenance,
     Recipe,
     RecipeTensor,
+    assignment_table,
 )
 from quantplan.schema import Frozen
 from quantplan.units import gib
@@ -132,6 +135,32 @@ class Plan(Frozen):
         rows.append("  types and places:")
         rows += [f"    {line}" for line in summarize(self.assignments)]
         return "\n".join(rows)
+
+    @property
+    def baseline_table(self) -> Table:
+        """The plain answers as a table, which notebooks show and ``to_frame`` converts."""
+        return baselines_table(self.baselines)
+
+    def to_frame(self) -> Any:
+        """Type and device of every tensor as a pandas data frame (or polars).
+
+        Raises:
+            MissingPackageError: Neither is installed.
+        """
+        return assignment_table(self.assignments).to_frame()
+
+    def _repr_html_(self) -> str:
+        return plan_html(
+            f"{self.model} on {self.machine.describe()}",
+            command=self.llama_server_command("model.gguf"),
+            gap=self.gap,
+            predicted=self.predicted,
+            speed=self.speed,
+            devices=self.devices,
+            baselines=self.baselines,
+            tensors=self.assignments,
+            notes=self.notes,
+        )
 
     def _baseline_table(self) -> list[str]:
         used = [use.capacity_bytes - use.free_bytes for use in self.devices]

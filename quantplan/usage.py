@@ -66,9 +66,10 @@ def memory_maps(
 
     Args:
         devices: Predicted use of each device; the compute buffer counts with its high end.
-        tensors: Type and device of every tensor. Weights that are on a device but in none of these
-            (the padding of buffers, copies of a tied output matrix) count as other weights.
+        tensors: Type and device of every tensor. Weights beyond these are the copy of a tied output
+            matrix; the padding of buffers counts as other weights.
     """
+    is_tied = all(entry.tensor != "output.weight" for entry in tensors)
     found = {device.name: dict.fromkeys(PARTS, 0) for device in devices}
     for entry in tensors:
         if entry.device in found:
@@ -78,7 +79,9 @@ def memory_maps(
     maps = []
     for device in devices:
         parts = found[device.name]
-        parts["other"] += device.weights_bytes + device.padding_bytes - sum(parts.values())
+        copied = device.weights_bytes - sum(parts.values())
+        parts["output" if is_tied else "other"] += copied
+        parts["other"] += device.padding_bytes
         parts["kv"] = device.kv_bytes
         parts["compute"] = device.compute_high_bytes
         parts["free"] = max(0, device.free_bytes)

@@ -93,6 +93,16 @@ def test_memory_maps_add_up_to_the_devices(plan: qp.Plan) -> None:
         assert found.parts.get("other", 0) < 0.02 * use.capacity_bytes
 
 
+def test_the_copy_of_a_tied_output_matrix_is_the_output() -> None:
+    """A model without an output matrix still shows what its output takes on the GPU."""
+    inventory = qp.read_inventory("Qwen3-4B-Instruct-2507")
+    assert inventory.has_tied_output
+    found = qp.plan(inventory, qp.Machine.parse("8GiB + 16GiB@60GB/s"), baselines=False)
+    embedding = next(t for t in found.recipe.inventory_tensors if t.name == "token_embd.weight")
+    gpu = memory_maps(found.devices, found.assignments)[0]
+    assert gpu.parts["output"] == embedding.n_bytes
+
+
 def test_the_heat_map_has_a_cell_for_every_loaded_matrix_of_the_layers(plan: qp.Plan) -> None:
     """Nothing is left out or drawn twice, and a cell on another device is hatched otherwise."""
     axes = plot_types(plan).axes[0]
