@@ -107,6 +107,7 @@ ORDER = [
     "runtime.calibrate",
     "runtime",
     "report",
+    "schemas",
     "cli.options",
     "cli.machines",
     "cli.planning",

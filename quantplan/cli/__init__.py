@@ -54,6 +54,7 @@ for _command in (
     quantizing.quantize,
     reporting.report,
     reporting.ui,
+    reporting.schema,
 ):
     app.command()(_command)
 app.command(name="import")(recipes.import_)

@@ -91,3 +91,16 @@ def ui(
     if browser:
         webbrowser.open(server.url)
     server.serve_until_interrupted()
+
+
+def schema(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="plan, recipe, machine, ...; see docs/reference.")
+    ],
+) -> None:
+    """Print the JSON Schema of what --json prints."""
+    import json  # noqa: PLC0415
+
+    from quantplan.schemas import json_schema  # noqa: PLC0415
+
+    typer.echo(json.dumps(json_schema(name), indent=1))
