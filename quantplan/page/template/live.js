@@ -17,6 +17,7 @@ async function fetchContent(wants) {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(question(wants)),
   });
   if (answer.status === 204) return null;
+  if (!answer.ok) throw new Error(`quantplan failed (${answer.status}); its terminal says why.`);
   const body = await answer.json();
   if (body.problems) throw new Error(body.problems.join("\n"));
   return body;
