@@ -22,8 +22,10 @@ from dataclasses import dataclass
 import quantplan as qp
 from quantplan.errors import NoPlanError, UnsupportedModelError
 from quantplan.hardware import Device
-from quantplan.planner.problem import Group, Option, Problem, build_problem
-from quantplan.planner.search import best_solution
+from quantplan.planner.decisions import best_solution
+from quantplan.planner.goal import Goal
+from quantplan.planner.groups import Group, Option
+from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.split import first_splits
 
 BITS_PER_WEIGHT = (3.5, 4.5, 6.0)
@@ -178,7 +180,7 @@ def compare(inventory: qp.Inventory, bits: float, time_limit_s: float) -> tuple[
         where it has no answer.
     """
     machine = machine_for(inventory, bits)
-    problem = build_problem(inventory, machine, WORKLOAD, qp.policy(), None)
+    problem = build_problem(inventory, machine, WORKLOAD, qp.policy(), Goal())
     start = time.perf_counter()
     by_greedy = greedy(problem)
     greedy_s = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from quantplan.difference import RecipeDifference, diff_recipes
 from quantplan.errors import (
+    Change,
     InputError,
     LlamaCppError,
     MachineError,
@@ -15,6 +16,7 @@ from quantplan.errors import (
     WorkloadError,
 )
 from quantplan.exchange import export_recipe, import_recipe
+from quantplan.frontier import Frontier, FrontierPoint, frontier
 from quantplan.ftypes import stock_mix
 from quantplan.hardware import Device, Machine
 from quantplan.inventory import Inventory, Tensor
@@ -24,6 +26,7 @@ from quantplan.plan import Plan, plan
 from quantplan.planner.baselines import Baseline
 from quantplan.policy import Policy, policy
 from quantplan.predict import MemoryPrediction, predict
+from quantplan.prices import Price, prices
 from quantplan.quantize import quantize
 from quantplan.recipe import Recipe
 from quantplan.version import __version__
@@ -31,7 +34,10 @@ from quantplan.workload import Workload
 
 __all__ = [
     "Baseline",
+    "Change",
     "Device",
+    "Frontier",
+    "FrontierPoint",
     "InputError",
     "Inventory",
     "LlamaCppError",
@@ -41,6 +47,7 @@ __all__ = [
     "NoPlanError",
     "Plan",
     "Policy",
+    "Price",
     "QuantizeError",
     "QuantplanError",
     "Recipe",
@@ -56,10 +63,12 @@ __all__ = [
     "catalog_names",
     "diff_recipes",
     "export_recipe",
+    "frontier",
     "import_recipe",
     "plan",
     "policy",
     "predict",
+    "prices",
     "quantize",
     "read_inventory",
     "stock_mix",

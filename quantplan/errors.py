@@ -18,6 +18,8 @@ A message says what failed, the value with its unit, the limit, and what to chan
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 
 class QuantplanError(Exception):
@@ -57,12 +59,31 @@ class RecipeError(InputError):
     """A recipe cannot be read, or does not fit the model that it is applied to."""
 
 
+@dataclass(frozen=True)
+class Change:
+    """The smallest change of one kind with which there is a plan.
+
+    Attributes:
+        kind: What to change.
+        value: The new value: tokens of context, a KV type, a quant type (the highest floor), bytes
+            of RAM or of VRAM in total, tokens per second, seconds per turn, nats per token, bytes
+            of the file.
+        text: The change as a clause, ``Lower the context to 8192 tokens``.
+    """
+
+    kind: Literal["context", "kv_type", "ram", "vram", "floor", "speed", "turn", "loss", "size"]
+    value: float | str
+    text: str
+
+
 class NoPlanError(QuantplanError):
     """No assignment satisfies the constraints.
 
     Attributes:
         required_bytes: Least bytes needed on the device that is short, where bytes are the reason.
         available_bytes: Bytes that the device offers for it.
+        changes: The smallest change of each kind with which there is a plan; a kind is left out
+            where no change of it alone was found to do.
     """
 
     def __init__(
@@ -71,10 +92,12 @@ class NoPlanError(QuantplanError):
         *,
         required_bytes: int | None = None,
         available_bytes: int | None = None,
+        changes: tuple[Change, ...] = (),
     ) -> None:
         """Keeps the numbers of the message as attributes."""
         self.required_bytes = required_bytes
         self.available_bytes = available_bytes
+        self.changes = changes
         super().__init__(message)
 
 

@@ -16,13 +16,17 @@ from quantplan.costs.traffic import Traffic, collect
 from quantplan.display import Table
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import placement_flags, server_command, workload_flags
+from quantplan.ftypes import stock_mix
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
 from quantplan.overview import baselines_table, plan_html
 from quantplan.planner.baselines import Baseline, baseline_row, baseline_table, find_baselines
+from quantplan.planner.decisions import Open, best_solution
+from quantplan.planner.goal import Goal
+from quantplan.planner.linear import solver_name, solver_options
 from quantplan.planner.problem import Problem, build_problem
-from quantplan.planner.search import best_solution, reachable_gap
-from quantplan.planner.solve import Solution, Status, solver_name, solver_options
+from quantplan.planner.search import reachable_gap
+from quantplan.planner.solve import DeviceBytes, Solution, Status
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
 from quantplan.predict import DeviceUse, compute_buffer, device_line, speed_lines
@@ -126,6 +130,7 @@ class Plan(Frozen):
             f"  loss {self.predicted.loss_nats:.4f} nats/token, "
             f"file {gib(self.predicted.file_bytes)} ({self.predicted.bpw:.2f} bpw)",
             *speed_lines(self.speed),
+            *self._turn_lines(),
         ]
         rows += [device_line(device) for device in self.devices]
         if self.baselines:
@@ -162,6 +167,15 @@ class Plan(Frozen):
             notes=self.notes,
         )
 
+    def _turn_lines(self) -> list[str]:
+        work, seconds = self.workload, self.predicted.turn_s
+        if seconds is None:
+            return []
+        return [
+            f"  turn: {work.prompt_tokens} tokens of prompt and {work.answer_tokens} of answer in "
+            f"{seconds:.0f} s"
+        ]
+
     def _baseline_table(self) -> list[str]:
         used = [use.capacity_bytes - use.free_bytes for use in self.devices]
         row = baseline_row(
@@ -196,6 +210,13 @@ def plan(
     workload: Workload | None = None,
     *,
     min_decode_tps: float | None = None,
+    max_turn_s: float | None = None,
+    max_loss_nats: float | None = None,
+    no_worse_than: str | None = None,
+    context: Literal["max"] | None = None,
+    kv_type: Literal["auto"] | None = None,
+    ubatch: Literal["auto"] | None = None,
+    n_gpus: Literal["auto"] | None = None,
     policy: Policy | str = "quality",
     evidence: Evidence | None = None,
     gap: float = 1e-4,
@@ -205,15 +226,28 @@ def plan(
 ) -> Plan:
     """Chooses the type and the device of every tensor together.
 
-    With a speed target the plan has the least predicted loss that reaches it. Without one, time has
-    the price that the policy states. Attention and KV cache are on the GPUs, layer by layer from
-    the last; the first layers move to RAM whole where they do not fit or where that is better.
+    With a limit on the loss the plan is the fastest one within it. Otherwise it has the least loss
+    that keeps to the limits on speed and time; where there are none, time has the price that the
+    policy states. With ``context="max"`` the context is first made as long as all limits allow.
+    What is left open may be decided too; docs/explanation/architecture.md says by which rules.
+
+    Attention and KV cache are on the GPUs, layer by layer from the last; the first layers move to
+    RAM whole where they do not fit or where that is better.
 
     Args:
         inventory: The model.
         machine: The devices.
         workload: Context, slots, batch and KV types; by default 4096 tokens in F16.
         min_decode_tps: Least decode speed in tokens per second, with the context full.
+        max_turn_s: Longest time in seconds for the workload's prompt and answer, from an empty
+            context.
+        max_loss_nats: Largest predicted loss of the model, in nats per token.
+        no_worse_than: A mix of llama-quantize, such as ``Q4_K_M``, whose predicted loss is the
+            largest that is allowed.
+        context: ``max`` for the longest context, up to the one that the model was trained for.
+        kv_type: ``auto`` to choose between F16 and Q8_0.
+        ubatch: ``auto`` to choose between 2048 and 128 tokens.
+        n_gpus: ``auto`` to choose how many of several equal GPUs to use.
         policy: Rules about types and places, or the name of a preset.
         evidence: What was measured of the model's losses; combined with what metadata say.
         gap: Relative gap at which the search may stop; with GPUs at least 0.1 %.
@@ -230,17 +264,33 @@ def plan(
         UnsupportedModelError: The memory of the architecture is not known.
         SolverError: The solver failed.
     """
-    _check(inventory, min_decode_tps, gap, time_limit_s)
+    task = workload or Workload()
+    if no_worse_than is not None:
+        mix_nats = stock_loss_nats(inventory, no_worse_than, evidence)
+        max_loss_nats = mix_nats if max_loss_nats is None else min(max_loss_nats, mix_nats)
+    goal = Goal(
+        best="quality" if max_loss_nats is None else "speed",
+        min_decode_tps=min_decode_tps,
+        max_turn_s=max_turn_s,
+        max_loss_nats=max_loss_nats,
+    )
+    _check(inventory, goal, task, gap, time_limit_s)
     rules = policy_preset(policy) if isinstance(policy, str) else policy
     rules.check(inventory, priced=type_errors())
-    task = workload or Workload()
-    problem = build_problem(inventory, machine, task, rules, min_decode_tps, evidence=evidence)
-    problem = replace(problem, plans_with_high_end=compute_buffers == "high")
-    problem, solution = best_solution(problem, gap=gap, time_limit_s=time_limit_s)
+
+    problem = build_problem(inventory, machine, task, rules, goal, evidence=evidence)
+    problem, solution = best_solution(
+        replace(problem, plans_with_high_end=compute_buffers == "high"),
+        Open(context == "max", kv_type == "auto", ubatch == "auto", n_gpus == "auto"),
+        gap=gap,
+        time_limit_s=time_limit_s,
+    )
+    task = problem.workload
     assignments = _assignments(problem, solution)
-    flags = _flags(problem, solution)
+    flags = _flags(machine, problem, solution)
     placed = {a.tensor: (a.qtype, a.device) for a in assignments if a.device is not None}
     traffic = collect(inventory, placed, solution.layer_devices, problem.output_device.name)
+    speed = predict_traffic(traffic, machine, task)
     found: tuple[Baseline, ...] = ()
     if baselines:
         found = find_baselines(problem, LossTable(inventory, evidence), placed)
@@ -250,15 +300,15 @@ def plan(
         workload=task,
         status=solution.status,
         gap=solution.gap,
-        devices=_devices(problem, solution, assignments, flags),
-        predicted=_prediction(problem, solution, assignments, traffic),
-        speed=predict_traffic(traffic, machine, task),
+        devices=_devices(machine, problem, solution, assignments, flags),
+        predicted=_prediction(problem, solution, assignments, traffic, speed),
+        speed=speed,
         assignments=assignments,
         flags=flags,
         baselines=found,
         notes=(
             *_baseline_notes(found),
-            *_notes(problem, solution),
+            *_notes(machine, problem, solution),
             *_imatrix_notes(assignments, inventory),
             *_evidence_notes(evidence),
         ),
@@ -266,12 +316,30 @@ def plan(
     )
 
 
+def stock_loss_nats(inventory: Inventory, ftype: str, evidence: Evidence | None = None) -> float:
+    """Predicted loss of a model as llama-quantize would make it, in nats per token.
+
+    Args:
+        inventory: The model.
+        ftype: A mix, such as ``Q4_K_M``.
+        evidence: What was measured of the model's losses.
+
+    Raises:
+        InputError: There is no such mix.
+    """
+    return LossTable(inventory, evidence).model_kld_nats(stock_mix(inventory, ftype))
+
+
 def _check(
-    inventory: Inventory, min_decode_tps: float | None, gap: float, time_limit_s: float
+    inventory: Inventory, goal: Goal, workload: Workload, gap: float, time_limit_s: float
 ) -> None:
-    faults = []
-    if min_decode_tps is not None and not (math.isfinite(min_decode_tps) and min_decode_tps > 0):
-        faults.append(f"the speed asked for is {min_decode_tps} tokens/s; it must be above 0")
+    faults = goal.faults()
+    turn = workload.prompt_tokens + workload.answer_tokens
+    if goal.max_turn_s is not None and not 0 < turn <= workload.context:
+        faults.append(
+            f"a turn has {workload.prompt_tokens} tokens of prompt and {workload.answer_tokens} of "
+            f"answer; together they must be between 1 and the context of {workload.context} tokens"
+        )
     if not 0 <= gap < 1:
         faults.append(f"the gap is {gap}; it must be at least 0 and below 1")
     if not (math.isfinite(time_limit_s) and time_limit_s > 0):
@@ -301,7 +369,9 @@ def _provenance(
         runtime="llama.cpp",
         machine=problem.machine,
         workload=problem.workload,
-        min_decode_tps=problem.min_decode_tps,
+        min_decode_tps=problem.goal.min_decode_tps,
+        max_turn_s=problem.goal.max_turn_s,
+        max_loss_nats=problem.goal.max_loss_nats,
         solver=solver_name(),
         solver_options={name: str(value) for name, value in options.items()},
         status=solution.status,
@@ -327,18 +397,19 @@ def _assignments(problem: Problem, solution: Solution) -> tuple[RecipeTensor, ..
 
 
 def _devices(
+    machine: Machine,
     problem: Problem,
     solution: Solution,
     assignments: tuple[RecipeTensor, ...],
     flags: tuple[str, ...],
 ) -> tuple[DeviceUse, ...]:
     """What is on each device; compute buffers are those of the flags, at most the planned ones."""
-    machine, build = problem.machine, problem.workload.llama_cpp_build
+    build = problem.workload.llama_cpp_build
     written = problem.inventory.with_qtypes({a.tensor: a.qtype for a in assignments})
     resolved = resolve(written, flags, machine, llama_cpp_build=build)
     uses = []
     for device in machine.devices:
-        used = solution.device_bytes[device.name]
+        used = solution.device_bytes.get(device.name, DeviceBytes.none())
         compute = compute_buffer(resolved, machine, device)
         held = used.weights + used.padding + used.cache
         uses.append(
@@ -364,27 +435,36 @@ def _prediction(
     solution: Solution,
     assignments: tuple[RecipeTensor, ...],
     traffic: Traffic,
+    speed: SpeedPrediction,
 ) -> Prediction:
     inventory, workload = problem.inventory, problem.workload
     prompt_s = prefill_s(traffic, problem.machine, workload, 0)
+    turn = workload.prompt_tokens, workload.answer_tokens
+    has_room = 0 < sum(turn) <= workload.context
     by_name = inventory.by_name
     file_bytes = sum(pad(by_name[a.tensor].bytes_as(a.qtype), _DATA_ALIGNMENT) for a in assignments)
     return Prediction(
         decode_tps=1 / solution.decode_s,
         prefill_tps=workload.ubatch / prompt_s,
+        turn_s=speed.turn_s(*turn).expected if has_room else None,
         loss_nats=kld_nats(solution.loss_nats),
         file_bytes=file_bytes,
         bpw=file_bytes * 8 / inventory.n_weights,
     )
 
 
-def _notes(problem: Problem, solution: Solution) -> tuple[str, ...]:
+def _notes(machine: Machine, problem: Problem, solution: Solution) -> tuple[str, ...]:
     notes = []
     trained = problem.inventory.architecture.context_length
     if trained and problem.workload.context > trained:
         notes.append(
             f"the context of {problem.workload.context} tokens is longer than the {trained} that "
             "the model was trained for"
+        )
+    asked_for = len(machine.gpus)
+    if problem.machine.gpus != machine.gpus:
+        notes.append(
+            f"{len(problem.machine.gpus)} of {asked_for} GPUs are used: more are no better"
         )
     n_cpu = solution.layer_devices.count(problem.machine.ram.name) if problem.machine.gpus else 0
     if n_cpu:
@@ -425,7 +505,7 @@ def _evidence_notes(evidence: Evidence | None) -> tuple[str, ...]:
     return (f"losses use {evidence.describe()}",) if evidence else ()
 
 
-def _flags(problem: Problem, solution: Solution) -> tuple[str, ...]:
+def _flags(machine: Machine, problem: Problem, solution: Solution) -> tuple[str, ...]:
     ram = problem.machine.ram.name
     on_cpu = [
         tensor.name
@@ -434,12 +514,15 @@ def _flags(problem: Problem, solution: Solution) -> tuple[str, ...]:
         and solution.layer_devices[group.layer or 0] != ram
         for tensor in group.tensors
     ]  # fmt: skip
+    is_single = len(problem.machine.gpus) == 1
     placement = placement_flags(
         n_layers=problem.inventory.architecture.n_layers,
         layer_devices=solution.layer_devices,
         output_device=problem.output_device.name,
-        gpu_names=[gpu.name for gpu in problem.machine.gpus],
+        gpu_names=[gpu.name for gpu in (problem.machine if is_single else machine).gpus],
         on_cpu=on_cpu,
         others=[t.name for t in problem.inventory.tensors if t.name not in set(on_cpu)],
     )
+    if is_single and len(machine.gpus) > 1:
+        placement += ["-sm", "none", "-mg", "0"]
     return (*placement, *workload_flags(problem.workload))

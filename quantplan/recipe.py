@@ -42,6 +42,8 @@ class Prediction(Frozen):
     Attributes:
         decode_tps: Tokens per second of one request, with the context full.
         prefill_tps: Prompt tokens per second in whole ubatches, at an empty context.
+        turn_s: Seconds for the workload's prompt and answer, from an empty context; None where
+            both do not fit into the context.
         loss_nats: Mean KL divergence from the unquantized model, nats per token.
         file_bytes: Tensor data of the quantized file.
         bpw: Bits per weight of the file.
@@ -49,6 +51,7 @@ class Prediction(Frozen):
 
     decode_tps: float
     prefill_tps: float
+    turn_s: float | None = None
     loss_nats: float
     file_bytes: int
     bpw: float
@@ -88,12 +91,15 @@ class Provenance(Frozen):
         machine: The machine that was planned for.
         workload: The workload that was planned for.
         min_decode_tps: The speed that was asked for, in tokens per second.
+        max_turn_s: The longest turn that was asked for, in seconds.
+        max_loss_nats: The largest loss that was allowed, in nats per token.
         solver: Name and version of the solver.
         solver_options: Options that it was given.
         status: ``optimal``, ``within_gap`` (of the gap asked for), or ``time_limit``: the search
             ended, by time or for want of a better split of the layers, with a larger gap.
-        objective_nats: What was minimised: predicted loss in nats per token, and the price of time
-            where no speed was asked for; recomputed outside the solver.
+        objective_nats: What was minimised, recomputed outside the solver: predicted loss in nats
+            per token, and the price of time where nothing was asked for; the price of time alone
+            where the fastest plan was asked for.
         bound_nats: Proven lower bound of the objective under the same constraints.
         gap: ``(objective - bound) / objective``.
     """
@@ -108,6 +114,8 @@ class Provenance(Frozen):
     machine: Machine | None = None
     workload: Workload | None = None
     min_decode_tps: float | None = None
+    max_turn_s: float | None = None
+    max_loss_nats: float | None = None
     solver: str | None = None
     solver_options: dict[str, str] = Field(default_factory=dict)
     status: Status | None = None

@@ -35,6 +35,8 @@ class Workload(Frozen):
         kv_type_v: Type of the V cache (``-ctv``).
         flash_attention: ``-fa on`` or ``off``.
         swa_full: Keep sliding-window layers at the full context (``--swa-full``).
+        prompt_tokens: New tokens of a typical prompt, for the time that a turn takes.
+        answer_tokens: Tokens of a typical answer.
         llama_cpp_build: Build number of the llama.cpp that will run, where builds differ.
 
     ``kv_type`` may be given instead of both KV types.
@@ -53,6 +55,8 @@ class Workload(Frozen):
     kv_type_v: AnyKVType = "f16"
     flash_attention: bool = True
     swa_full: bool = False
+    prompt_tokens: int = Field(default=2048, ge=0, le=MAX_CONTEXT)
+    answer_tokens: int = Field(default=512, ge=0, le=MAX_CONTEXT)
     llama_cpp_build: int = Field(default=NEWEST_KNOWN_BUILD, ge=1)
 
     def __init__(self, *, kv_type: str | None = None, **values: Any) -> None:

@@ -13,6 +13,7 @@ from quantplan.configuration import resolve
 from quantplan.costs.quality import LossTable
 from quantplan.costs.speed import difference_s, predict_speed
 from quantplan.planner.baselines import AS_IT_IS, Baseline, find_baselines
+from quantplan.planner.goal import Goal
 from quantplan.planner.plain import parts_of
 from quantplan.planner.problem import build_problem
 from tests.support.models import toy_inventory
@@ -38,7 +39,7 @@ def baselines_of(
 ) -> tuple[Baseline, ...]:
     """Every baseline, beside a plan that leaves all types as they are and everything in RAM."""
     inventory, described = read(model, is_quantized=is_quantized), qp.Machine.parse(machine)
-    problem = build_problem(inventory, described, WORK, qp.policy(), min_tps)
+    problem = build_problem(inventory, described, WORK, qp.policy(), Goal(min_decode_tps=min_tps))
     ram = described.ram.name
     problem = problem.with_layers((ram,) * problem.n_layers)
     kept = {t.name: (t.qtype, ram) for t in inventory.tensors if inventory.is_loaded(t)}
@@ -338,7 +339,7 @@ def test_more_of_the_same_is_surely_slower() -> None:
 def test_the_expected_end_of_compute_buffers_counts_where_it_is_asked_for() -> None:
     """Baselines reckon with the same end of the compute buffers' estimate as the plan."""
     inventory, machine = read("GLM-4.5-Air"), qp.Machine.parse(ONE)
-    problem = build_problem(inventory, machine, WORK, qp.policy(), None)
+    problem = build_problem(inventory, machine, WORK, qp.policy(), Goal())
     problem = problem.with_layers(("CPU",) * problem.n_layers)
     kept = {t.name: (t.qtype, "CPU") for t in inventory.tensors if inventory.is_loaded(t)}
     table = LossTable(inventory)

@@ -4,8 +4,9 @@ import pytest
 
 import quantplan as qp
 from benchmarks.greedy import BITS_PER_WEIGHT, WORKLOAD, greedy, machine_for
+from quantplan.planner.decisions import best_solution
+from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem, build_problem
-from quantplan.planner.search import best_solution
 
 CASES = [("Qwen3-4B-Thinking-2507", 4.5), ("DeepSeek-V2-Lite", 6.0), ("gpt-oss-20b", 4.5)]
 
@@ -13,7 +14,7 @@ CASES = [("Qwen3-4B-Thinking-2507", 4.5), ("DeepSeek-V2-Lite", 6.0), ("gpt-oss-2
 def problem_of(model: str, bits: float) -> Problem:
     inventory = qp.read_inventory(model)
     machine = machine_for(inventory, bits)
-    return build_problem(inventory, machine, WORKLOAD, qp.policy(), None)
+    return build_problem(inventory, machine, WORKLOAD, qp.policy(), Goal())
 
 
 @pytest.mark.parametrize(("model", "bits"), CASES)
@@ -51,7 +52,7 @@ def test_the_greedy_is_no_straw_man() -> None:
     """With room to spare it ends where the planner does, so that what it loses is its own fault."""
     inventory = qp.read_inventory("Qwen3-4B-Thinking-2507")
     machine = qp.Machine.parse("24GiB@1000GB/s + 64GiB@80GB/s")
-    problem = build_problem(inventory, machine, WORKLOAD, qp.policy(), None)
+    problem = build_problem(inventory, machine, WORKLOAD, qp.policy(), Goal())
     found = greedy(problem)
     _, exact = best_solution(problem, gap=1e-4, time_limit_s=20)
     assert found is not None

@@ -32,6 +32,7 @@ from quantplan.costs import load_data, memory
 from quantplan.costs.compute import Work, estimate
 from quantplan.costs.quality import LossTable
 from quantplan.placement import Launch
+from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits
 from quantplan.planner.search import solve as search
@@ -136,7 +137,8 @@ class Task:
     @property
     def problem(self) -> Problem:
         """The same for the code under test."""
-        parts = (self.inventory, self.machine, self.workload, self.rules, self.min_decode_tps)
+        goal = Goal(min_decode_tps=self.min_decode_tps)
+        parts = (self.inventory, self.machine, self.workload, self.rules, goal)
         return build_problem(*parts).with_layers(self.layers)
 
     @property

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantplan import Device, Inventory, Machine, Workload, policy
+from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.split import least_layer_bytes, neighbours, split_layers
 from tests.support.models import toy_inventory
@@ -25,7 +26,7 @@ def problem(*gpu_mib: float, inventory: Inventory = INVENTORY) -> Problem:
         Device.gpu(d, int(mib * MIB), 1e12, margin_bytes=0) for d, mib in enumerate(gpu_mib)
     )
     machine = Machine(gpus=gpus, ram=Device.ram(2**30, 1e11))
-    return build_problem(inventory, machine, WORKLOAD, policy(), None)
+    return build_problem(inventory, machine, WORKLOAD, policy(), Goal())
 
 
 SIZES = st.lists(st.floats(0, 64), min_size=1, max_size=4)

@@ -43,6 +43,7 @@ def _main(
 # In the order of the help page.
 for _command in (
     planning.plan,
+    planning.frontier,
     planning.predict,
     machines.machine,
     machines.calibrate,

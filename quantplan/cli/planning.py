@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,14 +27,33 @@ from quantplan.workload import NEWEST_KNOWN_BUILD, KVType
 def plan(
     model: ModelArgument,
     machine: MachineOption,
-    ctx: Annotated[int, typer.Option(help="Tokens of context, all slots together.")] = 4096,
-    kv: Annotated[KVType, typer.Option(help="Type of the KV cache.")] = "f16",
+    ctx: Annotated[
+        str, typer.Option(help="Tokens of context, all slots together; max for the longest.")
+    ] = "4096",
+    kv: Annotated[
+        str, typer.Option(help="Type of the KV cache; auto to choose f16 or q8_0.")
+    ] = "f16",
     slots: Annotated[int, typer.Option(help="Requests served at the same time.")] = 1,
-    ubatch: Annotated[int, typer.Option(help="Physical batch in tokens.")] = 512,
+    ubatch: Annotated[str, typer.Option(help="Physical batch in tokens; auto to choose.")] = "512",
+    gpus: Annotated[
+        Literal["all", "auto"], typer.Option(help="auto to choose how many equal GPUs to use.")
+    ] = "all",
     llama_build: LlamaBuildOption = NEWEST_KNOWN_BUILD,
     margin: MarginOption = None,
     min_tps: Annotated[
         float | None, typer.Option(help="Least decode speed in tokens/s, context full.")
+    ] = None,
+    max_turn: Annotated[
+        float | None, typer.Option(help="Longest seconds for --prompt and --answer.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of a typical prompt.")] = 2048,
+    answer: Annotated[int, typer.Option(help="Tokens of a typical answer.")] = 512,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="Largest loss in nats/token; the fastest plan within it is made."),
+    ] = None,
+    no_worse_than: Annotated[
+        str | None, typer.Option(metavar="MIX", help="The same, as large as that of 'Q4_K_M'.")
     ] = None,
     policy: Annotated[
         str, typer.Option(help="Rules about types and places: quality, compact, free or hq4k.")
@@ -70,19 +89,30 @@ def plan(
     import quantplan as qp  # noqa: PLC0415 (help pages must not wait for the solver)
     from quantplan.recipe import write_whole  # noqa: PLC0415
 
+    context = 4096 if ctx == "max" else _tokens("--ctx", ctx, "max")
+    physical = 512 if ubatch == "auto" else _tokens("--ubatch", ubatch, "auto")
     inventory = qp.read_inventory(model)
     found = qp.plan(
         inventory,
         parse_machine(machine, margin),
         qp.Workload(
-            context=ctx,
-            kv_type=kv,
+            context=context,
+            kv_type="f16" if kv == "auto" else kv,
             slots=slots,
-            batch=max(ubatch, 2048),
-            ubatch=ubatch,
+            batch=max(physical, 2048),
+            ubatch=physical,
+            prompt_tokens=prompt,
+            answer_tokens=answer,
             llama_cpp_build=llama_build,
         ),
         min_decode_tps=min_tps,
+        max_turn_s=max_turn,
+        max_loss_nats=max_loss,
+        no_worse_than=no_worse_than,
+        context="max" if ctx == "max" else None,
+        kv_type="auto" if kv == "auto" else None,
+        ubatch="auto" if ubatch == "auto" else None,
+        n_gpus="auto" if gpus == "auto" else None,
         policy=parse_policy(policy, pin or [], allow or []),
         evidence=read_evidence(measured, weights),
         gap=gap,
@@ -96,6 +126,47 @@ def plan(
     else:
         typer.echo(found.summary())
         typer.echo(f"\n{found.llama_server_command(gguf_name)}")
+
+
+def _tokens(option: str, text: str, word: str) -> int:
+    """A number of tokens from the command line."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError(f"{option} {text}: give a number of tokens, or {word}") from error
+
+
+def frontier(
+    model: ModelArgument,
+    machine: MachineOption,
+    over: Annotated[
+        Literal["speed", "size", "context"], typer.Option(help="What to trade for quality.")
+    ] = "speed",
+    points: Annotated[int, typer.Option(help="How many points.")] = 24,
+    ctx: Annotated[int, typer.Option(help="Tokens of context, all slots together.")] = 4096,
+    kv: Annotated[KVType, typer.Option(help="Type of the KV cache.")] = "f16",
+    min_tps: Annotated[
+        float | None, typer.Option(help="Least decode speed in tokens/s of all points.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="Rules about types and places: quality, compact, free or hq4k.")
+    ] = "quality",
+    margin: MarginOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Show what more speed, less size or more context costs in quality."""
+    import quantplan as qp  # noqa: PLC0415
+
+    found = qp.frontier(
+        qp.read_inventory(model),
+        parse_machine(machine, margin),
+        qp.Workload(context=ctx, kv_type=kv),
+        over=over,
+        points=points,
+        min_decode_tps=min_tps,
+        policy=policy,
+    )
+    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
 
 
 def predict(

@@ -2,7 +2,8 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from quantplan.costs import load_data
 from quantplan.costs.decode import decode_s
@@ -10,7 +11,7 @@ from quantplan.costs.factors import shipped
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.traffic import Traffic, Where, collect
 from quantplan.hardware import Machine
-from quantplan.inventory import Inventory
+from quantplan.inventory import Inventory, LayerCache
 from quantplan.qtypes import Runtime
 from quantplan.schema import Frozen
 from quantplan.workload import Workload
@@ -220,6 +221,47 @@ def difference_s(
 
 def _depths(traffic: Traffic, workload: Workload) -> list[int]:
     """Depths at which to predict: evenly spaced, and where sliding windows are full."""
+    return _sample_depths([cache for _, cache, _ in traffic.caches], workload)
+
+
+def _sample_depths(caches: Iterable[LayerCache], workload: Workload) -> list[int]:
     even = {round(workload.context * i / (_DEPTHS - 1)) for i in range(_DEPTHS)}
-    windows = {cache.window for _, cache, _ in traffic.caches if cache.window < workload.context}
+    windows = {cache.window for cache in caches if cache.window < workload.context}
     return sorted(even | windows)
+
+
+def turn_depths(
+    caches: Iterable[LayerCache], workload: Workload
+) -> tuple[dict[int, float], dict[int, float]]:
+    """The workload's turn as a sum over the depths at which `predict_traffic` predicts.
+
+    With seconds per token linear between these depths, as `SpeedPrediction.turn_s` has them, the
+    seconds of a prompt are the sum of its tokens at each depth times the seconds per token there.
+
+    Args:
+        caches: Those of all layers.
+        workload: Context, and tokens of prompt and answer.
+
+    Returns:
+        Tokens of the prompt and of the answer by depth.
+    """
+    depths = _sample_depths(caches, workload)
+    end = workload.prompt_tokens + workload.answer_tokens
+    return (
+        _tokens_at(depths, 0, workload.prompt_tokens),
+        _tokens_at(depths, workload.prompt_tokens, end),
+    )
+
+
+def _tokens_at(depths: Sequence[int], first: int, last: int) -> dict[int, float]:
+    """Weights of the trapezoidal rule from one depth to another, on the nearest sampled depths."""
+    weights = dict.fromkeys(depths, 0.0)
+    bounds = [first, *(d for d in depths if first < d < last), last]
+    for a, b in pairwise(bounds):
+        for depth in (a, b):
+            right = min(max(bisect_right(depths, depth), 1), len(depths) - 1)
+            left_depth, right_depth = depths[right - 1], depths[right]
+            share = (depth - left_depth) / (right_depth - left_depth)
+            weights[left_depth] += (b - a) / 2 * (1 - share)
+            weights[right_depth] += (b - a) / 2 * share
+    return {depth: weight for depth, weight in weights.items() if weight}

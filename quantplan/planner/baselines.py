@@ -154,7 +154,8 @@ def find_baselines(
                 is_as_good = not _is_faster(problem.machine, plan_s, placed.seconds_by_type)
                 made = made.model_copy(update={"is_as_good": is_as_good})
             seconds = 1 / made.decode_tps.expected
-            objective = typed.summed_loss_nats + problem.decode_price_nats_per_s * seconds
+            objective = problem.loss_weight * typed.summed_loss_nats
+            objective += problem.decode_price_nats_per_s * seconds
             found.append((not made.is_answer, objective, seconds, made))
     found.sort(key=lambda entry: entry[:3])
     return tuple(made for *_, made in found)
@@ -278,7 +279,7 @@ def _typed(
 def _baseline(problem: Problem, typed: _TypeSet, placed: _Placed) -> Baseline:
     used = [int(n) for n in placed.outcomes.n_bytes[placed.index]]
     decode_s = float(placed.outcomes.decode_s[placed.index])
-    target = problem.min_decode_tps
+    target = problem.goal.min_decode_tps
     return Baseline(
         types=typed.name,
         placement=placed.name,

@@ -1,24 +1,72 @@
-"""Says what is in the way where there is no plan."""
+"""Says what is in the way where there is no plan, and the smallest change of each kind."""
 
 import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-from quantplan.errors import NoPlanError
+from quantplan.costs.quality import kld_nats
+from quantplan.errors import Change, NoPlanError
+from quantplan.hardware import Machine
+from quantplan.planner.goal import Goal
+from quantplan.planner.milp import build_relaxation
 from quantplan.planner.problem import Problem
+from quantplan.planner.search import Limits, any_solution, solve
+from quantplan.planner.solve import Solution
+from quantplan.qtypes import qtype
 from quantplan.units import gib
 
-
-def too_slow(wanted_tps: float, possible_tps: float) -> NoPlanError:
-    """The speed asked for is above the fastest one that was found."""
-    # Rounded down, and a little below, so that the speed named can be asked for.
-    floored = math.floor(possible_tps * 0.9999 * 100) / 100
-    return NoPlanError(
-        f"no plan decodes {wanted_tps:g} tokens/s with the context full: the fastest one that the "
-        f"policy allows reaches {floored:.2f} tokens/s. Lower the speed or the context, use a "
-        "smaller KV type, or add memory bandwidth"
-    )
+_MIB = 2**20
+# Memory is named in steps of a quarter of a GiB, times and losses in hundredths of themselves.
+_MEMORY_STEP = 2**28
+_CELLS = 256
+_TRIES = 5
+# KV types to fall back to, from the one that harms least.
+_KV_TYPES = ("f16", "q8_0", "q4_0")
 
 
-def too_large(problem: Problem) -> NoPlanError:
+def no_plan(problem: Problem, time_limit_s: float) -> NoPlanError:
+    """What is in the way, and the smallest change of each kind that removes it.
+
+    Args:
+        problem: One that has no solution.
+        time_limit_s: Time for the search of changes, in seconds.
+    """
+    deadline = time.monotonic() + time_limit_s
+    unlimited = None
+    if problem.goal.limits:
+        unlimited = solve(replace(problem, goal=Goal(best="speed")), Limits(1e-3, deadline, 5e-4))
+    changes = smallest_changes(problem, deadline)
+    advice = "".join(f"\n  - {change.text}" for change in changes)
+    if advice:
+        advice = "\nAny one of these changes is enough:" + advice
+    if unlimited is None:
+        return _too_large(problem, advice, changes)
+    return _out_of_reach(problem, unlimited, advice, changes)
+
+
+def _out_of_reach(
+    problem: Problem, fastest: Solution, advice: str, changes: tuple[Change, ...]
+) -> NoPlanError:
+    """Something fits, but not within the limits of the goal."""
+    goal, wanted = problem.goal, []
+    if goal.min_decode_tps is not None:
+        # Rounded down, and a little below, so that the speed named can be asked for.
+        possible = math.floor(0.9999 / fastest.decode_s * 100) / 100
+        wanted.append(
+            f"decodes {goal.min_decode_tps:g} tokens/s with the context full: the fastest one that "
+            f"the policy allows reaches {possible:.2f} tokens/s"
+        )
+    if goal.max_turn_s is not None:
+        wanted.append(f"takes at most {goal.max_turn_s:g} s for a turn")
+    if goal.max_loss_nats is not None:
+        wanted.append(f"loses at most {goal.max_loss_nats:g} nats per token")
+    if goal.max_file_bytes is not None:
+        wanted.append(f"takes at most {gib(goal.max_file_bytes)} in the file")
+    return NoPlanError(f"no plan {' and '.join(wanted)}.{advice}", changes=changes)
+
+
+def _too_large(problem: Problem, advice: str, changes: tuple[Change, ...]) -> NoPlanError:
     """What the smallest allowed types need, against what the machine has."""
     weights = sum(group.options[-1].n_bytes for group in problem.groups)
     cache = sum(problem.cache_bytes)
@@ -31,14 +79,235 @@ def too_large(problem: Problem) -> NoPlanError:
         f"no plan fits: weights at their smallest allowed types ({gib(weights)}), the KV cache "
         f"({gib(cache)} at {workload.context} tokens, {workload.kv_type_k}/{workload.kv_type_v}) "
         f"and compute buffers ({gib(compute)}) need {gib(required)}; usable are {gib(usable)} "
-        f"({on_devices}, margins taken off). "
+        f"({on_devices}, margins taken off)."
     )
-    if required > usable:
-        message += f"Add {gib(required - usable)} of memory, or "
-    else:
+    if required <= usable:
         message += (
-            "The total would do, but each device must hold its own compute buffer, and the last "
-            "GPU the output matrix. Use a GPU with more memory or none, or "
+            " The total would do, but each device must hold its own compute buffer, and the last "
+            "GPU the output matrix."
         )
-    message += "choose a smaller model, a shorter context, a smaller KV type or a smaller ubatch."
-    return NoPlanError(message, required_bytes=required, available_bytes=usable)
+    advice += "\nOr choose a smaller model."
+    return NoPlanError(
+        message + advice, required_bytes=required, available_bytes=usable, changes=changes
+    )
+
+
+def smallest_changes(problem: Problem, deadline: float) -> tuple[Change, ...]:
+    """The smallest change of each kind, alone, with which there is a solution.
+
+    How much is missing follows from the program with a limit that may be exceeded, whose excess is
+    minimised; contexts are bisected. Each change is confirmed by a solution.
+    """
+    finders = (_limits, _kv_type, _context, _memory, _floor)
+    found: list[Change] = []
+    for finder in finders:
+        if time.monotonic() < deadline:
+            found += finder(problem, deadline)
+    return tuple(found)
+
+
+def _least_excess(problem: Problem, rows: Iterable[str]) -> float:
+    """Least amount by which rows have to be exceeded, in their unit; infinite where none helps."""
+    model = build_relaxation(problem)
+    extra = model.lp.loosen([row for row in rows if row in model.lp.rows])
+    model.lp.minimise({extra: 1.0})
+    return min(answer.objective for answer in model.lp.relax(model.levels))
+
+
+def _first_solvable(
+    values: Iterable[float], changed: Callable[[float], Problem], deadline: float
+) -> float | None:
+    """The first of some values with which there is a solution."""
+    for value in values:
+        if time.monotonic() >= deadline:
+            return None
+        if any_solution(changed(value), deadline):
+            return value
+    return None
+
+
+def _limits(problem: Problem, deadline: float) -> list[Change]:
+    """Speed, turn, loss and size, where they were asked for."""
+    goal, found = problem.goal, []
+    kinds = ("speed", "turn", "loss", "size")
+    limits = (goal.min_decode_tps, goal.max_turn_s, goal.max_loss_nats, goal.max_file_bytes)
+    for kind, limit in zip(kinds, limits, strict=True):
+        if limit is None:
+            continue
+        excess = _least_excess(problem, [kind])
+        if not math.isfinite(excess):
+            continue
+        reached, sign = _limit_reached(problem, kind, limit, excess)
+        tries = (reached * (1 + sign * 0.0001 * 4**n) for n in range(_TRIES))
+        value = _first_solvable(tries, lambda v, k=kind: _with_limit(problem, k, v), deadline)  # type: ignore[misc]
+        if value is not None:
+            found.append(_limit_change(kind, value))
+    return found
+
+
+def _limit_reached(problem: Problem, kind: str, limit: float, excess: float) -> tuple[float, float]:
+    """The limit that the relaxation reaches, and the direction in which it becomes easier."""
+    if kind == "speed":
+        return 1 / (1 / limit + excess / 1000), -1.0
+    if kind == "turn":
+        return limit + excess / 1000, 1.0
+    if kind == "size":
+        return limit + excess * _MIB, 1.0
+    summed = problem.max_summed_loss_nats or 0.0
+    return kld_nats(summed + excess / 1000), 1.0
+
+
+def _with_limit(problem: Problem, kind: str, value: float) -> Problem:
+    goal = problem.goal
+    if kind == "speed":
+        goal = replace(goal, min_decode_tps=value)
+    elif kind == "turn":
+        goal = replace(goal, max_turn_s=value)
+    elif kind == "loss":
+        goal = replace(goal, max_loss_nats=value)
+    else:
+        goal = replace(goal, max_file_bytes=int(value))
+    return replace(problem, goal=goal)
+
+
+def _limit_change(kind: str, value: float) -> Change:
+    if kind == "speed":
+        value = math.floor(value * 100) / 100
+        return Change("speed", value, f"Lower the speed to {value:.2f} tokens/s")
+    if kind == "turn":
+        value = math.ceil(value * 10) / 10
+        return Change("turn", value, f"Allow {value:.1f} s for a turn")
+    if kind == "loss":
+        return Change("loss", value, f"Allow a loss of {value:.4f} nats per token")
+    return Change("size", int(value), f"Allow {gib(int(value))} for the file")
+
+
+def _memory(problem: Problem, deadline: float) -> list[Change]:
+    """More RAM; more memory on every GPU alike."""
+    machine, found = problem.machine, []
+    n_pools = len(build_relaxation(problem).pools)
+    changes: list[tuple[str, list[str], Callable[[float], Problem], int]] = [
+        ("ram", [f"memory_{n_pools - 1}"], lambda n: _with_memory(problem, "ram", n),
+         machine.ram.capacity_bytes),
+    ]  # fmt: skip
+    if machine.gpus:
+        rows = [f"memory_{p}" for p in range(n_pools - 1)]
+        total = sum(gpu.capacity_bytes for gpu in machine.gpus)
+        changes.append(("vram", rows, lambda n: _with_memory(problem, "vram", n), total))
+    for kind, rows, changed, has in changes:
+        excess = _least_excess(problem, rows) * _MIB
+        if not math.isfinite(excess):
+            continue
+        first = max(1, math.ceil(excess / _MEMORY_STEP))
+        steps = (float((first + extra) * _MEMORY_STEP) for extra in (0, 1, 2, 4, 8, 16, 32))
+        more = _first_solvable(steps, changed, deadline)
+        if more is not None:
+            name = "RAM" if kind == "ram" else "VRAM"
+            share = "" if len(machine.gpus) < 2 or kind == "ram" else ", shared by all GPUs"
+            text = f"Add {gib(int(more))} of {name}{share} ({gib(has + int(more))} in all)"
+            found.append(Change("ram" if kind == "ram" else "vram", has + int(more), text))
+    return found
+
+
+def _with_memory(problem: Problem, kind: str, more: float) -> Problem:
+    machine = problem.machine
+
+    def grown(device_bytes: int, parts: int) -> dict[str, int]:
+        return {"capacity_bytes": device_bytes + math.ceil(more / parts)}
+
+    if kind == "ram":
+        ram = machine.ram.model_copy(update=grown(machine.ram.capacity_bytes, 1))
+        return replace(problem, machine=Machine(gpus=machine.gpus, ram=ram))
+    gpus = tuple(
+        gpu.model_copy(update=grown(gpu.capacity_bytes, len(machine.gpus))) for gpu in machine.gpus
+    )
+    return replace(problem, machine=Machine(gpus=gpus, ram=machine.ram))
+
+
+def with_context(problem: Problem, context: int) -> Problem:
+    """The problem with another context."""
+    workload = problem.workload.model_copy(update={"context": context})
+    return replace(problem, workload=workload)
+
+
+def longest_context(problem: Problem, most: int, deadline: float) -> tuple[int, int] | None:
+    """The longest context, in steps of 256, with which there is a solution.
+
+    A relaxation says how long it can be at most; from there solutions are looked for at ever
+    shorter contexts.
+
+    Args:
+        problem: Groups, budgets and goal.
+        most: Longest context that is wanted.
+        deadline: When the time is up, on the monotonic clock.
+
+    Returns:
+        The longest that was found, and the one that no context is above; None where none is.
+    """
+    low, high = 0, max(1, most // _CELLS)
+    while low < high:
+        middle = (low + high + 1) // 2
+        relaxed = build_relaxation(with_context(problem, middle * _CELLS))
+        fits = any(a.ending == "solved" for a in relaxed.lp.relax(relaxed.levels))
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if low == 0:
+        return None
+    bound, fits_at, fails_at, step = low, 0, low + 1, 1
+    while fits_at + 1 < fails_at and time.monotonic() < deadline:
+        at = max(fits_at + 1, fails_at - step) if not fits_at else (fits_at + fails_at) // 2
+        if any_solution(with_context(problem, at * _CELLS), deadline):
+            fits_at = at
+        else:
+            fails_at, step = at, 2 * step
+        if fails_at <= 1:
+            return None
+    return (fits_at * _CELLS, bound * _CELLS) if fits_at else None
+
+
+def _context(problem: Problem, deadline: float) -> list[Change]:
+    wanted = problem.workload.context
+    found = longest_context(problem, wanted - 1, deadline) if wanted > _CELLS else None
+    if found is None or found[0] >= wanted:
+        return []
+    return [Change("context", found[0], f"Lower the context to {found[0]} tokens")]
+
+
+def _kv_type(problem: Problem, deadline: float) -> list[Change]:
+    work = problem.workload
+    if not work.flash_attention:
+        return []
+    has = min(qtype(work.kv_type_k).bpw, qtype(work.kv_type_v).bpw)
+    for name in _KV_TYPES:
+        if qtype(name).bpw < has and time.monotonic() < deadline:
+            smaller = work.model_copy(update={"kv_type_k": name, "kv_type_v": name})
+            if any_solution(replace(problem, workload=smaller), deadline):
+                return [Change("kv_type", name, f"Store the KV cache in {name}")]
+    return []
+
+
+def _floor(problem: Problem, deadline: float) -> list[Change]:
+    """The highest floor for all classes with which there is a solution."""
+    policy = problem.policy
+    floors = {rule.floor for rule in policy.rules if rule.floor}
+    if not floors:
+        return []
+    highest = max(qtype(floor).bpw for floor in floors)
+    names = [n for n in policy.candidates if n != "SOURCE" and qtype(n).bpw < highest]
+    names.sort(key=lambda name: -qtype(name).bpw)
+
+    def lowered(name: str) -> Problem:
+        rules = tuple(
+            rule.model_copy(update={"floor": name})
+            if rule.floor and qtype(rule.floor).bpw > qtype(name).bpw
+            else rule
+            for rule in policy.rules
+        )
+        return problem.with_policy(policy.model_copy(update={"rules": rules}))
+
+    # The lowest floor first: mostly none is low enough.
+    if not names or not any_solution(lowered(names[-1]), deadline):
+        return []
+    for name in names:
+        if name == names[-1] or any_solution(lowered(name), deadline):
+            return [Change("floor", name, f"Lower the policy's floors to {name}")]
+    return []

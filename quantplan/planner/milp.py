@@ -1,29 +1,36 @@
-"""The integer program in PuLP: variables, and one function per constraint family.
+"""The integer program: its variables, and one function per family of constraints.
 
-Names follow docs/explanation/architecture.md: cohorts c, options o, devices d; x[c,o,d] counts the
-groups of cohort c that take option o on device d. Groups that cost the same whichever of them takes
-which choice form one cohort: layers of equal shape would otherwise give the solver as many equal
-answers as there are ways to permute them. Which layer is on which device is settled before.
+Names follow docs/explanation/architecture.md: cohorts c, shapes k, options o, devices d. t[c,o]
+counts the groups of cohort c that take option o; x[k,o,d] those of all cohorts of shape k that take
+it on device d. Groups that cost the same whichever of them takes which choice form one cohort:
+layers of equal shape would otherwise give the solver as many equal answers as there are ways to
+permute them. Cohorts that differ in nothing but their losses have one shape: which of them is on
+which device makes no difference either. Which layer is on which device is settled before.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import pulp
 
 from quantplan.hardware import Device
 from quantplan.inventory import LayerCache
-from quantplan.planner.problem import Group, Option, Problem
+from quantplan.planner.groups import Group, Option
+from quantplan.planner.linear import LinearProgram
+from quantplan.planner.problem import Problem
 
 _MIB = 2**20
 # The solver meets a bound to about 1e-6 of its row's unit (MiB); this much memory is held back so
 # that the answer also holds in integers.
 _TOLERANCE_BYTES = 4096
+# The same of times and losses, which are held against their limits in floating point.
+_TOLERANCE = 1e-6
 _MILLI = 1000.0
 
 Choice = tuple[int, int, str]
-"""Cohort index, option index, device name."""
+"""Index of the shape, index of its option, device name."""
 
 
 @dataclass(frozen=True)
@@ -41,73 +48,124 @@ class Cohort:
     places: tuple[Device, ...]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Cohorts that take the same bytes and times, option by option.
+
+    Attributes:
+        cohorts: Indices of the cohorts.
+        group: One of their groups.
+        n_groups: Groups in all of them.
+        options: One of each cost; the loss is that of some cohort.
+        takers: Cohort and its option index, for each of ``options``.
+        places: Devices that each group may be on.
+    """
+
+    cohorts: tuple[int, ...]
+    group: Group
+    n_groups: int
+    options: tuple[Option, ...]
+    takers: tuple[tuple[tuple[int, int], ...], ...]
+    places: tuple[Device, ...]
+
+
 @dataclass
 class Model:
-    """A PuLP problem with its variables.
+    """A program with the meaning of its variables.
 
     Attributes:
         problem: What it was built from.
         cohorts: Interchangeable groups.
-        lp: The PuLP problem.
-        relaxed: Whether layers have no device, so that the optimum bounds that of every split.
+        shapes: Cohorts that differ in their losses only.
         pools: Devices whose memory is counted together; each device alone but in a relaxation.
+        relaxed: Whether layers have no device, so that the optimum bounds that of every split.
+        lp: Variables and rows.
+        t: Counts by cohort and option.
         x: Counts by choice.
-        compute: Each device's compute buffer, in MiB.
+        steps: Whether something as large as this or larger is streamed to the first GPU, by
+            increasing size.
+        streamed: What the first GPU's compute buffer holds beyond its graph, in MiB, by its name.
+        pipeline: Whether several GPUs work as a pipeline; None where they cannot.
         caches: Caches of each kind of layer in each pool, in MiB, by the kind and the name of the
             pool's first device; empty but in a relaxation.
-        hops: Groups of a cohort that leave their layer's GPU, by cohort; empty but in a relaxation,
+        hops: Groups of a shape that leave their layer's GPU, by shape; empty but in a relaxation,
             where layers have no device.
     """
 
     problem: Problem
     cohorts: tuple[Cohort, ...]
-    lp: pulp.LpProblem
+    shapes: tuple[Shape, ...]
     pools: tuple[tuple[Device, ...], ...]
     relaxed: bool
+    lp: LinearProgram = field(default_factory=LinearProgram)
+    t: dict[tuple[int, int], pulp.LpVariable] = field(default_factory=dict)
     x: dict[Choice, pulp.LpVariable] = field(default_factory=dict)
-    compute: dict[str, pulp.LpVariable] = field(default_factory=dict)
+    steps: list[pulp.LpVariable] = field(default_factory=list)
+    streamed: dict[str, pulp.LpVariable] = field(default_factory=dict)
+    pipeline: pulp.LpVariable | None = None
     caches: dict[tuple[LayerCache, str], pulp.LpVariable] = field(default_factory=dict)
     hops: dict[int, pulp.LpVariable] = field(default_factory=dict)
 
     @property
-    def base_decode_s(self) -> float:
-        """Seconds per token that do not depend on the variables."""
-        return self.problem.fixed_decode_s if self.relaxed else self.problem.base_decode_s
+    def levels(self) -> list[dict[pulp.LpVariable, float]]:
+        """Every setting of the steps: the largest tensor that may be streamed, smallest first."""
+        n = len(self.steps)
+        return [{c: float(s < level) for s, c in enumerate(self.steps)} for level in range(n + 1)]
 
-    def option(self, choice: Choice) -> Option:
-        """The option that a choice variable stands for."""
-        return self.cohorts[choice[0]].options[choice[1]]
-
-    def group(self, choice: Choice) -> Group:
-        """A group that a choice variable counts; the others cost the same."""
-        return self.problem.groups[self.cohorts[choice[0]].members[0]]
-
-    def decode_ms(self) -> pulp.LpAffineExpression:
+    @cached_property
+    def decode_ms(self) -> dict[pulp.LpVariable, float]:
         """Milliseconds per token that depend on the variables."""
         problem = self.problem
-        weights = [
-            _MILLI
-            * problem.decode_s(self.group(c), self.option(c), c[2], homeless=self.relaxed)
-            * count
-            for c, count in self.x.items()
-        ]
-        caches = [
-            _MILLI * problem.cache_s(kind, problem.devices[name]) / _cache_mib(problem, kind) * size
-            for (kind, name), size in self.caches.items()
-        ]
-        hops = [
-            _MILLI * problem.hop_s(problem.groups[self.cohorts[c].members[0]]) * count
-            for c, count in self.hops.items()
-        ]
-        return pulp.lpSum([*weights, *caches, *hops])
+        return self._seconds(problem.decode_s, problem.cache_s, problem.hop_s)
 
-    def objective(self) -> pulp.LpAffineExpression:
-        """Loss and the price of time, in thousandths of a nat, less what is constant."""
-        return self.loss_millinats() + self.problem.decode_price_nats_per_s * self.decode_ms()
+    @cached_property
+    def turn_ms(self) -> dict[pulp.LpVariable, float]:
+        """Milliseconds of the workload's prompt and answer that depend on the variables."""
+        problem = self.problem
+        return self._seconds(problem.turn_s, problem.cache_turn_s, problem.turn_hop_s)
 
-    def loss_millinats(self) -> pulp.LpAffineExpression:
+    def _seconds(
+        self,
+        weights: Callable[..., float],
+        cache: Callable[[LayerCache, Device], float],
+        hop: Callable[[Group], float],
+    ) -> dict[pulp.LpVariable, float]:
+        problem = self.problem
+        terms = {
+            variable: _MILLI * weights(self.shapes[k].group, self.shapes[k].options[o], name,
+                                     homeless=self.relaxed)
+            for (k, o, name), variable in self.x.items()
+        }  # fmt: skip
+        for (kind, name), variable in self.caches.items():
+            per_mib = cache(kind, problem.devices[name]) / cache_mib(problem, kind)
+            terms[variable] = _MILLI * per_mib
+        for k, variable in self.hops.items():
+            terms[variable] = _MILLI * hop(self.shapes[k].group)
+        return terms
+
+    @cached_property
+    def loss_millinats(self) -> dict[pulp.LpVariable, float]:
         """Predicted loss per token in thousandths of a nat."""
-        return pulp.lpSum(_MILLI * self.option(c).loss_nats * count for c, count in self.x.items())
+        return {
+            variable: _MILLI * self.cohorts[c].options[o].loss_nats
+            for (c, o), variable in self.t.items()
+        }
+
+    def objective(self) -> dict[pulp.LpVariable, float]:
+        """Loss and the price of time, in thousandths of a nat, less what is constant."""
+        weight, price = self.problem.loss_weight, self.problem.decode_price_nats_per_s
+        terms = {variable: weight * loss for variable, loss in self.loss_millinats.items()}
+        if price:
+            for variable, milliseconds in self.decode_ms.items():
+                terms[variable] = terms.get(variable, 0.0) + price * milliseconds
+        return terms
+
+    @property
+    def constant_nats(self) -> float:
+        """What is constant in the objective."""
+        problem = self.problem
+        base = problem.fixed_decode_s if self.relaxed else problem.base_decode_s
+        return problem.decode_price_nats_per_s * base
 
 
 def form_cohorts(
@@ -123,112 +181,194 @@ def form_cohorts(
         options: Options that each group may take; by default all of its own.
         relaxed: Let every group of a layer be on any device.
     """
-    offered = options or [group.options for group in problem.groups]
     anywhere = (*(pool[0] for pool in gpu_pools(problem)), problem.machine.ram)
     members: dict[object, list[int]] = defaultdict(list)
     places_of: list[tuple[Device, ...]] = []
     for g, group in enumerate(problem.groups):
-        in_layer = group.place in ("layer", "free")
-        places_of.append(anywhere if relaxed and in_layer else problem.places(group))
-        roles = tuple(tensor.role for tensor in group.tensors)
+        is_free = relaxed and group.place in ("layer", "free")
+        places_of.append(anywhere if is_free else problem.places(group))
+        kind = None
+        if relaxed and group.layer is not None:
+            kind = problem.cache_kind_numbers[group.layer]
         names = tuple(device.name for device in places_of[g])
-        is_kind_told = relaxed and group.layer is not None
-        kind = problem.cache_kinds[group.layer or 0] if is_kind_told else None
-        members[group.place, names, roles, offered[g], group.n_crossings, kind].append(g)
+        roles = tuple(tensor.role for tensor in group.tensors)
+        # Equal options are the same object, which is cheaper to compare.
+        offers = tuple(map(id, options[g])) if options else id(group.options)
+        members[group.place, names, roles, offers, group.n_crossings, kind].append(g)
     return tuple(
         Cohort(
             members=tuple(sorted(indices, key=lambda g: problem.groups[g].layer or 0)),
-            options=offered[indices[0]],
+            options=(options or [g.options for g in problem.groups])[indices[0]],
             places=places_of[indices[0]],
         )
         for indices in members.values()
     )
 
 
+def form_shapes(problem: Problem, cohorts: tuple[Cohort, ...]) -> tuple[Shape, ...]:
+    """Sorts the cohorts by shape."""
+    members: dict[object, list[int]] = defaultdict(list)
+    for c, cohort in enumerate(cohorts):
+        group = problem.groups[cohort.members[0]]
+        kind = None if group.layer is None else problem.cache_kind_numbers[group.layer]
+        roles = tuple(tensor.role for tensor in group.tensors)
+        names = tuple(device.name for device in cohort.places)
+        members[group.place, names, roles, group.n_crossings, kind].append(c)
+    shapes = []
+    for found in members.values():
+        takers: dict[object, list[tuple[int, int]]] = defaultdict(list)
+        for c in found:
+            tensors = problem.groups[cohorts[c].members[0]].tensors
+            sizes = tuple((tensor.shape_ne, tensor.qtype) for tensor in tensors)
+            for o, option in enumerate(cohorts[c].options):
+                takers[sizes, option.qtypes].append((c, o))
+        shapes.append(
+            Shape(
+                cohorts=tuple(found),
+                group=problem.groups[cohorts[found[0]].members[0]],
+                n_groups=sum(len(cohorts[c].members) for c in found),
+                options=tuple(cohorts[same[0][0]].options[same[0][1]] for same in takers.values()),
+                takers=tuple(map(tuple, takers.values())),
+                places=cohorts[found[0]].places,
+            )
+        )
+    return tuple(shapes)
+
+
 def gpu_pools(problem: Problem) -> tuple[tuple[Device, ...], ...]:
     """GPUs that decode equally fast, taken together."""
     by_rate: dict[tuple[float, ...], list[Device]] = defaultdict(list)
     for gpu in problem.machine.gpus:
-        rates = (gpu.bandwidth_bytes_per_s, gpu.vector_flops_per_s, gpu.decode_slowdown)
+        rates: tuple[float, ...] = (
+            gpu.bandwidth_bytes_per_s,
+            gpu.vector_flops_per_s,
+            gpu.decode_slowdown,
+        )
+        if problem.goal.max_turn_s is not None:
+            rates = (*rates, gpu.flops_per_s, gpu.prefill_slowdown)
         by_rate[rates].append(gpu)
     return tuple(tuple(pool) for pool in by_rate.values())
 
 
-def build_model(problem: Problem, cohorts: tuple[Cohort, ...]) -> Model:
-    """The program for the problem's split of the layers; the objective is set by the caller."""
-    lp = pulp.LpProblem("quantplan", pulp.LpMinimize)
+def build_model(problem: Problem, options: Sequence[tuple[Option, ...]] | None = None) -> Model:
+    """The program for the problem's split of the layers.
+
+    Args:
+        problem: Groups, budgets, split and goal.
+        options: Options that each group may take; by default all of its own.
+    """
     alone = tuple((device,) for device in problem.machine.devices)
-    return _constrained(Model(problem, cohorts, lp, alone, relaxed=False))
+    cohorts = form_cohorts(problem, options)
+    shapes = form_shapes(problem, cohorts)
+    return _constrained(Model(problem, cohorts, shapes, alone, relaxed=False))
 
 
 def build_relaxation(problem: Problem) -> Model:
     """A program whose optimum bounds those of all splits of the layers.
 
     Every group of a layer and every part of a cache may be on any device, and GPUs of equal
-    bandwidth share their memory.
+    speed share their memory.
     """
-    lp = pulp.LpProblem("quantplan", pulp.LpMinimize)
     pools = (*gpu_pools(problem), (problem.machine.ram,))
     cohorts = form_cohorts(problem, relaxed=True)
-    return _constrained(Model(problem, cohorts, lp, pools, relaxed=True))
+    shapes = form_shapes(problem, cohorts)
+    return _constrained(Model(problem, cohorts, shapes, pools, relaxed=True))
 
 
 def _constrained(model: Model) -> Model:
-    """Adds the variables and every family of constraints."""
+    """Adds the variables, every family of constraints, and the objective."""
     add_choices(model)
-    add_compute(model)
     if model.relaxed:
         add_caches(model)
         add_hops(model)
+    add_streaming(model)
+    add_pipeline(model)
     add_memory(model)
-    add_decode(model)
+    add_speed(model)
+    add_turn(model)
+    add_loss(model)
+    add_size(model)
+    model.lp.minimise(model.objective())
     return model
 
 
 def add_choices(model: Model) -> None:
-    """Every group takes one option on one device: sum_{o,d} x[c,o,d] = size(c)."""
+    """Every group takes one option, on one device.
+
+    sum_o t[c,o] = size(c), and sum_d x[k,o,d] = sum of t[c,o] over the cohorts c of shape k
+    """
     for c, cohort in enumerate(model.cohorts):
         size = len(cohort.members)
-        counts = {
-            (c, o, device.name): model.lp.add_variable(f"x_{c}_{o}_{d}", 0, size, pulp.LpInteger)
-            for o in range(len(cohort.options))
-            for d, device in enumerate(cohort.places)
-        }
-        model.x.update(counts)
-        model.lp += pulp.lpSum(counts.values()) == size
+        for o in range(len(cohort.options)):
+            model.t[c, o] = model.lp.add_variable(f"t_{c}_{o}", size, is_integer=True)
+        terms = {model.t[c, o]: 1.0 for o in range(len(cohort.options))}
+        model.lp.add_row(f"choices_{c}", terms, equal=size)
+    for k, shape in enumerate(model.shapes):
+        for o, takers in enumerate(shape.takers):
+            terms = {model.t[taker]: -1.0 for taker in takers}
+            most = sum(len(model.cohorts[c].members) for c, _ in takers)
+            for d, device in enumerate(shape.places):
+                variable = model.lp.add_variable(f"x_{k}_{o}_{d}", most, is_integer=True)
+                model.x[k, o, device.name], terms[variable] = variable, 1.0
+            model.lp.add_row(f"places_{k}_{o}", terms, equal=0.0)
 
 
-def add_compute(model: Model) -> None:
-    """A compute buffer holds its graph; the first GPU's also tensors streamed from RAM.
+def add_streaming(model: Model) -> None:
+    """The first GPU's compute buffer holds the largest tensor that is streamed to it from RAM.
 
-    compute[d] >= graph(d). Where GPUs may work as a pipeline: compute[d] >= pipelined(d) p and
-    p + sum x[c,o,CPU] over the cohorts c of layers >= 1, p binary. For every cohort c that is
-    streamed from RAM and option o: compute[GPU0] >= (around + largest[c,o]) z[c,o] and
-    x[c,o,CPU] <= size(c) z[c,o], z binary.
+    With the sizes h[1] < h[2] < ... of all tensors that may be streamed, above the size h[0] that
+    the GPU's graph has room for: y[s] is 1 where some tensor of at least h[s] is streamed.
+
+    streamed[GPU0] = sum_s (h[s] - h[s-1]) y[s], y[s+1] <= y[s], and for every shape k and size s:
+    sum of x[k,o,CPU] over the options o of at least h[s] <= size(k) y[s].
     """
     problem = model.problem
-    for d, device in enumerate(problem.machine.devices):
-        graph = problem.compute_bytes(device) / _MIB
-        model.compute[device.name] = model.lp.add_variable(f"compute_{d}", lowBound=graph)
-    in_ram = {
-        choice: count
-        for choice, count in model.x.items()
-        if choice[2] == problem.machine.ram.name and model.group(choice).layer is not None
-    }
-    if problem.may_pipeline():
-        pipelines = model.lp.add_variable("pipeline", cat=pulp.LpBinary)
-        model.lp += pipelines + pulp.lpSum(in_ram.values()) >= 1
-        for device in problem.machine.devices:
-            held = problem.compute_bytes(device, is_pipeline=True)
-            model.lp += model.compute[device.name] >= held / _MIB * pipelines
-    for choice, count in in_ram.items():
-        if not problem.is_streamed(model.group(choice)):
-            continue
-        c, o, _ = choice
-        streams = model.lp.add_variable(f"z_{c}_{o}", cat=pulp.LpBinary)
-        model.lp += count <= len(model.cohorts[c].members) * streams
-        held = problem.around_streamed_bytes + model.option(choice).largest_bytes
-        model.lp += model.compute[problem.machine.gpus[0].name] >= held / _MIB * streams
+    if not problem.machine.gpus:
+        return
+    first, ram = problem.machine.gpus[0], problem.machine.ram.name
+    graph = problem.compute_bytes(first)
+    held: dict[int, int] = {}
+    by_shape: dict[int, dict[int, int]] = defaultdict(dict)
+    for (k, o, name), variable in model.x.items():
+        if name == ram and problem.is_streamed(model.shapes[k].group):
+            size = problem.around_streamed_bytes + model.shapes[k].options[o].largest_bytes
+            if size > graph:
+                held[variable] = by_shape[k][variable] = size
+    sizes = sorted(set(held.values()))
+    steps = [model.lp.add_variable(f"y_{s}", 1, is_integer=True) for s in range(len(sizes))]
+    model.steps = steps
+    model.streamed[first.name] = model.lp.add_variable("streamed_0")
+    total = {model.streamed[first.name]: -1.0}
+    for s, (low, high) in enumerate(zip([graph, *sizes], sizes, strict=False)):
+        total[steps[s]] = (high - low) / _MIB
+        if s:
+            model.lp.add_row(f"steps_{s}", {steps[s]: 1.0, steps[s - 1]: -1.0}, upper=0.0)
+    model.lp.add_row("streamed", total, equal=0.0)
+    for k, variables in by_shape.items():
+        for size in sorted(set(variables.values())):
+            s = sizes.index(size)
+            terms = {
+                variable: 1.0 for variable, held_size in variables.items() if held_size >= size
+            }
+            terms[steps[s]] = -float(model.shapes[k].n_groups)
+            model.lp.add_row(f"streams_{k}_{s}", terms, upper=0.0)
+
+
+def add_pipeline(model: Model) -> None:
+    """GPUs that hold every layer work as a pipeline, with more copies of their graphs' inputs.
+
+    p + sum x[k,o,CPU] over the shapes k of layers >= 1, p binary.
+    """
+    problem, ram = model.problem, model.problem.machine.ram.name
+    if not problem.may_pipeline():
+        return
+    model.pipeline = model.lp.add_variable("pipeline", 1, is_integer=True)
+    in_ram = [
+        count
+        for (k, _, name), count in model.x.items()
+        if name == ram and model.shapes[k].group.layer is not None
+    ]
+    model.lp.add_row("pipeline", {model.pipeline: 1.0, **dict.fromkeys(in_ram, 1.0)}, lower=1.0)
 
 
 def add_caches(model: Model) -> None:
@@ -238,16 +378,17 @@ def add_caches(model: Model) -> None:
     """
     problem = model.problem
     for k, (kind, n_layers) in enumerate(Counter(problem.cache_kinds).items()):
-        if not _cache_mib(problem, kind):
+        total = n_layers * cache_mib(problem, kind)
+        if not total:
             continue
-        parts = []
+        parts = {}
         for p, pool in enumerate(model.pools):
-            parts.append(model.lp.add_variable(f"cache_{k}_{p}", lowBound=0))
-            model.caches[kind, pool[0].name] = parts[-1]
-        model.lp += pulp.lpSum(parts) == n_layers * _cache_mib(problem, kind)
+            variable = model.lp.add_variable(f"cache_{k}_{p}")
+            model.caches[kind, pool[0].name], parts[variable] = variable, 1.0
+        model.lp.add_row(f"caches_{k}", parts, equal=total)
 
 
-def _cache_mib(problem: Problem, kind: LayerCache) -> float:
+def cache_mib(problem: Problem, kind: LayerCache) -> float:
     """MiB of the cache of one layer of a kind."""
     return problem.cache_bytes[problem.cache_kinds.index(kind)] / _MIB
 
@@ -255,72 +396,145 @@ def _cache_mib(problem: Problem, kind: LayerCache) -> float:
 def add_hops(model: Model) -> None:
     """A group in RAM leaves a GPU, unless the rest of its layer is in RAM too.
 
-    hops[c] >= sum_o x[c,o,CPU] - sum_o x[a,o,CPU], hops[c] >= 0, for cohorts c that may leave and
-    every cohort a that may not and is in all of c's layers; and the same for their caches, counted
+    hops[k] >= sum_o x[k,o,CPU] - sum_o x[a,o,CPU], hops[k] >= 0, for shapes k that may leave and
+    every shape a that may not and is in all of k's layers; and the same for their caches, counted
     in layers.
     """
     problem, ram = model.problem, model.problem.machine.ram.name
     if not problem.machine.gpus:
         return
-
-    def layers(cohort: Cohort) -> set[int | None]:
-        return {problem.groups[g].layer for g in cohort.members}
-
-    def in_ram(c: int) -> pulp.LpAffineExpression:
-        return pulp.lpSum(n for (d, _, name), n in model.x.items() if (d, name) == (c, ram))
-
-    places = [problem.groups[cohort.members[0]].place for cohort in model.cohorts]
-    staying = [c for c, place in enumerate(places) if place == "layer"]
-    for c, cohort in enumerate(model.cohorts):
-        same = [a for a in staying if layers(model.cohorts[a]) >= layers(cohort)]
-        if places[c] != "free" or not problem.groups[cohort.members[0]].n_crossings:
+    in_ram: dict[int, list[pulp.LpVariable]] = defaultdict(list)
+    for (k, _, name), variable in model.x.items():
+        if name == ram:
+            in_ram[k].append(variable)
+    layers = [
+        {problem.groups[g].layer for c in shape.cohorts for g in model.cohorts[c].members}
+        for shape in model.shapes
+    ]
+    staying = [k for k, shape in enumerate(model.shapes) if shape.group.place == "layer"]
+    for k, shape in enumerate(model.shapes):
+        group = shape.group
+        if group.place != "free" or not group.n_crossings:
             continue
-        model.hops[c] = model.lp.add_variable(f"hops_{c}", lowBound=0)
-        for a in same:
-            model.lp += model.hops[c] >= in_ram(c) - in_ram(a)
-        kind = problem.cache_kinds[problem.groups[cohort.members[0]].layer or 0]
+        model.hops[k] = model.lp.add_variable(f"hops_{k}")
+        leaves = {model.hops[k]: 1.0, **dict.fromkeys(in_ram[k], -1.0)}
+        for a in staying:
+            if layers[a] >= layers[k]:
+                terms = leaves | dict.fromkeys(in_ram[a], 1.0)
+                model.lp.add_row(f"hops_{k}_{a}", terms, lower=0.0)
+        kind = problem.cache_kinds[group.layer or 0]
         cache = model.caches.get((kind, ram))
         if cache is not None:
-            model.lp += model.hops[c] >= in_ram(c) - cache / _cache_mib(problem, kind)
+            terms = leaves | {cache: 1 / cache_mib(problem, kind)}
+            model.lp.add_row(f"hops_{k}_cache", terms, lower=0.0)
 
 
 def add_memory(model: Model) -> None:
     """Each device (or pool of devices, in a relaxation) holds its weights, caches and buffers.
 
-    sum bytes[c,o] x[c,o,d] + cache(d) + compute[d] <= usable(d)
+    sum bytes[k,o] x[k,o,d] + cache(d) + compute(d) + streamed[d] + copies(d) p <= usable(d)
     """
-    problem = model.problem
-    for pool in model.pools:
-        used: list[pulp.LpAffineExpression] = []
-        budget = 0
-        for device in pool:
-            budget += device.usable_bytes - _TOLERANCE_BYTES
-            used.append(model.compute[device.name])
-            if model.relaxed:
-                budget -= problem.trailing_cache_bytes if device == problem.output_device else 0
-            else:
-                budget -= problem.device_cache_bytes(device)
-            for choice, count in model.x.items():
-                group, option = model.group(choice), model.option(choice)
-                n_bytes = problem.bytes_on(device, group, option, choice[2])
+    for p, pool in enumerate(model.pools):
+        names = {device.name for device in pool}
+        terms: dict[pulp.LpVariable, float] = defaultdict(float)
+        for (k, o, name), variable in model.x.items():
+            group, option = model.shapes[k].group, model.shapes[k].options[o]
+            if name in names or group.place == "host_and_output":
+                n_bytes = sum(model.problem.bytes_on(d, group, option, name) for d in pool)
                 if n_bytes:
-                    used.append(n_bytes / _MIB * count)
-        used += [part for (_, name), part in model.caches.items() if name == pool[0].name]
-        model.lp += pulp.lpSum(used) <= budget / _MIB
+                    terms[variable] += n_bytes / _MIB
+        for device in pool:
+            if device.name in model.streamed:
+                terms[model.streamed[device.name]] = 1.0
+        if model.pipeline is not None:
+            terms[model.pipeline] = sum(_copies_bytes(model.problem, d) for d in pool) / _MIB
+        for (_, name), variable in model.caches.items():
+            if name == pool[0].name:
+                terms[variable] = 1.0
+        model.lp.add_row(f"memory_{p}", terms, upper=_budget_bytes(model, pool) / _MIB)
 
 
-def add_decode(model: Model) -> None:
+def _copies_bytes(problem: Problem, device: Device) -> int:
+    """What a device's compute buffer holds on top where the GPUs work as a pipeline."""
+    return problem.compute_bytes(device, is_pipeline=True) - problem.compute_bytes(device)
+
+
+def _budget_bytes(model: Model, pool: Iterable[Device]) -> int:
+    """What the devices of a pool have for weights, and for caches where these may be anywhere."""
+    problem, budget = model.problem, 0
+    for device in pool:
+        budget += device.usable_bytes - _TOLERANCE_BYTES - problem.compute_bytes(device)
+        if not model.relaxed:
+            budget -= problem.device_cache_bytes(device)
+        elif device == problem.output_device:
+            budget -= problem.trailing_cache_bytes
+    return budget
+
+
+def add_speed(model: Model) -> None:
     """A token takes at most the target's time, with the context full.
 
-    sum seconds[c,o,d] x[c,o,d] + caches + fixed <= 1 / min_decode_tps
+    sum seconds[k,o,d] x[k,o,d] + caches + hops + fixed <= 1 / min_decode_tps
     """
-    target = model.problem.min_decode_tps
+    problem, target = model.problem, model.problem.goal.min_decode_tps
     if target is not None:
-        allowed = (1 - 1e-6) / target - model.base_decode_s
-        model.lp += model.decode_ms() <= _MILLI * allowed
+        base = problem.fixed_decode_s if model.relaxed else problem.base_decode_s
+        allowed = (1 - _TOLERANCE) / target - base
+        model.lp.add_row("speed", model.decode_ms, upper=_MILLI * allowed)
+
+
+def add_turn(model: Model) -> None:
+    """The workload's prompt and answer take at most the time that is allowed.
+
+    sum turn[k,o,d] x[k,o,d] + caches + hops + fixed <= max_turn_s
+    """
+    problem, most = model.problem, model.problem.goal.max_turn_s
+    if most is not None:
+        base = problem.fixed_turn_s if model.relaxed else problem.base_turn_s
+        allowed = (1 - _TOLERANCE) * most - base
+        model.lp.add_row("turn", model.turn_ms, upper=_MILLI * allowed)
+
+
+def add_loss(model: Model) -> None:
+    """The model loses at most what is allowed: sum loss[c,o] t[c,o] <= max_loss."""
+    most = model.problem.max_summed_loss_nats
+    if most is not None:
+        allowed = _MILLI * (1 - _TOLERANCE) * most
+        model.lp.add_row("loss", model.loss_millinats, upper=allowed)
+
+
+def add_size(model: Model) -> None:
+    """The tensors of the file take at most the bytes that are allowed.
+
+    sum bytes[c,o] t[c,o] + tensors that are not loaded <= max_file_bytes
+    """
+    problem, most = model.problem, model.problem.goal.max_file_bytes
+    if most is not None:
+        terms = {
+            variable: model.cohorts[c].options[o].n_bytes / _MIB
+            for (c, o), variable in model.t.items()
+        }
+        allowed = (most - problem.unloaded_bytes - _TOLERANCE_BYTES) / _MIB
+        model.lp.add_row("size", terms, upper=allowed)
+
+
+def add_layers_in_ram(model: Model, at_least: int, at_most: int) -> None:
+    """So many layers are in RAM, in a relaxation: at_least <= sum_k cache[k,CPU] <= at_most.
+
+    Counted in layers, of those that have a cache; the others may be anywhere.
+    """
+    ram = model.problem.machine.ram.name
+    terms = {
+        variable: 1 / cache_mib(model.problem, kind)
+        for (kind, name), variable in model.caches.items()
+        if name == ram
+    }
+    without = sum(not cache_mib(model.problem, kind) for kind in model.problem.cache_kinds)
+    model.lp.add_row("in_ram_least", terms, lower=at_least - without)
+    model.lp.add_row("in_ram_most", terms, upper=at_most)
 
 
 def add_cutoff(model: Model, objective_nats: float) -> None:
     """The objective is below one that is already known: objective <= objective_nats."""
-    base = model.problem.decode_price_nats_per_s * model.base_decode_s
-    model.lp += model.objective() <= _MILLI * (objective_nats - base)
+    allowed = _MILLI * (objective_nats - model.constant_nats)
+    model.lp.add_row("cutoff", model.objective(), upper=allowed)

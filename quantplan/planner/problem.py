@@ -1,74 +1,31 @@
-"""Model, machine, workload and policy -> groups with options and their costs."""
+"""What the integer program is made from: groups, and what they cost on each device."""
 
-from collections import defaultdict
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 from quantplan.costs import compute, memory
 from quantplan.costs.compute import Estimate, Work
 from quantplan.costs.decode import cache_s, read_s
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.factors import shipped
-from quantplan.costs.quality import LossTable
+from quantplan.costs.prefill import prefill_s
+from quantplan.costs.quality import LossTable, link
+from quantplan.costs.speed import turn_depths
 from quantplan.costs.traffic import (
     Read,
+    Traffic,
     boundary_crossings,
-    crossing_shares,
-    is_expert,
     output_read,
-    read_of,
 )
 from quantplan.hardware import Device, Machine
-from quantplan.inventory import Inventory, LayerCache, Tensor
+from quantplan.inventory import Inventory, LayerCache
 from quantplan.placement import Launch
+from quantplan.planner.goal import Goal
+from quantplan.planner.groups import Group, Option, form_groups
 from quantplan.policy import Policy
 from quantplan.workload import Workload
-
-Place = Literal["layer", "free", "output", "host", "host_and_output"]
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One way to quantize a group.
-
-    Attributes:
-        qtypes: Type of each tensor of the group.
-        n_bytes: Bytes in a model buffer.
-        padding_bytes: Bytes that a CUDA buffer takes on top.
-        largest_bytes: Bytes of the largest tensor.
-        reads: What each tensor makes its device do per token.
-        loss_nats: Predicted loss.
-    """
-
-    qtypes: tuple[str, ...]
-    n_bytes: int
-    padding_bytes: int
-    largest_bytes: int
-    reads: tuple[Read, ...]
-    loss_nats: float
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Tensors that share one decision.
-
-    Attributes:
-        tensors: The tensors.
-        layer: Their layer; None outside the layers.
-        place: Where they may live: on their layer's device; there or in RAM (``free``); on the
-            device of the output; in RAM (``host``); or one copy in RAM and one beside the output,
-            as llama.cpp does with tied embeddings.
-        options: Ways to quantize them, most bytes first, none dominated by another.
-        n_crossings: Hops to the CPU and back that they cause when they leave their layer's GPU.
-    """
-
-    tensors: tuple[Tensor, ...]
-    layer: int | None
-    place: Place
-    options: tuple[Option, ...]
-    n_crossings: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +39,8 @@ class Problem:
         policy: The rules.
         groups: One per decision.
         layer_devices: Name of the device of each loaded layer; its KV cache is there too.
-        min_decode_tps: Least decode speed with the context full; None for no limit.
+        goal: What is to be best, and what has to be reached.
+        evidence: What was measured of the model's losses.
         plans_with_high_end: Whether compute buffers count with the high end of their estimate.
     """
 
@@ -92,12 +50,20 @@ class Problem:
     policy: Policy
     groups: tuple[Group, ...]
     layer_devices: tuple[str, ...]
-    min_decode_tps: float | None
+    goal: Goal
+    evidence: Evidence | None = None
     plans_with_high_end: bool = True
 
     def with_layers(self, layer_devices: tuple[str, ...]) -> "Problem":
         """The same problem with the layers on other devices."""
         return replace(self, layer_devices=layer_devices)
+
+    def with_policy(self, policy: Policy) -> "Problem":
+        """The same problem with other rules, every layer on the output's device."""
+        made = build_problem(
+            self.inventory, self.machine, self.workload, policy, self.goal, evidence=self.evidence
+        )
+        return replace(made, plans_with_high_end=self.plans_with_high_end)
 
     @cached_property
     def devices(self) -> dict[str, Device]:
@@ -186,15 +152,42 @@ class Problem:
         return estimate.high if self.plans_with_high_end else estimate.expected
 
     @property
+    def loss_weight(self) -> float:
+        """Weight of the loss in the objective."""
+        return 0.0 if self.goal.best == "speed" else 1.0
+
+    @property
     def decode_price_nats_per_s(self) -> float:
         """Nats that a second per token is worth; 0 where a speed is asked for."""
-        is_free = self.min_decode_tps is None
-        return self.policy.decode_price_nats_per_s if is_free else 0.0
+        if self.goal.best == "speed":
+            return self.policy.decode_price_nats_per_s or 1.0
+        return self.policy.decode_price_nats_per_s if self.goal.prices_time else 0.0
+
+    @property
+    def max_summed_loss_nats(self) -> float | None:
+        """Sum of the tensors' losses at which the model loses as much as it may."""
+        most = self.goal.max_loss_nats
+        return None if most is None else link().loss(most)
+
+    @cached_property
+    def unloaded_bytes(self) -> int:
+        """Bytes in the file of tensors that the runtime does not load."""
+        return sum(
+            memory.weight_bytes(t, self.policy.candidates_for(t, is_loaded=False)[0])
+            for t in self.inventory.tensors
+            if not self.inventory.is_loaded(t)
+        )
 
     @cached_property
     def cache_kinds(self) -> tuple[LayerCache, ...]:
         """The cache of each loaded layer; layers with equal ones take equal bytes and time."""
         return self.inventory.architecture.caches[: self.n_layers]
+
+    @cached_property
+    def cache_kind_numbers(self) -> tuple[int, ...]:
+        """Layers with equal caches have equal numbers."""
+        numbers: dict[LayerCache, int] = {}
+        return tuple(numbers.setdefault(kind, len(numbers)) for kind in self.cache_kinds)
 
     def cache_s(self, kind: LayerCache, device: Device) -> float:
         """Seconds per token to attend to the cache of one layer, with the context full.
@@ -207,17 +200,33 @@ class Problem:
     @cached_property
     def base_decode_s(self) -> float:
         """Seconds per token that no type changes: caches, with the context full, and the rest."""
-        caches = sum(
-            self.cache_s(kind, self.devices[name])
-            for kind, name in zip(self.cache_kinds, self.layer_devices, strict=True)
-        )
+        return self.fixed_decode_s + self._of_caches(self.cache_s) + self._boundary_s
+
+    @cached_property
+    def base_turn_s(self) -> float:
+        """Seconds of the workload's turn that no type changes."""
+        boundaries = self.workload.answer_tokens * self._boundary_s
+        return self.fixed_turn_s + self._of_caches(self.cache_turn_s) + boundaries
+
+    def _of_caches(self, seconds: Callable[[LayerCache, Device], float]) -> float:
+        """The sum over all layers."""
+        pairs = Counter(zip(self.cache_kinds, self.layer_devices, strict=True))
+        return sum(n * seconds(kind, self.devices[name]) for (kind, name), n in pairs.items())
+
+    @property
+    def _boundary_s(self) -> float:
         n_crossings = boundary_crossings(self.layer_devices, self.output_device.name)
-        return self.fixed_decode_s + caches + n_crossings * shipped().crossing_s
+        return n_crossings * shipped().crossing_s
 
     @property
     def fixed_decode_s(self) -> float:
         """Seconds per token that neither types nor places change."""
         return shipped().fixed_s
+
+    @property
+    def fixed_turn_s(self) -> float:
+        """Seconds of the workload's turn that neither types nor places change."""
+        return self.workload.answer_tokens * self.fixed_decode_s
 
     def places(self, group: Group) -> tuple[Device, ...]:
         """Devices that a group may be on."""
@@ -265,13 +274,64 @@ class Problem:
         """Seconds per token that a group costs by leaving its layer's GPU."""
         return group.n_crossings * shipped().crossing_s
 
+    def turn_s(
+        self, group: Group, option: Option, placed_on: str, *, homeless: bool = False
+    ) -> float:
+        """Seconds that a group adds to the workload's turn: its prompt, then its answer.
+
+        Matrices take as long at any depth, so the time is linear in the choices.
+
+        Args:
+            group: The tensors.
+            option: Their types.
+            placed_on: Name of the device.
+            homeless: Leave out hops, as in `decode_s`.
+        """
+        answer = self.decode_s(group, option, placed_on, homeless=homeless)
+        prompt = self._prompt_s({placed_on: option.reads}, ())
+        work = self.workload
+        return work.answer_tokens * answer + work.prompt_tokens * prompt / work.ubatch
+
+    def cache_turn_s(self, kind: LayerCache, device: Device) -> float:
+        """Seconds that attention to the cache of one layer adds to the workload's turn.
+
+        Both parts are integrals over the depth, as `SpeedPrediction.turn_s` forms them.
+        """
+        work, arch = self.workload, self.inventory.architecture
+        prompt, answer = turn_depths(arch.caches[: self.n_layers], work)
+        seconds = 0.0
+        for depth, tokens in prompt.items():
+            seconds += tokens * self._prompt_s({}, (kind,), device, depth) / work.ubatch
+        for depth, tokens in answer.items():
+            seconds += tokens * cache_s(device, arch, kind, work, depth)
+        return seconds
+
+    def turn_hop_s(self, group: Group) -> float:
+        """Seconds per turn that a group costs by leaving its layer's GPU."""
+        return self.workload.answer_tokens * self.hop_s(group)
+
+    def _prompt_s(
+        self,
+        reads: Mapping[str, tuple[Read, ...]],
+        kinds: tuple[LayerCache, ...],
+        device: Device | None = None,
+        depth: float = 0.0,
+    ) -> float:
+        """Seconds of one ubatch of a prompt for some matrices, or for the caches of a device."""
+        architecture = self.inventory.architecture
+        if kinds:
+            architecture = architecture.model_copy(update={"caches": kinds})
+        layers = (device.name,) * len(kinds) if device else ()
+        traffic = Traffic(architecture, reads, layers, 0.0)
+        return prefill_s(traffic, self.machine, self.workload, depth)
+
 
 def build_problem(
     inventory: Inventory,
     machine: Machine,
     workload: Workload,
     policy: Policy,
-    min_decode_tps: float | None,
+    goal: Goal,
     *,
     evidence: Evidence | None = None,
 ) -> Problem:
@@ -282,98 +342,13 @@ def build_problem(
         machine: The devices.
         workload: Context, slots, batch and KV types.
         policy: The rules.
-        min_decode_tps: Least decode speed; None for no limit.
+        goal: What is to be best, and what has to be reached.
         evidence: What was measured of the model's losses.
 
     Returns:
         A problem with every layer on the output's device, for the caller to split.
     """
-    losses, shares = LossTable(inventory, evidence), crossing_shares(inventory)
-    tied_roles = {role: index for index, tie in enumerate(policy.ties) for role in tie}
-    buckets: dict[tuple[int | None, str], list[Tensor]] = defaultdict(list)
-    # In an order of its own, so that the order of the file plays no part in the plan.
-    for tensor in sorted(inventory.tensors, key=lambda t: (t.layer is None, t.layer or 0, t.name)):
-        if inventory.is_loaded(tensor):
-            place = _place(inventory, machine, policy, tensor)
-            if place == "layer" and len(policy.candidates_for(tensor, is_loaded=True)) == 1:
-                key = "fixed experts" if is_expert(tensor) else "fixed"
-            elif tensor.role in tied_roles:
-                # Rules of a person that differ within a tie undo it.
-                key = f"tie {tied_roles[tensor.role]} {policy.tensor_rule(tensor)}"
-            else:
-                key = tensor.name
-            buckets[tensor.layer, key].append(tensor)
-    groups = tuple(
-        Group(
-            tensors=tuple(tensors),
-            layer=layer,
-            place=_place(inventory, machine, policy, tensors[0]),
-            options=_options(inventory, machine, policy, losses, tensors),
-            n_crossings=sum(shares.get(tensor.name, 0.0) for tensor in tensors),
-        )
-        for (layer, _), tensors in buckets.items()
-    )
-    problem = Problem(inventory, machine, workload, policy, groups, (), min_decode_tps)
+    losses = LossTable(inventory, evidence)
+    groups = form_groups(inventory, machine, workload, policy, goal=goal, losses=losses)
+    problem = Problem(inventory, machine, workload, policy, groups, (), goal, evidence)
     return problem.with_layers((problem.output_device.name,) * problem.n_layers)
-
-
-def _place(inventory: Inventory, machine: Machine, policy: Policy, tensor: Tensor) -> Place:
-    if tensor.role_class == "embedding":
-        is_tied = inventory.has_tied_output and tensor.role == "token_embd"
-        is_copied = bool(machine.gpus) or inventory.architecture.always_copies_tied_output
-        return "host_and_output" if is_tied and is_copied else "host"
-    if tensor.layer is None:
-        return "output"
-    may_leave = bool(machine.gpus) and policy.rule(tensor.role_class).may_leave_gpu
-    return "free" if may_leave else "layer"
-
-
-def _options(
-    inventory: Inventory,
-    machine: Machine,
-    policy: Policy,
-    losses: LossTable,
-    tensors: list[Tensor],
-) -> tuple[Option, ...]:
-    """Options of a group: tied tensors take the same wanted type, each with its own fallback."""
-    choices = [policy.candidates_for(t, is_loaded=True) for t in tensors]
-    longest = max(map(len, choices))
-    found = {}
-    for index in range(longest):
-        # Tensors with fewer candidates (a fixed type) keep their last one.
-        qtypes = tuple(names[min(index, len(names) - 1)] for names in choices)
-        found[qtypes] = _option(inventory, losses, tensors, qtypes)
-    return _undominated(found.values(), machine)
-
-
-def _option(
-    inventory: Inventory, losses: LossTable, tensors: list[Tensor], qtypes: tuple[str, ...]
-) -> Option:
-    pairs = list(zip(tensors, qtypes, strict=True))
-    sizes = [memory.weight_bytes(t, q) for t, q in pairs]
-    return Option(
-        qtypes=qtypes,
-        n_bytes=sum(sizes),
-        padding_bytes=sum(memory.cuda_padding_bytes(t, q) for t, q in pairs),
-        largest_bytes=max(sizes),
-        reads=tuple(read_of(inventory, t, q) for t, q in pairs),
-        loss_nats=sum(losses.loss_nats(t, q) for t, q in pairs),
-    )
-
-
-def _undominated(options: Collection[Option], machine: Machine) -> tuple[Option, ...]:
-    """Options, most bytes first, without those that another one equals or beats in everything.
-
-    Everything is bytes, loss, and seconds per token on each device: a type of fewer bits may be
-    slower to unpack.
-    """
-    priced = [
-        (o.n_bytes, o.loss_nats, *(sum(read_s(d, r) for r in o.reads) for d in machine.devices))
-        for o in options
-    ]
-    by_price = sorted(zip(priced, options, strict=True), key=lambda pair: pair[0])
-    kept: list[tuple[tuple[float, ...], Option]] = []
-    for price, option in by_price:
-        if not any(all(a <= b for a, b in zip(k, price, strict=True)) for k, _ in kept):
-            kept.append((price, option))
-    return tuple(option for _, option in reversed(kept))

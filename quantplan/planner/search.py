@@ -1,30 +1,35 @@
 """Searches over splits of the layers, against a bound that covers all of them."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from quantplan.errors import SolverError
-from quantplan.planner.diagnose import too_large, too_slow
 from quantplan.planner.problem import Problem
 from quantplan.planner.solve import (
+    Bounds,
     Solution,
-    bound_over_splits,
-    fastest_decode_s,
+    bound_with_layers_in_ram,
+    bounds_over_splits,
+    raised_bound,
+    solve_level,
     solve_split,
+    split_bounds,
+    try_level,
     with_bound,
 )
-from quantplan.planner.split import first_splits, neighbours
+from quantplan.planner.split import first_splits, neighbours, split_layers
 
 # Relative gap at which the search over splits of several GPUs may stop.
 _SPLIT_GAP = 1e-3
 # Relative improvement that is worth another step of that search.
 _PROGRESS = 1e-6
-# Share of the time that may go into the bound.
-_BOUND_SHARE = 0.3
+# Shares of the time that is left that may go into a better bound, and into one more split.
+_BOUND_SHARE = 0.2
+_SPLIT_SHARE = 0.2
+# Gap at which any solution is good enough.
+_ANY_GAP = 0.9
 
-_Found = TypeVar("_Found")
+Layers = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,56 +65,26 @@ def reachable_gap(problem: Problem, gap: float) -> float:
     return max(gap, _SPLIT_GAP) if problem.machine.gpus else gap
 
 
-def best_solution(problem: Problem, *, gap: float, time_limit_s: float) -> tuple[Problem, Solution]:
-    """Searches the split of the layers, types and places of least objective.
-
-    Args:
-        problem: Groups and budgets.
-        gap: Relative gap at which the search may stop.
-        time_limit_s: Time for the whole search, in seconds.
-
-    Returns:
-        The problem with the layers where they are, and its solution.
-
-    Raises:
-        NoPlanError: Nothing fits, or the speed asked for is out of reach.
-        SolverError: Nothing was found in time.
-    """
-    good_enough = reachable_gap(problem, gap)
-    # With several GPUs, which split is best matters more than the last digits of one.
-    solver_gap = good_enough / 2 if len(problem.machine.gpus) > 1 else gap
-    limits = Limits(good_enough, time.monotonic() + time_limit_s, solver_gap)
-    target = problem.min_decode_tps
-    solution = solve(problem, limits)
-    fastest = None if solution else fastest_split(problem, limits)
-    if fastest and target is not None and fastest[1] * target <= 1:
-        # The first splits are too slow, but one that is fast enough is not far from them.
-        solution = solve(problem, limits, [fastest[0]])
-    if solution is not None:
-        return problem.with_layers(solution.layer_devices), solution
-    if limits.is_over:
-        raise SolverError(f"no plan was found within {time_limit_s:g} s; give it more time")
-    if fastest is None:
-        raise too_large(problem)
-    if target is None:
-        raise SolverError("the search missed a plan that exists; please report this")
-    raise too_slow(target, 1 / fastest[1])
-
-
 def solve(
-    problem: Problem, limits: Limits, splits: Sequence[tuple[str, ...]] = ()
+    problem: Problem,
+    limits: Limits,
+    splits: Sequence[Layers] = (),
+    relaxed: Bounds | None = None,
+    known: Solution | None = None,
 ) -> Solution | None:
-    """Finds the types and places of least loss, then the fastest placement of those types.
+    """Finds the split of the layers, the types and the places of least objective.
 
-    Without a speed target time has a price (the policy's nats per second), so that no bytes are
-    spent on quality that nobody can tell. How many of the first layers are in RAM and how the
-    others are shared out is searched: from several starts, one boundary at a time, until the answer
-    is within the gap of a bound that covers every split, or no neighbour is better.
+    How many of the first layers are in RAM and how the others are shared out is searched on bounds:
+    the program without integers says in milliseconds how good a split can be. From several starts
+    one boundary is moved at a time. The program with integers is then solved for splits in the
+    order of their bounds, until none is left that could be better by more than the gap.
 
     Args:
         problem: Groups and budgets.
         limits: When to stop.
-        splits: Splits to start from; by default those of `first_splits`.
+        splits: Splits to start from, beside those of `first_splits`.
+        relaxed: Bounds over every split, where they are known already.
+        known: A solution of the problem, under harder limits and so perhaps not its best.
 
     Returns:
         The solution, or None where none was found.
@@ -120,81 +95,147 @@ def solve(
     if not problem.machine.gpus:
         split = problem.with_layers(first_splits(problem)[0])
         return solve_split(split, limits.solver_gap, limits.left_s)
-    bound = bound_over_splits(problem, limits.gap / 10, _BOUND_SHARE * limits.left_s)
-    if bound is None:
+    relaxed = relaxed or bounds_over_splits(problem)
+    if not relaxed.order:
         return None
-
-    def evaluate(split: Problem, best: Solution | None) -> Solution | None:
-        cutoff = best.objective_nats * (1 - _PROGRESS) if best else None
-        return solve_split(split, limits.solver_gap, limits.left_s, cutoff)
-
-    best = _climb(
-        problem,
-        limits,
-        splits or first_splits(problem),
-        evaluate=evaluate,
-        cost=lambda found: found.objective_nats,
-        good_enough=bound / (1 - limits.gap),
-    )
-    return with_bound(best[1], bound, limits.gap) if best else None
+    found = _Search(problem, limits, relaxed.least_nats, best=known)
+    found.climb([*splits, *first_splits(problem)])
+    if found.solve_in_order() is None:
+        return None
+    best, bound = found.best, relaxed.least_nats
+    # From the cheapest proof to the dearest, until one closes the gap.
+    for prove in (found.bound_around_best, found.bound_with_integers, found.bound_of_all_splits):
+        if best is None or _is_closed(best, bound, limits) or limits.is_over:
+            break
+        bound, best = max(bound, prove(relaxed)), found.best
+    return with_bound(best, bound, limits.gap) if best else None
 
 
-def fastest_split(problem: Problem, limits: Limits) -> tuple[tuple[str, ...], float] | None:
-    """The split of the layers, and its seconds per token, that decodes fastest within memory.
-
-    Returns:
-        None where no split fits.
-    """
-    target = problem.min_decode_tps
-    best = _climb(
-        replace(problem, min_decode_tps=None),
-        limits,
-        first_splits(problem),
-        evaluate=lambda split, _: fastest_decode_s(split, _SPLIT_GAP, limits.left_s),
-        cost=lambda seconds: seconds,
-        good_enough=(1 - _SPLIT_GAP) / target if target else float("inf"),
-    )
-    return (best[0].layer_devices, best[1]) if best else None
+def _is_closed(best: Solution, bound_nats: float, limits: Limits) -> bool:
+    return with_bound(best, bound_nats, limits.gap).status != "time_limit"
 
 
-def _climb(
-    problem: Problem,
-    limits: Limits,
-    starts: Sequence[tuple[str, ...]],
-    *,
-    evaluate: Callable[[Problem, _Found | None], _Found | None],
-    cost: Callable[[_Found], float],
-    good_enough: float,
-) -> tuple[Problem, _Found] | None:
-    """Improves the best start one boundary at a time.
+def any_solution(problem: Problem, deadline: float) -> Solution | None:
+    """Some solution, however far from the best; None where none was found by the deadline."""
+    if problem.machine.gpus and not bounds_over_splits(problem).order:
+        return None
+    for layers in first_splits(problem):
+        bounds = split_bounds(problem.with_layers(layers))
+        for level in bounds.order[:1]:
+            found = solve_level(bounds, level, _ANY_GAP, max(0.1, deadline - time.monotonic()))
+            if found is not None:
+                return found
+        if time.monotonic() >= deadline:
+            break
+    return None
 
-    Args:
-        problem: The groups.
+
+@dataclass
+class _Search:
+    """Splits whose bounds are known, and the best solution so far.
+
+    Attributes:
+        problem: Groups and budgets.
         limits: When to stop.
-        starts: Splits to start from.
-        evaluate: What a split is worth, given the best so far; None where it is impossible or no
-            better.
-        cost: The number to bring down.
-        good_enough: Cost at which to stop.
+        floor_nats: A bound that covers every split.
+        bounds: By split.
+        best: The best solution.
+        proven: Bounds that hold in integers, by split and level.
     """
-    best: tuple[Problem, _Found] | None = None
-    tried: set[tuple[str, ...]] = set()
-    candidates: Iterable[tuple[str, ...]] = starts
-    while True:
-        improved = False
-        for layers in candidates:
-            if layers in tried or (best and limits.is_over):
-                continue
-            tried.add(layers)
-            split = problem.with_layers(layers)
-            found = evaluate(split, best[1] if best else None)
-            if found is None or (best and cost(found) >= cost(best[1]) * (1 - _PROGRESS)):
-                continue
-            best, improved = (split, found), True
-            if cost(found) <= good_enough:
-                return best
-            if candidates is not starts:
-                break
-        if best is None or not improved:
-            return best
-        candidates = neighbours(problem, best[0].layer_devices)
+
+    problem: Problem
+    limits: Limits
+    floor_nats: float
+    bounds: dict[Layers, Bounds] = field(default_factory=dict)
+    best: Solution | None = None
+    proven: dict[tuple[Layers, int], float] = field(default_factory=dict)
+
+    def climb(self, starts: Sequence[Layers]) -> None:
+        """Looks at the starts, then moves one boundary of the best split at a time."""
+        best = None
+        for layers in starts:
+            found = self._look_at(layers)
+            if best is None or found.least_nats < best.least_nats:
+                best = found
+            if best.least_nats <= self.floor_nats * (1 + _PROGRESS) or self.limits.is_over:
+                return
+        while best is not None and best.order and not self.limits.is_over:
+            for layers in neighbours(self.problem, best.problem.layer_devices):
+                found = self._look_at(layers)
+                if found.least_nats < best.least_nats * (1 - _PROGRESS):
+                    best = found
+                    break
+            else:
+                return
+
+    def solve_in_order(self) -> Solution | None:
+        """Solves splits in the order of their bounds while one may be better by the gap."""
+        waiting = sorted(
+            (
+                (bounds.nats(level), layers, level)
+                for layers, bounds in self.bounds.items()
+                for level in bounds.order
+                if (layers, level) not in self.proven
+            ),
+            key=lambda item: item[0],
+        )
+        for nats, layers, level in waiting:
+            cutoff = None
+            if self.best is not None:
+                # To prove that nothing is better at all takes several times as long.
+                cutoff = self.best.objective_nats * (1 - max(self.limits.gap, _PROGRESS))
+                if nats > cutoff or self.limits.is_over:
+                    break
+            left_s = _SPLIT_SHARE * self.limits.left_s
+            found, bound = try_level(
+                self.bounds[layers], level, self.limits.solver_gap, left_s, cutoff
+            )
+            self.proven[layers, level] = bound
+            if found is not None and (cutoff is None or found.objective_nats < cutoff):
+                self.best = found
+        return self.best
+
+    def bound_around_best(self, _relaxed: Bounds) -> float:
+        """The least bound of all splits over one GPU, from three programs; else 0.
+
+        It is that of the best solution's own split, with integers, and that of the relaxation with
+        more, and with fewer layers in RAM.
+        """
+        best, problem = self.best, self.problem
+        if best is None or len(problem.machine.gpus) != 1:
+            return 0.0
+        n_in_ram = best.layer_devices.count(problem.machine.ram.name)
+        bound = self._proven_of(best.layer_devices)
+        bound = min(bound, bound_with_layers_in_ram(problem, at_least=n_in_ram + 1))
+        if n_in_ram:
+            bound = min(bound, bound_with_layers_in_ram(problem, at_most=n_in_ram - 1))
+        return bound
+
+    def bound_with_integers(self, relaxed: Bounds) -> float:
+        """The relaxation's bound with integers, as far as it is raised in a part of the time."""
+        if self.best is None:
+            return 0.0
+        left_s = _BOUND_SHARE * self.limits.left_s
+        return raised_bound(relaxed, self.best.objective_nats, self.limits.gap, left_s)
+
+    def bound_of_all_splits(self, _relaxed: Bounds) -> float:
+        """The least bound of all splits over one GPU, each looked at; 0 where there are more."""
+        if len(self.problem.machine.gpus) != 1:
+            return 0.0
+        for n_cpu_layers in range(self.problem.n_layers + 1):
+            if self.limits.is_over:
+                return 0.0
+            self._look_at(split_layers(self.problem, n_cpu_layers))
+        self.solve_in_order()
+        return min(map(self._proven_of, self.bounds))
+
+    def _proven_of(self, layers: Layers) -> float:
+        """The bound of a split, with integers where it was solved."""
+        bounds = self._look_at(layers)
+        levels = (self.proven.get((layers, i), bounds.nats(i)) for i in bounds.order)
+        return min(levels, default=float("inf"))
+
+    def _look_at(self, layers: Layers) -> Bounds:
+        if layers not in self.bounds:
+            self.bounds[layers] = split_bounds(self.problem.with_layers(layers))
+        return self.bounds[layers]

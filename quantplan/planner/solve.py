@@ -1,28 +1,26 @@
 """Solves the program for one split of the layers, and checks the answer in integers."""
 
-import contextlib
-import importlib.metadata
-import os
-import sys
-from collections import defaultdict
-from collections.abc import Iterator
+import math
+import time
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import Literal
 
-import highspy
 import pulp
 
 from quantplan.errors import SolverError
 from quantplan.hardware import Device
+from quantplan.planner.groups import Group, Option
+from quantplan.planner.linear import Answer
 from quantplan.planner.milp import (
-    Cohort,
     Model,
     add_cutoff,
+    add_layers_in_ram,
     build_model,
     build_relaxation,
     form_cohorts,
 )
-from quantplan.planner.problem import Option, Problem
+from quantplan.planner.problem import Problem
 
 Status = Literal["optimal", "within_gap", "time_limit"]
 
@@ -46,6 +44,11 @@ class DeviceBytes:
     padding: int
     cache: int
     compute: int
+
+    @classmethod
+    def none(cls) -> "DeviceBytes":
+        """Nothing, as on a GPU that is not used."""
+        return cls(0, 0, 0, 0)
 
     @property
     def total(self) -> int:
@@ -85,78 +88,95 @@ class Solution:
         return difference / self.objective_nats if difference > _NEGLIGIBLE_NATS else 0.0
 
 
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """Keeps the banner that HiGHS prints to file descriptor 1 out of ``--json`` output."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
-    saved = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as null:  # noqa: PTH123 (a descriptor is needed)
-            os.dup2(null.fileno(), 1)
-            yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
+@dataclass(frozen=True)
+class Bounds:
+    """What the program without integers says of a split, or of all splits.
 
-
-def solver_name() -> str:
-    """Name and versions of the solver."""
-    return " ".join(f"{p} {importlib.metadata.version(p)}" for p in ("pulp", "highspy"))
-
-
-def solver_options(gap: float, time_limit_s: float) -> dict[str, Any]:
-    """Options for HiGHS, as PuLP names them; one thread, so that answers repeat."""
-    return {"gapRel": gap, "timeLimit": time_limit_s, "threads": 1, "random_seed": 0}
-
-
-def _run(model: Model, gap: float, time_limit_s: float) -> float:
-    """Runs HiGHS.
-
-    Args:
-        model: What to solve.
-        gap: Relative gap at which to stop.
-        time_limit_s: Time at which to stop.
-
-    Returns:
-        The proven bound, in the objective's unit.
-
-    Raises:
-        SolverError: HiGHS failed.
-    """
-    with _quiet_stdout():
-        model.lp.solve(pulp.HiGHS(msg=False, **solver_options(gap, time_limit_s)))
-        highs = model.lp.solverModel
-        status, info = highs.getModelStatus(), highs.getInfo()
-    if model.lp.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        ended = highspy.HighsModelStatus
-        if status in (ended.kInfeasible, ended.kUnboundedOrInfeasible):
-            raise _InfeasibleError
-        if status == ended.kTimeLimit:
-            raise _OutOfTimeError(float(info.mip_dual_bound))
-        raise SolverError(f"HiGHS failed: {status.name}; please report this")
-    return float(info.mip_dual_bound)
-
-
-class _InfeasibleError(Exception):
-    """The solver proved that no choice meets the constraints."""
-
-
-class _OutOfTimeError(Exception):
-    """The solver found nothing in time.
+    The program is solved once for each size that the largest streamed tensor may have: with that
+    settled, what is left is so close to linear that the bounds are within about 0.1 %.
 
     Attributes:
-        bound: What it proved by then, in the model's unit.
+        problem: The problem with the split.
+        model: The program.
+        answers: Its solution at each level.
     """
 
-    def __init__(self, bound: float) -> None:
-        """Keeps the bound; it is 0 where nothing was proved."""
-        self.bound = max(0.0, bound)
-        super().__init__()
+    problem: Problem
+    model: Model
+    answers: tuple[Answer, ...]
+
+    def nats(self, level: int) -> float:
+        """Lower bound of the objective at a level; infinite where nothing fits."""
+        return _nats(self.model, self.answers[level].bound)
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """Levels at which something fits, the lowest bound first."""
+        fits = [i for i, answer in enumerate(self.answers) if answer.ending == "solved"]
+        return tuple(sorted(fits, key=self.nats))
+
+    @property
+    def least_nats(self) -> float:
+        """Lower bound of the objective."""
+        return self.nats(self.order[0]) if self.order else math.inf
+
+
+def split_bounds(problem: Problem) -> Bounds:
+    """Bounds for a problem's split of the layers."""
+    return _bounds(problem, build_model(problem))
+
+
+def bounds_over_splits(problem: Problem) -> Bounds:
+    """Bounds that hold for every split of the layers."""
+    return _bounds(problem, build_relaxation(problem))
+
+
+def bound_with_layers_in_ram(
+    problem: Problem, *, at_least: int = 0, at_most: int | None = None
+) -> float:
+    """A lower bound over the splits with so many layers in RAM; infinite where none fits."""
+    model = build_relaxation(problem)
+    add_layers_in_ram(model, at_least, problem.n_layers if at_most is None else at_most)
+    return _bounds(problem, model).least_nats
+
+
+def _bounds(problem: Problem, model: Model) -> Bounds:
+    return Bounds(problem, model, tuple(model.lp.relax(model.levels)))
+
+
+def raised_bound(relaxed: Bounds, objective_nats: float, gap: float, time_limit_s: float) -> float:
+    """A higher lower bound over every split, from counts that are integers.
+
+    Args:
+        relaxed: Bounds without integers.
+        objective_nats: Of the best solution that is known.
+        gap: Relative gap that is good enough.
+        time_limit_s: Time at which to stop.
+    """
+    enough, end, found = objective_nats * (1 - gap), time.monotonic() + time_limit_s, math.inf
+    for level in relaxed.order:
+        bound = relaxed.nats(level)
+        if bound < enough and time.monotonic() < end:
+            model = build_relaxation(relaxed.problem)
+            add_cutoff(model, enough)
+            left_s = end - time.monotonic()
+            answer = model.lp.solve(gap / 10, left_s, fixed=model.levels[level])
+            better = enough if answer.ending == "infeasible" else _nats(model, answer.bound)
+            bound = max(bound, better)
+        found = min(found, bound)
+    return found
+
+
+def _nats(model: Model, millinats: float) -> float:
+    """An objective or bound of a program, in nats."""
+    return max(0.0, millinats / 1000 + model.constant_nats)
 
 
 def solve_split(
-    problem: Problem, gap: float, time_limit_s: float, cutoff_nats: float | None = None
+    problem: Problem,
+    gap: float,
+    time_limit_s: float,
+    cutoff_nats: float | None = None,
 ) -> Solution | None:
     """Solves a problem for its split of the layers; the bound is for this split.
 
@@ -169,53 +189,73 @@ def solve_split(
     Returns:
         None where there is no (such) solution, or none was found in time.
     """
-    cohorts = form_cohorts(problem)
-    model = build_model(problem, cohorts)
-    if cutoff_nats is not None:
-        add_cutoff(model, cutoff_nats)
-    model.lp += model.objective()
-    try:
-        bound = _run(model, gap, time_limit_s)
-    except (_InfeasibleError, _OutOfTimeError):
-        return None
-    chosen = [(option,) for option, _ in _choices(model)]
-    fastest = build_model(problem, form_cohorts(problem, chosen))
-    fastest.lp += fastest.decode_ms()
-    try:
-        _run(fastest, gap, time_limit_s)
-    except (_InfeasibleError, _OutOfTimeError) as error:
-        raise SolverError("the chosen types lost their placement; please report this") from error
-    solution = _checked(problem, _in_layer_order(problem, cohorts, _choices(fastest)))
-    base = problem.decode_price_nats_per_s * problem.base_decode_s
-    return with_bound(solution, bound / 1000 + base, gap)
+    bounds, best, end = split_bounds(problem), None, time.monotonic() + time_limit_s
+    bound = math.inf
+    for level in bounds.order:
+        if best is not None:
+            cutoff_nats = best.objective_nats
+        if cutoff_nats is not None and bounds.nats(level) >= cutoff_nats:
+            bound = min(bound, bounds.nats(level))
+            break
+        left_s = max(0.1, end - time.monotonic())
+        found = solve_level(bounds, level, gap, left_s, cutoff_nats)
+        bound = min(bound, found.bound_nats if found else cutoff_nats or bounds.nats(level))
+        if found is not None and (best is None or found.objective_nats < best.objective_nats):
+            best = found
+    return with_bound(best, bound, gap) if best else None
 
 
-def fastest_decode_s(problem: Problem, gap: float, time_limit_s: float) -> float | None:
-    """Least seconds per token within memory for a problem's split; None where nothing fits."""
-    model = build_model(problem, form_cohorts(problem))
-    model.lp += model.decode_ms()
-    try:
-        _run(model, gap, time_limit_s)
-    except (_InfeasibleError, _OutOfTimeError):
-        return None
-    return float(pulp.value(model.lp.objective)) / 1000 + problem.base_decode_s
+def solve_level(
+    bounds: Bounds, level: int, gap: float, time_limit_s: float, cutoff_nats: float | None = None
+) -> Solution | None:
+    """Solves a split with the largest streamed tensor settled; the bound is for that alone.
+
+    See `try_level`.
+    """
+    return try_level(bounds, level, gap, time_limit_s, cutoff_nats)[0]
 
 
-def bound_over_splits(problem: Problem, gap: float, time_limit_s: float) -> float | None:
-    """A lower bound of the objective over every split of the layers, in nats.
+def try_level(
+    bounds: Bounds, level: int, gap: float, time_limit_s: float, cutoff_nats: float | None = None
+) -> tuple[Solution | None, float]:
+    """Solves a split with the largest streamed tensor settled.
+
+    Args:
+        bounds: Those of the split.
+        level: Index of the largest tensor that may be streamed.
+        gap: Relative gap at which the solver may stop.
+        time_limit_s: Time for each of the two runs, in seconds.
+        cutoff_nats: Objective that the solution must not be above.
 
     Returns:
-        None where not even the relaxation has a solution, so that no split has one.
+        The solution, or None where there is no (such) one or none was found in time; and the bound,
+        or the cutoff where that is lower.
     """
-    model = build_relaxation(problem)
-    model.lp += model.objective()
-    try:
-        bound = _run(model, gap, time_limit_s)
-    except _InfeasibleError:
-        return None
-    except _OutOfTimeError as error:
-        bound = error.bound
-    return bound / 1000 + problem.decode_price_nats_per_s * model.base_decode_s
+    problem, model = bounds.problem, bounds.model
+    if cutoff_nats is not None:
+        model = build_model(problem)
+        add_cutoff(model, cutoff_nats)
+    answer = model.lp.solve(gap, time_limit_s, fixed=model.levels[level])
+    least = max(_nats(model, answer.bound), bounds.nats(level))
+    if cutoff_nats is not None:
+        least = min(least, cutoff_nats)
+    if answer.ending != "solved":
+        return None, least
+    choices = _choices(model, answer)
+    if problem.goal.best == "quality":
+        choices = _fastest_places(problem, choices, gap, time_limit_s)
+    solution = _checked(problem, _in_layer_order(problem, choices))
+    return with_bound(solution, least, gap), least
+
+
+def _fastest_places(
+    problem: Problem, choices: list[tuple[Option, str]], gap: float, time_limit_s: float
+) -> list[tuple[Option, str]]:
+    """The fastest placement of the types that were chosen."""
+    model = build_model(problem, [(option,) for option, _ in choices])
+    model.lp.minimise(model.decode_ms)
+    answer = model.lp.solve(gap, time_limit_s)
+    return _choices(model, answer) if answer.ending == "solved" else choices
 
 
 def with_bound(solution: Solution, bound_nats: float, gap: float) -> Solution:
@@ -226,19 +266,30 @@ def with_bound(solution: Solution, bound_nats: float, gap: float) -> Solution:
     return replace(bounded, status="optimal" if bounded.gap == 0.0 else status)
 
 
-def _choices(model: Model) -> list[tuple[Option, str]]:
-    """Option and device of each group."""
-    counted: dict[int, list[tuple[Option, str]]] = defaultdict(list)
-    for choice, count in model.x.items():
-        counted[choice[0]] += [(model.option(choice), choice[2])] * round(count.value() or 0)
+def _choices(model: Model, answer: Answer) -> list[tuple[Option, str]]:
+    """Option and device of each group; of groups with equal options, the first ones are on GPUs."""
+
+    def count(variable: pulp.LpVariable) -> int:
+        return round(answer.value(variable))
+
+    places: dict[tuple[int, int], list[str]] = {}
+    for k, shape in enumerate(model.shapes):
+        for o, takers in enumerate(shape.takers):
+            names = [[d.name] * count(model.x[k, o, d.name]) for d in shape.places]
+            free = [name for equal in names for name in equal]
+            for c, of_cohort in sorted(takers, key=lambda taker: model.cohorts[taker[0]].members):
+                taken = count(model.t[c, of_cohort])
+                places[c, of_cohort], free = free[:taken], free[taken:]
     choices: dict[int, tuple[Option, str]] = {}
     for c, cohort in enumerate(model.cohorts):
-        choices.update(zip(cohort.members, counted[c], strict=True))
+        chosen = [(o, name) for o in range(len(cohort.options)) for name in places[c, o]]
+        for g, (o, name) in zip(cohort.members, chosen, strict=True):
+            choices[g] = cohort.options[o], name
     return [choices[g] for g in range(len(model.problem.groups))]
 
 
 def _in_layer_order(
-    problem: Problem, cohorts: tuple[Cohort, ...], choices: list[tuple[Option, str]]
+    problem: Problem, choices: list[tuple[Option, str]]
 ) -> list[tuple[Option, str]]:
     """Sorts the choices within each cohort: GPU before RAM, more bytes before fewer.
 
@@ -248,7 +299,7 @@ def _in_layer_order(
     """
     ram = problem.machine.ram.name
     ordered = list(choices)
-    for cohort in cohorts:
+    for cohort in form_cohorts(problem):
         taken = [choices[g] for g in cohort.members]
         best_first = sorted(taken, key=lambda choice: (choice[1] == ram, -choice[0].n_bytes))
         for g, choice in zip(cohort.members, best_first, strict=True):
@@ -268,15 +319,11 @@ def _checked(problem: Problem, choices: list[tuple[Option, str]]) -> Solution:
             )
     pairs = list(zip(problem.groups, choices, strict=True))
     decode_s = problem.base_decode_s + sum(problem.decode_s(g, o, name) for g, (o, name) in pairs)
-    if problem.min_decode_tps is not None and decode_s * problem.min_decode_tps > 1:
-        raise SolverError(
-            f"the answer takes {decode_s:.6f} s per token, more than {problem.min_decode_tps} "
-            "tokens/s allow; please report this"
-        )
     loss = sum(option.loss_nats for option, _ in choices)
+    _check_goal(problem, pairs, decode_s, loss)
     return Solution(
         status="time_limit",
-        objective_nats=loss + problem.decode_price_nats_per_s * decode_s,
+        objective_nats=problem.loss_weight * loss + problem.decode_price_nats_per_s * decode_s,
         bound_nats=0.0,
         choices=tuple(choices),
         layer_devices=problem.layer_devices,
@@ -284,6 +331,35 @@ def _checked(problem: Problem, choices: list[tuple[Option, str]]) -> Solution:
         loss_nats=loss,
         decode_s=decode_s,
     )
+
+
+def _check_goal(
+    problem: Problem,
+    pairs: list[tuple[Group, tuple[Option, str]]],
+    decode_s: float,
+    loss_nats: float,
+) -> None:
+    """Holds recomputed times and losses against their limits.
+
+    Raises:
+        SolverError: One of them is not kept.
+    """
+    goal, most = problem.goal, problem.max_summed_loss_nats
+    broken = []
+    if goal.min_decode_tps is not None and decode_s * goal.min_decode_tps > 1:
+        broken.append(f"{decode_s:.6f} s per token, more than {goal.min_decode_tps} tokens/s allow")
+    if goal.max_turn_s is not None:
+        turn_s = problem.base_turn_s + sum(problem.turn_s(g, o, name) for g, (o, name) in pairs)
+        if turn_s > goal.max_turn_s:
+            broken.append(f"{turn_s:.6f} s for a turn of at most {goal.max_turn_s} s")
+    if most is not None and loss_nats > most:
+        broken.append(f"a summed loss of {loss_nats:.9f} nats, of which {most:.9f} are allowed")
+    if goal.max_file_bytes is not None:
+        n_bytes = problem.unloaded_bytes + sum(option.n_bytes for _, (option, _) in pairs)
+        if n_bytes > goal.max_file_bytes:
+            broken.append(f"{n_bytes} bytes in the file, more than {goal.max_file_bytes}")
+    if broken:
+        raise SolverError(f"the answer takes {' and '.join(broken)}; please report this")
 
 
 def _bytes_of(problem: Problem, device: Device, choices: list[tuple[Option, str]]) -> DeviceBytes:

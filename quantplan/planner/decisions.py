@@ -1,0 +1,195 @@
+"""Decisions around the integer program: context, KV type, ubatch and number of GPUs left open."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from quantplan.errors import SolverError
+from quantplan.planner.diagnose import longest_context, no_plan, with_context
+from quantplan.planner.goal import Goal
+from quantplan.planner.problem import Problem
+from quantplan.planner.search import Limits, any_solution, reachable_gap, solve
+from quantplan.planner.solve import Bounds, Solution, bounds_over_splits, with_bound
+
+# No loss of a quantized KV cache was measured for whole models, so the integer program cannot weigh
+# it. F16 is kept unless Q8_0 makes the objective at least a tenth smaller, or is needed to fit.
+_KV_TYPES = (("f16", 1.0), ("q8_0", 1 / 0.9))
+# Small ubatches make prompts slow, which a goal about decoding does not see: each halving has to
+# make the objective at least a hundredth smaller.
+_UBATCHES = tuple((2048 >> n, 1.01**n) for n in range(5))
+# Time for saying what would have to change where there is no plan.
+_DIAGNOSIS_S = 4.0
+# Share of the time that is left that may go into finding the longest context.
+_CONTEXT_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Open:
+    """What is left to decide beside types and places.
+
+    Attributes:
+        context: Find the longest context with which the goal is reached.
+        kv_type: Choose F16 or Q8_0 for the KV cache.
+        ubatch: Choose the physical batch.
+        n_gpus: Choose how many GPUs to use, of equal ones: the first so many.
+    """
+
+    context: bool = False
+    kv_type: bool = False
+    ubatch: bool = False
+    n_gpus: bool = False
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to settle what is open.
+
+    Attributes:
+        problem: The problem with it.
+        handicap: What its objective is multiplied by before variants are compared: above 1 for what
+            harms in a way that the objective does not know.
+    """
+
+    problem: Problem
+    handicap: float
+
+
+def variants(problem: Problem, left_open: Open) -> Iterator[Variant]:
+    """Every way to settle the KV type, the ubatch and the number of GPUs."""
+    work, machine, goal = problem.workload, problem.machine, problem.goal
+    is_float = work.flash_attention
+    kv_types = _KV_TYPES if left_open.kv_type and is_float else (("", 1.0),)
+    ubatches: tuple[tuple[int, float], ...] = ((work.ubatch, 1.0),)
+    if left_open.ubatch:
+        knows = goal.max_turn_s is not None
+        ubatches = tuple((n, 1.0 if knows else handicap) for n, handicap in _UBATCHES)
+    n_gpus = [len(machine.gpus)]
+    if left_open.n_gpus and _are_equal(problem):
+        n_gpus = list(range(1, len(machine.gpus) + 1))
+    for (kv_type, a), (ubatch, b), n in product(kv_types, ubatches, n_gpus):
+        changes: dict[str, object] = {"ubatch": ubatch, "batch": max(work.batch, ubatch)}
+        if kv_type:
+            changes |= {"kv_type_k": kv_type, "kv_type_v": kv_type}
+        changed = replace(
+            problem,
+            workload=work.model_copy(update=changes),
+            machine=machine.model_copy(update={"gpus": machine.gpus[:n]}),
+        )
+        home = (changed.output_device.name,) * changed.n_layers
+        yield Variant(changed.with_layers(home), a * b)
+
+
+def _are_equal(problem: Problem) -> bool:
+    """Whether all GPUs are alike."""
+    gpus = [gpu.model_copy(update={"name": ""}) for gpu in problem.machine.gpus]
+    return bool(gpus) and all(gpu == gpus[0] for gpu in gpus)
+
+
+def best_solution(
+    problem: Problem,
+    left_open: Open = Open(),
+    *,
+    gap: float,
+    time_limit_s: float,
+) -> tuple[Problem, Solution]:
+    """Searches the decisions, the split of the layers, types and places of least objective.
+
+    Args:
+        problem: Groups and budgets.
+        left_open: What is to be decided beside types and places.
+        gap: Relative gap at which the search may stop.
+        time_limit_s: Time for the whole search, in seconds.
+
+    Returns:
+        The problem as it was decided, and its solution, whose bound covers all variants.
+
+    Raises:
+        NoPlanError: Nothing fits, or the goal is out of reach.
+        SolverError: Nothing was found in time.
+    """
+    good_enough = reachable_gap(problem, gap)
+    # With GPUs, which split is best matters more than the last digits of one.
+    solver_gap = good_enough / 2 if problem.machine.gpus else gap
+    limits = Limits(good_enough, time.monotonic() + time_limit_s, solver_gap)
+    candidates = list(variants(problem, left_open))
+    if left_open.context:
+        candidates = _at_longest_context(candidates, limits)
+    found = _best_variant(candidates, limits)
+    if found is None and not limits.is_over:
+        found = _from_fastest(candidates, limits)
+    if found is not None:
+        return found
+    if limits.is_over:
+        raise SolverError(f"no plan was found within {time_limit_s:g} s; give it more time")
+    raise no_plan(problem, _DIAGNOSIS_S)
+
+
+def _best_variant(candidates: list[Variant], limits: Limits) -> tuple[Problem, Solution] | None:
+    """Solves variants in the order of their bounds while one may be better."""
+    bounded: list[tuple[float, Variant, Bounds]] = []
+    for variant in candidates:
+        relaxed = bounds_over_splits(variant.problem)
+        if relaxed.order or not variant.problem.machine.gpus:
+            bounded.append((variant.handicap * relaxed.least_nats, variant, relaxed))
+    bounded.sort(key=lambda item: item[0])
+    best: tuple[Variant, Solution] | None = None
+    best_nats = proven = float("inf")
+    for nats, variant, relaxed in bounded:
+        if best is not None and (nats >= best_nats * (1 - limits.gap) or limits.is_over):
+            proven = min(proven, nats)
+            continue
+        solution = solve(variant.problem, limits, relaxed=relaxed)
+        if solution is None:
+            continue
+        proven = min(proven, variant.handicap * solution.bound_nats)
+        if variant.handicap * solution.objective_nats < best_nats:
+            best_nats, best = variant.handicap * solution.objective_nats, (variant, solution)
+    if best is None:
+        return None
+    variant, solution = best
+    solution = with_bound(solution, proven / variant.handicap, limits.gap)
+    return variant.problem.with_layers(solution.layer_devices), solution
+
+
+def _from_fastest(candidates: list[Variant], limits: Limits) -> tuple[Problem, Solution] | None:
+    """Starts from the fastest split where the first ones are too slow for the goal."""
+    for variant in candidates:
+        unlimited = replace(variant.problem, goal=Goal(best="speed"))
+        fastest = solve(unlimited, limits)
+        if fastest is not None:
+            solution = solve(variant.problem, limits, [fastest.layer_devices])
+            if solution is not None:
+                return variant.problem.with_layers(solution.layer_devices), solution
+    return None
+
+
+def _at_longest_context(candidates: list[Variant], limits: Limits) -> list[Variant]:
+    """The variants that reach the goal with the longest context, at that context.
+
+    Larger ubatches and fewer GPUs make room for less, so that only what is needed is given up.
+    """
+    deadline = time.monotonic() + _CONTEXT_SHARE * limits.left_s
+    longest = 0
+    for variant in candidates:
+        most = _most_context(variant.problem)
+        if longest >= most:
+            break
+        if longest and not any_solution(with_context(variant.problem, longest + 256), deadline):
+            continue
+        found = longest_context(variant.problem, most, deadline)
+        longest = max(longest, found[0] if found else 0)
+    return (
+        [
+            Variant(with_context(variant.problem, longest), variant.handicap)
+            for variant in candidates
+        ]
+        if longest
+        else []
+    )
+
+
+def _most_context(problem: Problem) -> int:
+    """The context that the model was trained for, for each slot with a cache of its own."""
+    trained = problem.inventory.architecture.context_length or problem.workload.context
+    return int(trained) * problem.workload.n_streams

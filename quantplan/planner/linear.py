@@ -1,0 +1,196 @@
+"""A linear program with integer variables: PuLP holds the model, HiGHS solves it.
+
+PuLP gives a model to HiGHS anew for every run. Here one model is solved many times with other
+bounds of a few variables, so PuLP builds the solver's model once, and the bounds are changed there.
+"""
+
+import contextlib
+import importlib.metadata
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import highspy
+import pulp
+
+from quantplan.errors import SolverError
+
+Terms = Mapping[pulp.LpVariable, float]
+"""Coefficients by variable."""
+
+Ending = Literal["solved", "infeasible", "out_of_time"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What HiGHS says of a program.
+
+    Attributes:
+        ending: ``solved``: to the gap, or in time with some answer; ``infeasible``: proven to have
+            none; ``out_of_time``: none was found.
+        objective: Of the values; infinite unless solved.
+        bound: Proven lower bound of the objective.
+        values: One per variable, in the solver's order; empty unless solved.
+        duals: Change of the objective per unit of each row's right-hand side, by the row's name;
+            empty where integers were asked for.
+    """
+
+    ending: Ending
+    objective: float
+    bound: float
+    values: Sequence[float] = ()
+    duals: Mapping[str, float] = field(default_factory=dict)
+
+    def value(self, variable: pulp.LpVariable) -> float:
+        """Value of a variable of the program that was solved."""
+        return float(self.values[variable.index])
+
+
+class LinearProgram:
+    """Variables, rows and an objective to minimise.
+
+    Attributes:
+        lp: The model.
+        rows: Its rows by name, as they were added.
+    """
+
+    def __init__(self) -> None:
+        """An empty program."""
+        self.lp = pulp.LpProblem("quantplan", pulp.LpMinimize)
+        self.rows: dict[str, pulp.LpConstraint] = {}
+
+    def add_variable(
+        self, name: str, upper: float | None = None, *, is_integer: bool = False
+    ) -> pulp.LpVariable:
+        """Adds a variable of at least 0."""
+        category = pulp.LpInteger if is_integer else pulp.LpContinuous
+        return self.lp.add_variable(name, 0, upper, category)
+
+    def add_row(
+        self,
+        name: str,
+        terms: Terms,
+        *,
+        lower: float | None = None,
+        upper: float | None = None,
+        equal: float | None = None,
+    ) -> None:
+        """Adds ``sum of terms >= lower``, ``<= upper``, or ``= equal``: one of them."""
+        for sense, side in (
+            (pulp.LpConstraintGE, lower), (pulp.LpConstraintLE, upper),
+            (pulp.LpConstraintEQ, equal),
+        ):  # fmt: skip
+            if side is not None:
+                row = pulp.LpConstraint(pulp.LpAffineExpression(terms), sense, name, side)
+                self.lp.addConstraint(row)
+                self.rows[name] = row
+
+    def loosen(self, rows: Sequence[str]) -> pulp.LpVariable:
+        """Adds a variable by which the upper sides of rows are raised."""
+        extra = self.add_variable("extra")
+        for name in rows:
+            self.rows[name].expr.addterm(extra, -1.0)
+        return extra
+
+    def minimise(self, costs: Terms) -> None:
+        """Sets the objective."""
+        self.lp.setObjective(pulp.LpAffineExpression(costs))
+
+    def solve(
+        self, gap: float = 0.0, time_limit_s: float = math.inf, *, fixed: Terms | None = None
+    ) -> Answer:
+        """Runs HiGHS.
+
+        Args:
+            gap: Relative gap at which to stop.
+            time_limit_s: Time at which to stop.
+            fixed: Values of variables that are settled.
+
+        Raises:
+            SolverError: HiGHS failed.
+        """
+        with _quiet_stdout():
+            highs = self._built(solver_options(gap, time_limit_s), is_mixed=True)
+            return self._run(highs, fixed or {}, is_mixed=bool(self.lp.isMIP()))
+
+    def relax(self, settings: Sequence[Terms] = ({},)) -> list[Answer]:
+        """Solves the program without integers, once for each setting of some variables.
+
+        Each run starts from the last one's basis, so that many settings take little longer than
+        one. The bound is weaker than that with integers, and rows have duals.
+
+        Args:
+            settings: Values of settled variables; each names the same ones.
+
+        Raises:
+            SolverError: HiGHS failed.
+        """
+        with _quiet_stdout():
+            highs = self._built(solver_options(0.0, math.inf), is_mixed=False)
+            return [self._run(highs, fixed, is_mixed=False) for fixed in settings]
+
+    def _built(self, options: Mapping[str, Any], *, is_mixed: bool) -> Any:
+        solver = pulp.HiGHS(mip=is_mixed, msg=False, **options)
+        solver.createAndConfigureSolver(self.lp)
+        solver.buildSolverModel(self.lp)
+        return self.lp.solverModel
+
+    def _run(self, highs: Any, fixed: Terms, *, is_mixed: bool) -> Answer:
+        """Runs HiGHS with some variables settled, and says how that ended."""
+        for variable, value in fixed.items():
+            highs.changeColBounds(variable.index, value, value)
+        highs.run()
+        status, info = highs.getModelStatus(), highs.getInfo()
+        ended = highspy.HighsModelStatus
+        if status in (ended.kInfeasible, ended.kUnboundedOrInfeasible):
+            return Answer("infeasible", math.inf, math.inf)
+        bound = float(info.mip_dual_bound) if is_mixed else -math.inf
+        if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
+            found, objective = highs.getSolution(), float(info.objective_function_value)
+            if is_mixed:
+                return Answer("solved", objective, bound, tuple(found.col_value))
+            duals = dict(zip(self.rows, found.row_dual, strict=True))
+            proven = objective if status == ended.kOptimal else bound
+            return Answer("solved", objective, proven, tuple(found.col_value), duals)
+        if status == ended.kTimeLimit:
+            return Answer("out_of_time", math.inf, bound)
+        raise SolverError(f"HiGHS failed: {status.name}; please report this")
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Keeps the banner that HiGHS prints to file descriptor 1 out of ``--json`` output."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as null:  # noqa: PTH123 (a descriptor is needed)
+            os.dup2(null.fileno(), 1)
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def solver_name() -> str:
+    """Name and version of the solver, and of what modelled the program."""
+    versions = {name: importlib.metadata.version(name) for name in ("highspy", "pulp")}
+    return f"highspy {versions['highspy']} (pulp {versions['pulp']})"
+
+
+def solver_options(gap: float, time_limit_s: float) -> dict[str, float | int | bool | None]:
+    """Options for HiGHS, as PuLP names them.
+
+    One thread, so that answers repeat. HiGHS 1.16 was seen to loop for ever after a restart on one
+    of these programs, blind to its time limit; without restarts it is no slower on them.
+    """
+    return {
+        "gapRel": gap,
+        "timeLimit": time_limit_s if math.isfinite(time_limit_s) else None,
+        "threads": 1,
+        "random_seed": 0,
+        "mip_allow_restart": False,
+    }

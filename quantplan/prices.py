@@ -1,0 +1,135 @@
+"""What a little more of each resource would buy, found by planning again with it."""
+
+import time
+
+from quantplan.costs.evidence import Evidence
+from quantplan.costs.quality import kld_nats
+from quantplan.errors import InputError
+from quantplan.hardware import Machine
+from quantplan.inventory import Inventory
+from quantplan.plan import Plan
+from quantplan.planner.goal import Goal
+from quantplan.planner.problem import Problem, build_problem
+from quantplan.planner.search import Limits, solve
+from quantplan.planner.solve import Solution, split_bounds
+from quantplan.policy import Policy
+from quantplan.policy import policy as policy_preset
+from quantplan.schema import Frozen
+
+_GIB = 2**30
+_MORE_BANDWIDTH = 1.1
+_MIB_PER_GIB = 1024
+
+
+class Price(Frozen):
+    """What more of one resource would buy.
+
+    Attributes:
+        resource: ``1 GiB of VRAM`` (on each GPU), ``1 GiB of RAM``, or ``10 % of RAM bandwidth``.
+        objective_nats: By how much the objective would fall, in nats per token.
+        low_nats: By how much at least, and
+        high_nats: by how much at most, since both plans are proven only to a gap.
+        loss_nats: By how much the predicted loss of the model would fall.
+        decode_tps: By how much the decode speed would rise.
+        dual_nats: What the program without integers says of a little more memory, in proportion;
+            None for bandwidth, and where it is not between ``low_nats`` and ``high_nats``: it holds
+            for the last byte, not for a whole GiB.
+    """
+
+    resource: str
+    objective_nats: float
+    low_nats: float
+    high_nats: float
+    loss_nats: float
+    decode_tps: float
+    dual_nats: float | None
+
+
+def prices(
+    plan: Plan,
+    inventory: Inventory,
+    *,
+    policy: Policy | None = None,
+    evidence: Evidence | None = None,
+    gap: float = 1e-3,
+    time_limit_s: float = 30.0,
+) -> tuple[Price, ...]:
+    """Says what one more GiB of VRAM or RAM, or 10 % more RAM bandwidth, would buy.
+
+    Args:
+        plan: A plan for a machine.
+        inventory: The model that it is for.
+        policy: The rules that it was made with; by default the preset that it names.
+        evidence: What it was made with.
+        gap: Relative gap at which each search may stop.
+        time_limit_s: Time for all searches together, in seconds.
+
+    Raises:
+        InputError: The plan is for another model.
+    """
+    if plan.provenance.header_sha256 != inventory.header_sha256:
+        raise InputError(f"the plan is for {plan.model}, not for {inventory.name}")
+    asked = plan.provenance
+    goal = Goal(
+        best="quality" if asked.max_loss_nats is None else "speed",
+        min_decode_tps=asked.min_decode_tps,
+        max_turn_s=asked.max_turn_s,
+        max_loss_nats=asked.max_loss_nats,
+    )
+    rules = policy or policy_preset(asked.policy or "quality")
+    deadline = time.monotonic() + time_limit_s
+
+    def problem_on(machine: Machine) -> Problem:
+        return build_problem(inventory, machine, plan.workload, rules, goal, evidence=evidence)
+
+    machine = plan.machine
+    gpus = tuple(
+        gpu.model_copy(update={"capacity_bytes": gpu.capacity_bytes + _GIB}) for gpu in machine.gpus
+    )
+    more_ram = {"capacity_bytes": machine.ram.capacity_bytes + _GIB}
+    faster = {"bandwidth_bytes_per_s": machine.ram.bandwidth_bytes_per_s * _MORE_BANDWIDTH}
+    changed = {
+        "1 GiB of VRAM": machine.model_copy(update={"gpus": gpus}),
+        "1 GiB of RAM": machine.model_copy(update={"ram": machine.ram.model_copy(update=more_ram)}),
+        "10 % of RAM bandwidth": machine.model_copy(
+            update={"ram": machine.ram.model_copy(update=faster)}
+        ),
+    }
+    if not machine.gpus:
+        del changed["1 GiB of VRAM"]
+    base = solve(problem_on(machine), Limits(gap, deadline, gap / 2))
+    if base is None:
+        return ()
+    duals = _duals(problem_on(machine), base)
+    found = []
+    for resource, better in changed.items():
+        new = solve(problem_on(better), Limits(gap, deadline, gap / 2), [base.layer_devices])
+        if new is not None:
+            found.append(_price(resource, base, new, duals.get(resource)))
+    return tuple(found)
+
+
+def _price(resource: str, base: Solution, new: Solution, dual: float | None) -> Price:
+    # A better machine can do what the plain one does, so it is never worse.
+    low = max(0.0, base.bound_nats - new.objective_nats)
+    high = max(0.0, base.objective_nats - new.bound_nats)
+    agrees = dual is not None and low <= dual <= high
+    return Price(
+        resource=resource,
+        objective_nats=max(0.0, base.objective_nats - new.objective_nats),
+        low_nats=low,
+        high_nats=high,
+        loss_nats=kld_nats(base.loss_nats) - kld_nats(new.loss_nats),
+        decode_tps=1 / new.decode_s - 1 / base.decode_s,
+        dual_nats=dual if agrees else None,
+    )
+
+
+def _duals(problem: Problem, base: Solution) -> dict[str, float]:
+    """Nats per GiB of memory, from the program without integers at the solution's split."""
+    bounds = split_bounds(problem.with_layers(base.layer_devices))
+    if not bounds.order:
+        return {}
+    duals = bounds.answers[bounds.order[0]].duals
+    per_gib = [-duals[f"memory_{p}"] * _MIB_PER_GIB / 1000 for p in range(len(bounds.model.pools))]
+    return {"1 GiB of VRAM": sum(per_gib[:-1]), "1 GiB of RAM": per_gib[-1]}
