@@ -55,7 +55,10 @@ def test_every_value_that_people_look_at_has_a_sound_rich_form(plan: qp.Plan) ->
     """Well-formed HTML that holds the figures which the text has."""
     inventory = qp.read_inventory(plan.model)
     predicted = qp.predict(inventory, plan, plan.machine)
-    for value in (plan, plan.recipe, plan.baseline_table, plan.machine, inventory, predicted):
+    traced = qp.frontier(inventory, plan.machine, points=3)
+    values = (plan, plan.recipe, plan.baseline_table, plan.machine, inventory, predicted, traced)
+    assert list(traced.to_frame()["loss_nats"]) == [p.loss_nats for p in traced.points]
+    for value in values:
         found = outline(value._repr_html_())
         assert found.cells, type(value)
     cells = outline(plan._repr_html_()).cells

@@ -60,7 +60,7 @@ def shown(browser: Browser, report: Path) -> Iterator[Watched]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    running = Server(0)
+    running = Server(0, Planner(points=3))
     thread = threading.Thread(target=running.serve_until_interrupted)
     thread.start()
     yield running
@@ -359,9 +359,9 @@ def test_a_port_that_is_taken_is_an_error_with_a_way_out(server: Server) -> None
         Server(port)
 
 
-@pytest.fixture
-def live(browser: Browser, server: Server, size: str, scheme: str) -> Iterator[Watched]:
-    watched = Watched(browser, size, scheme)
+@pytest.fixture(params=[("phone", "dark"), ("desk", "light")], ids=["phone", "desk"])
+def live(browser: Browser, server: Server, request: pytest.FixtureRequest) -> Iterator[Watched]:
+    watched = Watched(browser, *request.param)
     watched.page.goto(address(server))
     expect(watched.page.locator("h1")).to_have_text(MODEL, timeout=60_000)
     yield watched

@@ -43,7 +43,6 @@ ADDRESS = "127.0.0.1"
 _HOSTS = [ADDRESS, "localhost"]
 _LARGEST_REQUEST = 2**16
 _SEARCH_S = 20.0
-_POINTS = 10
 _SHORTEST_CONTEXT, _LONGEST_CONTEXT = 2048, 2**20
 
 
@@ -78,8 +77,13 @@ class Planner:
         newest: Number of the newest question.
     """
 
-    def __init__(self) -> None:
-        """Starts with nothing asked."""
+    def __init__(self, points: int = 10) -> None:
+        """Starts with nothing asked.
+
+        Args:
+            points: Points of each frontier.
+        """
+        self._points = points
         self._turns = {"plan": threading.Lock(), "frontier": threading.Lock()}
         self.newest = 0
         self._numbers = threading.Lock()
@@ -98,16 +102,16 @@ class Planner:
             return number == self.newest
 
         with self._turns[question.wants]:
-            return _answer(question, is_wanted) if is_wanted() else None
+            return _answer(question, self._points, is_wanted) if is_wanted() else None
 
 
-def _answer(question: Question, is_wanted: Callable[[], bool]) -> Content | None:
+def _answer(question: Question, points: int, is_wanted: Callable[[], bool]) -> Content | None:
     inventory = _inventory(question.model)
     if question.wants == "plan":
         return page_content(_plan(question, inventory, baselines=False), inventory=inventory)
     made = _plan(question, inventory, baselines=True)
     others = other_plans(
-        made, inventory, policy=question.policy, points=_POINTS, time_limit_s=_SEARCH_S,
+        made, inventory, policy=question.policy, points=points, time_limit_s=_SEARCH_S,
         is_wanted=is_wanted,
     )  # fmt: skip
     reason = None if others else "No other plan is as good at another speed."
@@ -134,9 +138,8 @@ def _inventory(source: str) -> Inventory:
     return read_inventory(source)
 
 
-def application() -> Starlette:
+def application(planner: Planner) -> Starlette:
     """The web application: the page, and plans as JSON."""
-    planner = Planner()
     page = live_html(_form_options())
 
     async def show(_: Request) -> Response:
@@ -201,15 +204,18 @@ def _contexts() -> list[int]:
 class Server(uvicorn.Server):
     """The server of the page; it listens as soon as it is made."""
 
-    def __init__(self, port: int) -> None:
-        """Takes the port; 0 stands for any free one.
+    def __init__(self, port: int, planner: Planner | None = None) -> None:
+        """Takes the port.
+
+        Args:
+            port: 0 stands for any free one.
+            planner: Who answers.
 
         Raises:
             InputError: The port is taken, or not allowed.
         """
-        super().__init__(
-            uvicorn.Config(application(), host=ADDRESS, port=port, log_level="warning")
-        )
+        app = application(planner or Planner())
+        super().__init__(uvicorn.Config(app, host=ADDRESS, port=port, log_level="warning"))
         try:
             self._socket = socket.create_server((ADDRESS, port))
         except (OSError, OverflowError) as error:
