@@ -144,11 +144,14 @@ def device_table(devices: Sequence[DeviceUse]) -> Table:
 
 
 def device_line(use: DeviceUse) -> str:
-    """One device as a line of text."""
+    """One device as a line of text, in GiB."""
+    weights, kv, free, capacity = (
+        f"{n_bytes / 2**30:.2f}"
+        for n_bytes in (use.weights_bytes, use.kv_bytes, use.free_bytes, use.capacity_bytes)
+    )
     return (
-        f"  {use.name:5} weights {gib(use.weights_bytes):>10}, KV {gib(use.kv_bytes):>9}, "
-        f"compute {_compute_text(use):>15}, "
-        f"free {gib(use.free_bytes):>9} of {gib(use.capacity_bytes)}"
+        f"  {use.name:5} weights {weights:>6}, KV {kv:>5}, compute {_compute_text(use)}, "
+        f"free {free:>6} of {capacity} GiB"
     )
 
 
@@ -175,8 +178,8 @@ def _interval_text(tps: SpeedEstimate) -> str:
 
 def _compute_text(use: DeviceUse) -> str:
     if use.compute_is_measured:
-        return f"{gib(use.compute_bytes)} (measured)"
-    return f"{gib(use.compute_low_bytes).split()[0]} to {gib(use.compute_high_bytes)}"
+        return f"{use.compute_bytes / 2**30:.2f} (measured)"
+    return f"{use.compute_low_bytes / 2**30:.2f} to {use.compute_high_bytes / 2**30:.2f}"
 
 
 def predict(

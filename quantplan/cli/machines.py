@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli.options import JsonOption, MachineOption, ModelArgument
+from quantplan.cli.options import JsonOption, MachineOption, ModelArgument, say
 from quantplan.errors import InputError
 
 
@@ -24,7 +24,10 @@ def machine(
     found = detect(measure=measure)
     if save is not None:
         found.save(save)
-    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+    if json_output:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        say(found.summary())
 
 
 def calibrate(
@@ -51,4 +54,4 @@ def calibrate(
         qp.Machine.parse(machine), qp.read_inventory(model), output, flags or ()
     )
     found.save(save)
-    typer.echo(found.summary())
+    say(found.summary())

@@ -1,6 +1,7 @@
 """Options that several commands have, and what they mean."""
 
 import contextlib
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,16 @@ if TYPE_CHECKING:
     from quantplan.costs.evidence import Evidence
     from quantplan.hardware import Machine
     from quantplan.policy import Policy
+
+_WIDTH = 80
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Catalog names that start so, for the shell."""
+    from quantplan.inventory.catalog import catalog_names  # noqa: PLC0415
+
+    return [name for name in catalog_names() if name.lower().startswith(incomplete.lower())]
+
 
 EngineName = Literal["llama.cpp", "ik_llama.cpp", "ik"]
 MachineOption = Annotated[
@@ -44,7 +55,12 @@ WeightsOption = Annotated[
     typer.Option(metavar="JSON", help="Errors that `quantplan measure-weights` saved."),
 ]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A GGUF file, any shard of one, or a catalog name.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A GGUF file, any shard of one, or a catalog name.",
+        autocompletion=complete_model,
+    ),
 ]
 
 
@@ -99,6 +115,27 @@ def read_evidence(measured: Path | None, weights: Path | None) -> "Evidence | No
     if weights is not None:
         found = replace(found, weight_errors=WeightErrors.load(weights).ratios())
     return found
+
+
+def say(text: str) -> None:
+    """Prints text for people: lines wider than a terminal are folded, with an indent.
+
+    Flags stay in one line, because people copy them.
+    """
+    for line in text.split("\n"):
+        if line.lstrip().startswith("flags"):
+            typer.echo(line)
+            continue
+        indent = " " * (len(line) - len(line.lstrip()))
+        folded = textwrap.wrap(
+            line,
+            _WIDTH,
+            initial_indent=indent,
+            subsequent_indent=indent + "    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        typer.echo("\n".join(folded))
 
 
 def unchecked(text: str | None) -> Any:

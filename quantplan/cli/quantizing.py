@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli.options import parse_size
+from quantplan.cli.options import parse_size, say
 
 
 def measure_weights(
@@ -103,4 +103,4 @@ def quantize(
         )
     typer.echo(f"{result.path}: {result.n_bytes} bytes in {result.duration_s:.1f} s, checked")
     if result.verification is not None:
-        typer.echo(result.verification.summary())
+        say(result.verification.summary())
