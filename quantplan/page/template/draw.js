@@ -112,7 +112,7 @@ function chart(target, { height, xs, ys, log, xLabel, yLabel, label }) {
     svg.append(shape("line", { x1: left, x2: right, y1: along(value), y2: along(value), class: "grid" }),
       shape("text", { x: left - 6, y: along(value) + 4, "text-anchor": "end", class: "quiet" }, `${value}`));
   }
-  for (const value of ticks(...xs, Math.max(2, Math.floor(width / 110)))) {
+  for (const value of ticks(...xs, Math.max(3, Math.floor(width / 110)))) {
     svg.append(shape("line", { x1: across(value), x2: across(value), y1: bottom, y2: bottom + 5, class: "axis" }),
       shape("text", { x: across(value), y: bottom + 18, "text-anchor": "middle", class: "quiet" }, `${value}`));
   }
@@ -121,6 +121,11 @@ function chart(target, { height, xs, ys, log, xLabel, yLabel, label }) {
     shape("text", { x: right, y: height - 6, "text-anchor": "end" }, xLabel));
   target.replaceChildren(svg);
   return { svg, across, along };
+}
+
+// Plain answers may undercut the policy's floors, which the frontier may not.
+function plainLook(baseline) {
+  return baseline.below_floor.length ? "plain below" : "plain";
 }
 
 function drawFrontier(target, content, index, pick) {
@@ -148,7 +153,7 @@ function drawFrontier(target, content, index, pick) {
   });
   for (const b of shown) {
     const x = across(b.decode_tps.expected), y = along(b.loss_nats);
-    svg.append(shape("path", { d: `M${x - 6} ${y + 5}h12l-6-11z`, class: "plain" },
+    svg.append(shape("path", { d: `M${x - 6} ${y + 5}h12l-6-11z`, class: plainLook(b) },
       shape("title", {}, `${b.types} with ${b.placement}: ${rate(b.decode_tps.expected)} tokens/s, ` +
         `loss ${loss(b.loss_nats)}`)));
   }
@@ -162,7 +167,7 @@ function drawFrontier(target, content, index, pick) {
     svg.append(dot);
     if (i === index) svg.append(shape("circle", { cx: across(p.x), cy: along(p.y), r: 10, class: "ring" }));
   });
-  return shown.length;
+  return shown;
 }
 
 function drawSpeed(target, plan) {

@@ -49,7 +49,9 @@ function drawAll() {
     ["a plan", shape("circle", { cx: 11, cy: 8, r: 5, class: "point" })],
     ["the one shown", shape("circle", { cx: 11, cy: 8, r: 6, class: "ring" })],
   ];
-  if (plain) legend.push(["a plain answer in its best placement", shape("path", { d: "M5 13h12l-6-11z", class: "plain" })]);
+  for (const [look, text] of [["plain", "a plain answer in its best placement"], ["plain below", "one below the policy's floors"]]) {
+    if (plain?.some((b) => plainLook(b) === look)) legend.push([text, shape("path", { d: "M5 13h12l-6-11z", class: look })]);
+  }
   byId("frontier-legend").replaceChildren(...legend.map(([text, child]) => make("li", {}, key(child), text)));
   drawSpeed(byId("speed"), plan);
 }
@@ -97,7 +99,7 @@ function show(content) {
   options(byId("filter-device"), [...content.places, "not loaded"], "all");
   const baselines = byId("baselines");
   if (content.baselines.length) {
-    baselines.replaceChildren(sortableTable("Plain answers, the best first", BASELINE_COLUMNS, content.baselines,
+    baselines.replaceChildren(sortableTable("Plain answers, the best first", baselineColumns(content.plans[content.chosen]), content.baselines,
       { rowClass: (b) => (b.fits && b.reaches_speed ? null : "misses") }).table);
   } else {
     baselines.replaceChildren(make("p", {}, content.without_baselines ?? "None were worked out for this plan."));

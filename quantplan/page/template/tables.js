@@ -68,21 +68,30 @@ const TENSOR_COLUMNS = [
   { label: "Device", text: (t) => t.device, value: (t) => t.device },
 ];
 
-const BASELINE_COLUMNS = [
-  { label: "Types", text: (b) => b.types, value: (b) => b.types },
-  { label: "Placement", text: (b) => b.placement, value: (b) => b.placement },
-  { label: "File", text: (b) => gib(b.file_bytes), value: (b) => b.file_bytes, number: true },
-  { label: "VRAM", text: (b) => gib(b.vram_bytes), value: (b) => b.vram_bytes, number: true },
-  { label: "RAM", text: (b) => gib(b.ram_bytes), value: (b) => b.ram_bytes, number: true },
-  { label: "Tokens/s (80 %)", number: true, value: (b) => b.decode_tps.expected,
-    text: (b) => `${rate(b.decode_tps.expected)} (${rate(b.decode_tps.low)} to ${rate(b.decode_tps.high)})` },
-  { label: "Loss", text: (b) => loss(b.loss_nats), value: (b) => b.loss_nats, number: true },
-  { label: "Verdict", value: verdict, text: verdict, wide: true },
-];
+function baselineColumns(plan) {
+  const verdict = (b) => verdictOf(b, plan);
+  return [
+    { label: "Types", text: (b) => b.types, value: (b) => b.types },
+    { label: "Placement", text: (b) => b.placement, value: (b) => b.placement },
+    { label: "File", text: (b) => gib(b.file_bytes), value: (b) => b.file_bytes, number: true },
+    { label: "VRAM", text: (b) => gib(b.vram_bytes), value: (b) => b.vram_bytes, number: true },
+    { label: "RAM", text: (b) => gib(b.ram_bytes), value: (b) => b.ram_bytes, number: true },
+    { label: "Tokens/s (80 %)", number: true, value: (b) => b.decode_tps.expected,
+      text: (b) => `${rate(b.decode_tps.expected)} (${rate(b.decode_tps.low)} to ${rate(b.decode_tps.high)})` },
+    { label: "Loss", text: (b) => loss(b.loss_nats), value: (b) => b.loss_nats, number: true },
+    { label: "Beside the plan", value: verdict, text: verdict, wide: true },
+  ];
+}
 
-function verdict(baseline) {
+function verdictOf(baseline, plan) {
   if (!baseline.fits) return "does not fit";
   if (!baseline.reaches_speed) return "too slow";
-  const floors = baseline.below_floor.length ? `; below the policy's floors: ${baseline.below_floor.join(", ")}` : "";
-  return (baseline.is_as_good ? "as good as the plan" : "worse than the plan") + floors;
+  const said = [];
+  if (baseline.is_as_good) said.push("as good");
+  else {
+    if (baseline.loss_nats > middle(plan.loss_nats)) said.push("more loss");
+    if (baseline.decode_tps.expected < lastOf(plan.speed).decode_tps.expected) said.push("slower");
+  }
+  if (baseline.below_floor.length) said.push(`below the policy's floors: ${baseline.below_floor.join(", ")}`);
+  return said.join("; ");
 }
