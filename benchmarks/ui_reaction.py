@@ -3,8 +3,8 @@
 python benchmarks/ui_reaction.py [--model GLM-4.5-Air] [--moves 15]
 
 Measured inside the page: from the slider's change event to the frame after the plan was drawn. The
-next move comes at once (while the frontier of the last one is still being traced), or after a pause
-in which everything was worked out.
+next move comes when everything was worked out, or two seconds later, while the frontier of the last
+one is still being traced.
 """
 
 import argparse
@@ -53,9 +53,11 @@ def main() -> None:
                 for move in range(arguments.moves):
                     if rests or move == 0:
                         expect(page.locator("#busy")).to_have_text("Done.", timeout=300_000)
+                    else:
+                        page.wait_for_timeout(2000)
                     # Six stops further, to 65536 tokens, then back again.
                     times.append(page.evaluate(_MEASURE, 1 if move // 6 % 2 == 0 else -1) / 1000)
-                what = "after a pause" if rests else "at once"
+                what = "at rest" if rests else "while tracing"
                 medians[rests] = statistics.median(times)
                 print(
                     f"{arguments.model}, next move {what}: median {medians[rests]:.2f} s, "

@@ -14,8 +14,10 @@ from urllib.parse import urlencode
 
 import pytest
 from playwright.sync_api import Browser, expect
+from typer.testing import CliRunner
 
 import quantplan as qp
+from quantplan.cli import app
 from quantplan.costs.quality import LossTable
 from quantplan.page.content import page_content
 from quantplan.page.document import report_html
@@ -289,6 +291,43 @@ def test_a_plan_is_read_back_and_a_recipe_is_told_apart(
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(qp.InputError, match="no plan that this version reads"):
         read_plan(path)
+
+
+def test_the_command_writes_the_page(
+    browser: Browser, plans: tuple[qp.Plan, list[qp.Plan]], tmp_path: Path
+) -> None:
+    """`quantplan report` takes what `plan --json` prints, and traces the frontier itself."""
+    (tmp_path / "plan.json").write_text(plans[0].model_dump_json(), encoding="utf-8")
+    done = CliRunner().invoke(
+        app,
+        ["report", str(tmp_path / "plan.json"), "-o", str(tmp_path / "r.html"), "--points", "3"],
+    )
+    assert done.exit_code == 0, done.output
+    watched = Watched(browser)
+    watched.page.goto(file_url(page))
+    said = int(re.search(r"(\d+) plans to choose from", done.output)[1])  # type: ignore[index]
+    assert said >= 3
+    assert int(watched.page.get_attribute("#point", "max") or 0) == said - 1
+    watched.close()
+
+
+def test_a_page_without_its_model_says_what_it_lacks(
+    browser: Browser, plans: tuple[qp.Plan, list[qp.Plan]], tmp_path: Path
+) -> None:
+    """A plan for a file that is gone still has its page, and the reason for what is missing."""
+    made = plans[0]
+    gone = made.provenance.model_copy(update={"source": str(tmp_path / "gone.gguf")})
+    path = tmp_path / "plan.json"
+    path.write_text(made.model_copy(update={"provenance": gone}).model_dump_json(), "utf-8")
+    done = CliRunner().invoke(app, ["report", str(path), "-o", str(tmp_path / "r.html")])
+    assert done.exit_code == 0, done.output
+    watched = Watched(browser)
+    watched.page.goto(file_url(tmp_path / "r.html"))
+    assert "give it with --model" in watched.text("#frontier-note")
+    assert watched.page.locator("#frontier-tools").is_hidden()
+    assert "interval not known" in watched.text("#numbers")
+    assert watched.complaints == []
+    watched.close()
 
 
 def test_plans_that_could_not_be_compared_are_not_drawn(
