@@ -297,11 +297,9 @@ def test_the_command_writes_the_page(
     browser: Browser, plans: tuple[qp.Plan, list[qp.Plan]], tmp_path: Path
 ) -> None:
     """`quantplan report` takes what `plan --json` prints, and traces the frontier itself."""
-    (tmp_path / "plan.json").write_text(plans[0].model_dump_json(), encoding="utf-8")
-    done = CliRunner().invoke(
-        app,
-        ["report", str(tmp_path / "plan.json"), "-o", str(tmp_path / "r.html"), "--points", "3"],
-    )
+    path, page = tmp_path / "plan.json", tmp_path / "r.html"
+    path.write_text(plans[0].model_dump_json(), encoding="utf-8")
+    done = CliRunner().invoke(app, ["report", str(path), "-o", str(page), "--points", "3"])
     assert done.exit_code == 0, done.output
     watched = Watched(browser)
     watched.page.goto(file_url(page))
