@@ -11,7 +11,8 @@ QuantplanError
 ├── SolverError             the solver failed or contradicted itself (exit code 1)
 ├── QuantizeError           writing the quantized file failed (exit code 1)
 │   └── WeightError         a weight of the source cannot be converted
-└── LlamaCppError           llama.cpp is missing, does not run, or failed (exit code 1)
+├── LlamaCppError           llama.cpp is missing, does not run, or failed (exit code 1)
+└── MissingPackageError     an optional package is not installed (exit code 1)
 
 A message says what failed, the value with its unit, the limit, and what to change.
 """
@@ -114,3 +115,17 @@ class WeightError(QuantizeError):
 
 class LlamaCppError(QuantplanError):
     """llama.cpp was not found, does not run on this machine, or gave no answer."""
+
+
+class MissingPackageError(QuantplanError):
+    """Something was asked for that needs an optional package."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        """Says what to install.
+
+        Args:
+            what: What was asked for.
+            package: The package that is missing.
+            extra: The extra of quantplan that brings it.
+        """
+        super().__init__(f"{what} needs {package}: pip install 'quantplan[{extra}]'")

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from quantplan.costs.calibration import for_model
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import kld_nats
+from quantplan.display import Table
 from quantplan.errors import InputError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
@@ -79,6 +80,31 @@ class Frontier(Frozen):
             for p in self.points
         ]
         return "\n".join(rows)
+
+    def _table(self) -> Table:
+        points = self.points
+        return Table(
+            f"{self.model}: quality against {self.over}",
+            {
+                "decode_tps": [p.decode_tps for p in points],
+                "loss_nats": [p.loss_nats for p in points],
+                "file_gib": [p.file_bytes / 2**30 for p in points],
+                "context": [p.context for p in points],
+                "status": [p.status for p in points],
+                "gap": [p.gap for p in points],
+            },
+        )
+
+    def to_frame(self) -> Any:
+        """The points as a pandas data frame (or polars where only that is installed).
+
+        Raises:
+            MissingPackageError: Neither is installed.
+        """
+        return self._table().to_frame()
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
 
 
 def frontier(

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from quantplan.display import Table, html_card
 from quantplan.errors import MachineError
 from quantplan.hardware_table import GpuSpec, load_hardware
 from quantplan.hardware_text import parse_text
@@ -367,6 +368,32 @@ class Machine(_Described):
         ]
         rate = gb_per_s(self.ram.bandwidth_bytes_per_s)
         return " + ".join([*gpus, f"RAM {gib(self.ram.capacity_bytes)} at {rate}"])
+
+    def _table(self) -> Table:
+        devices = self.devices
+        return Table(
+            "Devices",
+            {
+                "device": [d.name for d in devices],
+                "model": [d.model for d in devices],
+                "capacity_gib": [d.capacity_bytes / 2**30 for d in devices],
+                "margin_gib": [d.margin_bytes / 2**30 for d in devices],
+                "bandwidth_gb_per_s": [d.bandwidth_bytes_per_s / 1e9 for d in devices],
+                "matrix_tflop_per_s": [d.flops_per_s / 1e12 for d in devices],
+                "link_gb_per_s": [d.link_bytes_per_s / 1e9 for d in devices],
+            },
+        )
+
+    def to_frame(self) -> Any:
+        """The devices as a pandas data frame (or polars where only that is installed).
+
+        Raises:
+            MissingPackageError: Neither is installed.
+        """
+        return self._table().to_frame()
+
+    def _repr_html_(self) -> str:
+        return html_card(self.describe(), {}, self._table()._repr_html_(), notes=self.measured)
 
 
 def _slowdowns(device: Device) -> str:

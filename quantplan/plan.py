@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from quantplan.configuration import resolve
 from quantplan.costs import data_hashes
@@ -14,6 +14,7 @@ from quantplan.costs.prefill import prefill_s
 from quantplan.costs.quality import LossTable, kld_nats, link, type_errors
 from quantplan.costs.speed import SpeedPrediction, predict_traffic
 from quantplan.costs.traffic import Traffic, collect
+from quantplan.display import Table
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import (
     buffer_types,
@@ -25,6 +26,7 @@ from quantplan.formats.llama_cpp import (
 from quantplan.ftypes import stock_mix
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
+from quantplan.overview import baselines_table, plan_html
 from quantplan.planner.baselines import Baseline, baseline_row, baseline_table, find_baselines
 from quantplan.planner.decisions import Open, best_solution
 from quantplan.planner.goal import Goal
@@ -43,6 +45,7 @@ from quantplan.recipe import (
     Provenance,
     Recipe,
     RecipeTensor,
+    assignment_table,
 )
 from quantplan.schema import Frozen
 from quantplan.units import gib
@@ -144,6 +147,32 @@ class Plan(Frozen):
         rows.append("  types and places:")
         rows += [f"    {line}" for line in summarize(self.assignments)]
         return "\n".join(rows)
+
+    @property
+    def baseline_table(self) -> Table:
+        """The plain answers as a table, which notebooks show and ``to_frame`` converts."""
+        return baselines_table(self.baselines)
+
+    def to_frame(self) -> Any:
+        """Type and device of every tensor as a pandas data frame (or polars).
+
+        Raises:
+            MissingPackageError: Neither is installed.
+        """
+        return assignment_table(self.assignments).to_frame()
+
+    def _repr_html_(self) -> str:
+        return plan_html(
+            f"{self.model} on {self.machine.describe()}",
+            command=self.llama_server_command("model.gguf"),
+            gap=self.gap,
+            predicted=self.predicted,
+            speed=self.speed,
+            devices=self.devices,
+            baselines=self.baselines,
+            tensors=self.assignments,
+            notes=self.notes,
+        )
 
     def _turn_lines(self) -> list[str]:
         work, seconds = self.workload, self.predicted.turn_s

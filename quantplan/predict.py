@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from quantplan.configuration import Configuration, Resolved, resolve
 from quantplan.costs.calibration import for_model, model_key
@@ -9,6 +10,7 @@ from quantplan.costs.compute import BytesEstimate, Work, estimate, n_input_copie
 from quantplan.costs.host import is_repacked, mapped_bytes
 from quantplan.costs.ik_caches import COMPACTS_WINDOWS, derived_weight_bytes
 from quantplan.costs.speed import SpeedEstimate, SpeedPrediction, predict_speed
+from quantplan.display import Table, html_card
 from quantplan.hardware import Device, Machine
 from quantplan.inventory import Inventory
 from quantplan.parts import Part, all_parts
@@ -88,6 +90,20 @@ class MemoryPrediction(Frozen):
         rows += [f"  note: {text}" for text in self.notes]
         return "\n".join(rows)
 
+    def to_frame(self) -> Any:
+        """The devices as a pandas data frame (or polars where only that is installed).
+
+        Raises:
+            MissingPackageError: Neither is installed.
+        """
+        return device_table(self.devices).to_frame()
+
+    def _repr_html_(self) -> str:
+        title = f"{self.model}: {'fits' if self.fits else 'does NOT fit'}"
+        said = [f"warning: {text}" for text in self.warnings] + list(self.notes)
+        devices = device_table(self.devices)._repr_html_()
+        return html_card(title, speed_facts(self.speed), devices, notes=said)
+
     def with_measured_compute(self, compute_bytes: Mapping[str, int]) -> "MemoryPrediction":
         """The prediction with measured compute buffers in place of estimates.
 
@@ -112,12 +128,30 @@ class MemoryPrediction(Frozen):
         return self.model_copy(update={"devices": devices, "fits": fits})
 
 
+def device_table(devices: Sequence[DeviceUse]) -> Table:
+    """What is on each device."""
+    return Table(
+        "Memory",
+        {
+            "device": [use.name for use in devices],
+            "model": [use.model for use in devices],
+            **{
+                f"{what}_gib": [getattr(use, f"{what}_bytes") / 2**30 for use in devices]
+                for what in ("capacity", "weights", "kv", "compute", "compute_high", "free")
+            },
+        },
+    )
+
+
 def device_line(use: DeviceUse) -> str:
-    """One device as a line of text."""
+    """One device as a line of text, in GiB."""
+    weights, kv, free, capacity = (
+        f"{n_bytes / 2**30:.2f}"
+        for n_bytes in (use.weights_bytes, use.kv_bytes, use.free_bytes, use.capacity_bytes)
+    )
     return (
-        f"  {use.name:5} weights {gib(use.weights_bytes):>10}, KV {gib(use.kv_bytes):>9}, "
-        f"compute {_compute_text(use):>15}, "
-        f"free {gib(use.free_bytes):>9} of {gib(use.capacity_bytes)}"
+        f"  {use.name:5} weights {weights:>6}, KV {kv:>5}, compute {_compute_text(use)}, "
+        f"free {free:>6} of {capacity} GiB"
     )
 
 
@@ -131,6 +165,12 @@ def speed_lines(speed: SpeedPrediction) -> list[str]:
     ]
 
 
+def speed_facts(speed: SpeedPrediction) -> dict[str, str]:
+    """The same by what they are about."""
+    lines = [line.strip().partition(": ") for line in speed_lines(speed)]
+    return {what: said for what, _, said in lines}
+
+
 def _interval_text(tps: SpeedEstimate) -> str:
     digits = 0 if tps.expected >= _WHOLE_TPS else 1
     return f"{tps.expected:.{digits}f} ({tps.low:.{digits}f} to {tps.high:.{digits}f})"
@@ -138,8 +178,8 @@ def _interval_text(tps: SpeedEstimate) -> str:
 
 def _compute_text(use: DeviceUse) -> str:
     if use.compute_is_measured:
-        return f"{gib(use.compute_bytes)} (measured)"
-    return f"{gib(use.compute_low_bytes).split()[0]} to {gib(use.compute_high_bytes)}"
+        return f"{use.compute_bytes / 2**30:.2f} (measured)"
+    return f"{use.compute_low_bytes / 2**30:.2f} to {use.compute_high_bytes / 2**30:.2f}"
 
 
 def predict(

@@ -2,12 +2,16 @@
 
 import contextlib
 import os
+import shlex
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError
 
+from quantplan.display import Table, html_card, html_table
 from quantplan.errors import InputError, RecipeError
 from quantplan.formats.llama_cpp import tensor_type_file
 from quantplan.hardware import Machine
@@ -199,6 +203,20 @@ class Recipe(Frozen):
             Tensor(name=t.tensor, shape_ne=t.shape_ne, qtype=t.qtype) for t in self.tensors
         )
 
+    def to_frame(self) -> Any:
+        """Type and device of every tensor as a pandas data frame (or polars).
+
+        Raises:
+            MissingPackageError: Neither is installed.
+        """
+        return assignment_table(self.tensors).to_frame()
+
+    def _repr_html_(self) -> str:
+        made = self.provenance
+        origin = made.origin or f"planned by quantplan {made.quantplan_version}"
+        facts = {"from": f"{origin} for {made.source}", "flags": shlex.join(self.flags)}
+        return html_card(self.model, facts, types_html(self.tensors))
+
     @property
     def quantizable_types(self) -> dict[str, str]:
         """Types of the tensors that a quantizer may change, by name."""
@@ -209,6 +227,38 @@ class Recipe(Frozen):
         """Types of all matrices, by name; among them is all that ik_llama.cpp may change."""
         tensors = self.inventory_tensors
         return {t.name: t.qtype for t in tensors if sum(n > 1 for n in t.shape_ne) > 1}
+
+
+def assignment_table(tensors: Sequence[RecipeTensor]) -> Table:
+    """Type and device of every tensor, with what its name says."""
+    known = [Tensor(name=t.tensor, shape_ne=t.shape_ne, qtype=t.qtype) for t in tensors]
+    return Table(
+        "Types and devices",
+        {
+            "tensor": [t.name for t in known],
+            "layer": [t.layer for t in known],
+            "role": [t.role for t in known],
+            "shape_ne": [list(t.shape_ne) for t in known],
+            "qtype": [t.qtype for t in known],
+            "n_bytes": [t.n_bytes for t in known],
+            "device": [t.device for t in tensors],
+        },
+    )
+
+
+def types_html(tensors: Sequence[RecipeTensor]) -> str:
+    """How many matrices of each role have which type, where, as a table in HTML."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    sizes: Counter[tuple[str, str, str]] = Counter()
+    for entry in tensors:
+        tensor = Tensor(name=entry.tensor, shape_ne=entry.shape_ne, qtype=entry.qtype)
+        if tensor.is_quantizable:
+            key = (tensor.role, entry.qtype, entry.device or "not loaded")
+            counts[key] += 1
+            sizes[key] += tensor.n_bytes
+    rows = [(*key, counts[key], sizes[key] / 2**30) for key in sorted(counts)]
+    header = ("role", "qtype", "device", "tensors", "GiB")
+    return html_table("Types and devices", header, rows)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli import machines, measuring, models, planning, quantizing, recipes, running
+from quantplan.cli import (
+    machines,
+    measuring,
+    models,
+    planning,
+    quantizing,
+    recipes,
+    reporting,
+    running,
+)
 from quantplan.errors import InputError, QuantplanError
 from quantplan.version import __version__
 
@@ -57,6 +66,9 @@ for _command in (
     running.doctor,
     running.verify,
     running.run,
+    reporting.report,
+    reporting.ui,
+    reporting.schema,
 ):
     app.command()(_command)
 app.command(name="import")(recipes.import_)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantplan.cli.options import JsonOption, MachineOption, ModelArgument, parse_machine
+from quantplan.cli.options import JsonOption, MachineOption, ModelArgument, parse_machine, say
 from quantplan.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +28,10 @@ def machine(
     found = detect(measure=measure)
     if save is not None:
         found.save(save)
-    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+    if json_output:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        say(found.summary())
 
 
 def calibrate(
@@ -64,7 +67,7 @@ def calibrate(
     else:
         found = _run(described, inventory, llama_cpp, flags or [])
     found.save(save)
-    typer.echo(found.summary())
+    say(found.summary())
 
 
 def _read(bench: Path) -> str:

@@ -1,6 +1,7 @@
 """Options that several commands have, and what they mean."""
 
 import contextlib
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
     from quantplan.policy import Policy
 
 _ROBUST_QUANTILE = 0.9
+_WIDTH = 80
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Catalog names that start so, for the shell."""
+    from quantplan.inventory.catalog import catalog_names  # noqa: PLC0415
+
+    return [name for name in catalog_names() if name.lower().startswith(incomplete.lower())]
+
+
 EngineName = Literal["llama.cpp", "ik_llama.cpp", "ik"]
 MachineOption = Annotated[
     str | None,
@@ -50,7 +61,12 @@ RobustOption = Annotated[
     typer.Option("--robust", help="Plan against the upper end (90 %) of what the losses may be."),
 ]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A GGUF file, any shard of one, or a catalog name.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A GGUF file, any shard of one, or a catalog name.",
+        autocompletion=complete_model,
+    ),
 ]
 
 
@@ -138,6 +154,27 @@ def read_evidence(
     )
     upper_sds = NormalDist().inv_cdf(_ROBUST_QUANTILE) if robust else 0.0
     return replace(found, files=files, upper_sds=upper_sds)
+
+
+def say(text: str) -> None:
+    """Prints text for people: lines wider than a terminal are folded, with an indent.
+
+    Flags stay in one line, because people copy them.
+    """
+    for line in text.split("\n"):
+        if line.lstrip().startswith("flags"):
+            typer.echo(line)
+            continue
+        indent = " " * (len(line) - len(line.lstrip()))
+        folded = textwrap.wrap(
+            line,
+            _WIDTH,
+            initial_indent=indent,
+            subsequent_indent=indent + "    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        typer.echo("\n".join(folded))
 
 
 def unchecked(text: str | None) -> Any:

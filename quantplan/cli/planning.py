@@ -20,6 +20,7 @@ from quantplan.cli.options import (
     parse_machine,
     parse_policy,
     read_evidence,
+    say,
 )
 from quantplan.errors import InputError
 from quantplan.workload import NEWEST_KNOWN_BUILD, KVType
@@ -126,7 +127,7 @@ def plan(
     if json_output:
         typer.echo(found.model_dump_json(indent=1))
     else:
-        typer.echo(found.summary())
+        say(found.summary())
         typer.echo(f"\n{found.llama_server_command(gguf_name)}")
 
 
@@ -169,7 +170,10 @@ def frontier(
         min_decode_tps=min_tps,
         policy=policy,
     )
-    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+    if json_output:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        say(found.summary())
 
 
 def predict(
@@ -224,7 +228,10 @@ def predict(
             engine_date=engine_date.date() if engine_date else None,
             llama_cpp_build=llama_build,
         )
-    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+    if json_output:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        say(found.summary())
 
 
 def explain(
@@ -250,7 +257,10 @@ def explain(
         raise InputError(faults)
     table = LossTable(inventory, read_evidence(measured, weights))
     found = table.explain(inventory.by_name[tensor], qtype.upper())
-    typer.echo(found.model_dump_json(indent=1) if json_output else explanation_text(found))
+    if json_output:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        say(explanation_text(found))
 
 
 def show(
@@ -285,6 +295,6 @@ def show(
     if json_output:
         typer.echo(found.model_dump_json(indent=1))
     elif isinstance(found, qp.Recipe):
-        typer.echo(recipe_text(found))
+        say(recipe_text(found))
     else:
-        typer.echo(inventory_text(found))
+        say(inventory_text(found))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from quantplan.cli.options import parse_size
+from quantplan.cli.options import parse_size, say
 
 if TYPE_CHECKING:
     from quantplan.quantize import Backend, LlamaQuantize
@@ -125,7 +125,7 @@ def quantize(
             raise
     typer.echo(f"{result.path}: {result.n_bytes} bytes in {result.duration_s:.1f} s, checked")
     if result.verification is not None:
-        typer.echo(result.verification.summary())
+        say(result.verification.summary())
 
 
 def _backend(name: BackendName) -> "Backend | LlamaQuantize | None":

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli.options import EngineName, JsonOption, ModelArgument, unchecked
+from quantplan.cli.options import EngineName, JsonOption, ModelArgument, say, unchecked
 
 
 def diff(
@@ -17,7 +17,10 @@ def diff(
     import quantplan as qp  # noqa: PLC0415
 
     found = qp.diff_recipes(qp.Recipe.load(first), qp.Recipe.load(second))
-    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+    if json_output:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        say(found.summary())
 
 
 def export(
@@ -80,4 +83,4 @@ def import_(
         machine=None if machine is None else qp.Machine.parse(machine),
     )
     found.save(recipe)
-    typer.echo(recipe_text(found))
+    say(recipe_text(found))

@@ -1,17 +1,20 @@
 """The tensor inventory of a model: what there is to place and to quantize."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 from pydantic import field_validator
 
+from quantplan.display import Table, html_card, html_table
 from quantplan.inventory.architecture import Architecture, read_architecture
 from quantplan.inventory.caches import LayerCache
 from quantplan.inventory.roles import RoleClass, is_quantizable, role_class, split_name
 from quantplan.qtypes import qtype
 from quantplan.schema import Frozen
+from quantplan.units import gib
 
 __all__ = ["Architecture", "Inventory", "LayerCache", "RoleClass", "Tensor"]
 
@@ -160,3 +163,37 @@ class Inventory(Frozen):
         """
         arch = self.architecture
         return tensor.layer is None or tensor.layer < arch.n_loaded_layers
+
+    def to_frame(self) -> Any:
+        """The tensors as a pandas data frame (or polars where only that is installed).
+
+        Raises:
+            MissingPackageError: Neither is installed.
+        """
+        return Table(
+            self.name,
+            {
+                "tensor": [t.name for t in self.tensors],
+                "layer": [t.layer for t in self.tensors],
+                "role": [t.role for t in self.tensors],
+                "role_class": [t.role_class for t in self.tensors],
+                "shape_ne": [list(t.shape_ne) for t in self.tensors],
+                "qtype": [t.qtype for t in self.tensors],
+                "n_weights": [t.n_weights for t in self.tensors],
+                "n_bytes": [t.n_bytes for t in self.tensors],
+            },
+        ).to_frame()
+
+    def _repr_html_(self) -> str:
+        found = Counter((t.role, t.shape_ne, t.qtype) for t in self.tensors)
+        sizes = {key: n * math.prod(key[1]) for key, n in found.items()}
+        rows = [
+            (role, found[role, shape, kind], "x".join(map(str, shape)), kind, size / 1e9)
+            for (role, shape, kind), size in sorted(sizes.items(), key=lambda item: -item[1])
+        ]
+        facts = {
+            "source": self.source,
+            "size": f"{self.n_weights / 1e9:.2f}e9 weights, {gib(self.n_bytes)}",
+        }
+        header = ("role", "tensors", "shape_ne", "qtype", "weights (1e9)")
+        return html_card(self.name, facts, html_table("Tensors by role", header, rows))

@@ -1,0 +1,150 @@
+"""The other points of the frontier, each as a whole plan with its own command."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from quantplan.costs.evidence import Evidence
+from quantplan.costs.quality import LossTable
+from quantplan.errors import InputError, NoPlanError
+from quantplan.frontier import frontier
+from quantplan.inventory import Inventory
+from quantplan.plan import Plan, plan
+from quantplan.policy import Policy
+
+# Relative difference of two predictions of one loss that rounding explains.
+_ROUNDING = 1e-6
+# Relative gap of the points: to prove less takes most of the time, and no picture shows it.
+_GAP = 1e-2
+
+
+def read_plan(path: Path) -> Plan:
+    """Reads what ``quantplan plan --json`` printed.
+
+    Raises:
+        InputError: The file cannot be read, is a recipe, or is no plan of this version.
+    """
+    again = "write one with: quantplan plan MODEL --machine TEXT --json > plan.json"
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}; {again}") from error
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} is no plan, it is not JSON; {again}") from error
+    if isinstance(document, dict) and "tensors" in document and "assignments" not in document:
+        raise InputError(
+            f"{path} is a recipe: it lacks the speed over the context, the plain answers and the "
+            f"sizes of the devices, which the page shows; {again}"
+        )
+    try:
+        return Plan.model_validate(document)
+    except InputError as error:  # the machine or the workload inside
+        raise InputError(f"{path}: {fault}" for fault in error.faults) from error
+    except ValidationError as error:
+        raise InputError(
+            [
+                f"{path} is no plan that this version reads: "
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}; {again}"
+                for fault in error.errors()[:3]
+            ]
+        ) from error
+
+
+def why_not(made: Plan, inventory: Inventory, policy: Policy, evidence: Evidence | None) -> str:
+    """Why other plans would not be comparable with this one; empty where they are.
+
+    Args:
+        made: The plan.
+        inventory: The model as it is read now.
+        policy: The policy as it is known now.
+        evidence: What was measured of the model, as it is given now.
+    """
+    if inventory.header_sha256 != made.provenance.header_sha256:
+        return f"{inventory.source} is not the model that the plan was made for"
+    if policy.describe() != made.provenance.policy:
+        return (
+            f"the plan was made with the policy {made.provenance.policy}; give the same --policy, "
+            "--pin and --allow"
+        )
+    types = {a.tensor: a.qtype for a in made.assignments}
+    now = LossTable(inventory, evidence).model_kld_nats(types)
+    if not math.isclose(now, made.predicted.loss_nats, rel_tol=_ROUNDING, abs_tol=1e-12):
+        return (
+            "the plan was made with measurements of the model, or by another version of "
+            "quantplan; give the same --measured and --weights, or plan again"
+        )
+    return ""
+
+
+def other_plans(
+    made: Plan,
+    inventory: Inventory,
+    *,
+    policy: Policy | str,
+    evidence: Evidence | None = None,
+    points: int = 12,
+    time_limit_s: float = 60.0,
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> list[Plan]:
+    """Plans at other speeds, for the model, machine and workload of one that is there.
+
+    Args:
+        made: The plan that is there.
+        inventory: Its model.
+        policy: Its policy.
+        evidence: What it was made with.
+        points: How many points of the frontier to work out; equal ones are left out.
+        time_limit_s: Time for each search, in seconds.
+        is_wanted: Asked before every point; once it says no, what was found is returned.
+    """
+    if not is_wanted():
+        return []
+    ends = frontier(
+        inventory, made.machine, made.workload, points=2, policy=policy, evidence=evidence,
+        gap=_GAP, time_limit_s=time_limit_s,
+    )  # fmt: skip
+    known, found = {_numbers(made)}, []
+    for limit in _between(ends.points[0].limit, ends.points[-1].limit, points):
+        if not is_wanted():
+            break
+        try:
+            other = plan(
+                inventory, made.machine, made.workload, min_decode_tps=limit, policy=policy,
+                evidence=evidence, gap=_GAP, time_limit_s=time_limit_s, baselines=False,
+            )  # fmt: skip
+        except NoPlanError:  # the fastest speed may be out of reach by what rounding hides
+            continue
+        if _numbers(other) not in known:
+            known.add(_numbers(other))
+            found.append(other)
+    return _undominated(made, found)
+
+
+def _between(first: float, last: float, points: int) -> list[float]:
+    """So many limits from the first to the last, evenly spaced by ratio."""
+    if points == 1 or first == last:
+        return [first]
+    return [first * (last / first) ** (n / (points - 1)) for n in range(points)]
+
+
+def _numbers(found: Plan) -> tuple[float, float]:
+    return (round(found.predicted.decode_tps, 6), round(found.predicted.loss_nats, 9))
+
+
+def _undominated(made: Plan, found: list[Plan]) -> list[Plan]:
+    """Those that no other one, nor the plan that is there, beats in speed and loss."""
+    everything = [_numbers(p) for p in (made, *found)]
+    return [
+        p
+        for p in found
+        if not any(
+            tps >= _numbers(p)[0] and nats <= _numbers(p)[1]
+            for tps, nats in everything
+            if (tps, nats) != _numbers(p)
+        )
+    ]
