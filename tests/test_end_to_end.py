@@ -18,8 +18,7 @@ def serve(plan: qp.Plan, source: Path, n_servers: int = 1) -> str:
     qp.quantize(plan.recipe, source, target)
     with rpc_server() as first, rpc_server() as second:
         endpoints = [first, second][:n_servers]
-        flags = [flag.replace("=CUDA1", f"=RPC0[{second}]") for flag in plan.flags]
-        with llama_server(target, flags, endpoints) as server:
+        with llama_server(target, plan.flags, endpoints) as server:
             answer = server.complete("The capital of France is", 8)
             assert "offloaded" in server.log
             assert_buffers(plan.devices, server.buffers, endpoints)

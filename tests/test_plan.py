@@ -167,7 +167,8 @@ def placed_by_llama_cpp(
         position = np.float32(layer - first_on_gpu) / np.float32(n_on_gpu)
         return gpus[int(np.searchsorted(ends, position, side="right"))]  # std::upper_bound
 
-    rules = [rule.split("=") for rule in (value_of(flags, "-ot") or "").split(",") if rule]
+    ot = (value_of(flags, "-ot") or "").replace("=CUDA", "=GPU")
+    rules = [rule.split("=") for rule in ot.split(",") if rule]
     placed: dict[str, str | None] = {}
     for tensor in inventory.tensors:
         if tensor.layer is not None:

@@ -117,7 +117,13 @@ def test_a_command_that_is_interrupted_is_continued(toy: Path, target: Path) -> 
     words = [str(target.parent.parent / "recipe.json"), str(toy), str(target), "--threads", "1"]
     command = [sys.executable, "-m", "quantplan.cli", "quantize", *words]
     partial = target.with_name(".q.gguf.partial")
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background ignore SIGINT, and what they start would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    ) as process:
         deadline = time.monotonic() + 60
         while not (partial.exists() and partial.stat().st_size > 1 << 19):
             assert process.poll() is None

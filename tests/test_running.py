@@ -69,7 +69,7 @@ def imitation(folder: Path, script: str) -> LlamaCpp:
         ("echo \"unknown model architecture: 'new'\"; exit 1", "too old for the model"),
         ("exec sleep 60", r"is not ready after 1 s\. It printed nothing"),
         ("echo $((6 * 7)); exec sleep 60", r"not ready after 1 s(?s:.*)Its last lines:\n42"),
-        ("exec yes garbage", "prints without end: more than 1 MiB"),
+        ("while :; do echo garbage; done", "prints without end: more than 1 MiB"),
         ("trap '' TERM; sleep 60 & while :; do sleep 1; done", "is not ready after 1 s"),
     ],
     ids=["crash", "memory", "architecture", "hang", "silence", "garbage", "stubborn"],
@@ -164,6 +164,8 @@ def test_flags_are_said_in_the_words_of_the_build(here: LlamaCpp) -> None:
     assert flags_for(here, ["--mlock", "-c", "64"]) == ("-lm", "mmap+mlock", "-c", "64")
     assert flags_for(here, ["--no-mmap", "-c", "64", "--mlock"]) == ("-lm", "mlock", "-c", "64")
     assert flags_for(here, ["-dio"]) == ("-lm", "dio")
+    two = here.model_copy(update={"devices": ("Vulkan0", "Vulkan1")})
+    assert flags_for(two, ["-ot", "a=CUDA1,b=CPU"]) == ("-ot", "a=Vulkan1,b=CPU")
     with pytest.raises(qp.LlamaCppError, match="does not know --amb, --no-such-flag:"):
         flags_for(here, ["--amb", "512", "-c", "64", "--no-such-flag"])
     folder = older_folder()

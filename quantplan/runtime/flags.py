@@ -1,5 +1,6 @@
 """Flags in the words of one build of llama.cpp: names have changed, and old ones are refused."""
 
+import re
 from collections.abc import Sequence
 
 from quantplan.errors import LlamaCppError
@@ -20,6 +21,7 @@ _DIRECT = ("-dio", "--direct-io")
 _MAPPING = ("--mmap", "--no-mmap", "--mlock", *_DIRECT, "-ndio", "--no-direct-io")
 _FLASH = ("-fa", "--flash-attn")
 _FIT = ("-fit", "--fit", "-fitt", "--fit-target", "-fitc", "--fit-ctx")
+_OVERRIDES = ("-ot", "--override-tensor")
 _UNIFIED = ("-kvu", "--kv-unified")
 _APART = ("-no-kvu", "--no-kv-unified")
 
@@ -43,6 +45,8 @@ def flags_for(llama_cpp: LlamaCpp, flags: Sequence[str]) -> tuple[str, ...]:
                 found += ["-lm", _load_mode(given)]
         elif name in _LOAD_MODE and not llama_cpp.has_load_mode:
             found += _BEFORE_LOAD_MODES.get(values[0] if values else "", (name, *values))
+        elif name in _OVERRIDES:
+            found += [name, *(_buffers_named(llama_cpp, value) for value in values)]
         elif name in _FLASH and not llama_cpp.has_flash_value:
             found += [name] if values != ["off"] else []
         elif not (
@@ -52,6 +56,16 @@ def flags_for(llama_cpp: LlamaCpp, flags: Sequence[str]) -> tuple[str, ...]:
             found += [name, *values]
     _check(llama_cpp, found)
     return tuple(found)
+
+
+def _buffers_named(llama_cpp: LlamaCpp, overrides: str) -> str:
+    """Overrides with the build's own names for the GPUs of this host, which recipes call CUDA's."""
+    names = dict(enumerate(llama_cpp.devices))
+
+    def named(match: re.Match[str]) -> str:
+        return f"={names.get(int(match[1]), match[0][1:])}"
+
+    return re.sub(r"=CUDA(\d+)(?=,|$)", named, overrides)
 
 
 def _load_mode(given: Sequence[str]) -> str:

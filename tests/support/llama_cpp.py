@@ -140,8 +140,8 @@ def llama_server(
 
     Args:
         model_path: The GGUF file.
-        flags: What to test, passed on unchanged. RPC devices are known to them by name.
-        rpc: Addresses of RPC servers.
+        flags: What to test, passed on unchanged but for names of GPUs.
+        rpc: Addresses of RPC servers, which stand for the GPUs that flags call CUDA0, CUDA1, ...
 
     Yields:
         The server, once its model is loaded.
@@ -150,6 +150,8 @@ def llama_server(
         LlamaCppError: If it dies, or takes too long; the message has its last log lines.
     """
     port = free_port()
+    for index, endpoint in enumerate(rpc):
+        flags = [flag.replace(f"=CUDA{index}", f"=RPC0[{endpoint}]") for flag in flags]
     command = [str(_SERVER), *(["--rpc", ",".join(rpc)] if rpc else [])]
     command += ["-m", str(model_path.resolve()), *flags]
     command += ["--host", ADDRESS, "--port", str(port), "-lv", "4", "--no-warmup"]
