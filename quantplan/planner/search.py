@@ -28,6 +28,9 @@ _PROGRESS = 1e-6
 _BOUND_SHARE = 0.2
 _SPLIT_SHARE = 0.2
 _GUESS_SHARE = 0.1
+_CLIMB_SHARE = 0.5
+# Part of the gap within which the bound of a split is as good as that of all.
+_CLIMB_GAP = 0.25
 # Gap at which any solution is good enough.
 _ANY_GAP = 0.9
 
@@ -157,16 +160,22 @@ class _Search:
     proven: dict[tuple[Layers, int], float] = field(default_factory=dict)
 
     def climb(self, starts: Sequence[Layers]) -> None:
-        """Looks at the starts, then moves one boundary of the best split at a time."""
-        best = None
+        """Looks at the starts, then moves one boundary of the best split at a time.
+
+        It ends where the best split is as good as the bound over all of them, by a part of the gap.
+        """
+        best, until = None, time.monotonic() + _CLIMB_SHARE * self.limits.left_s
+        good_enough = self.floor_nats * (1 + max(_PROGRESS, _CLIMB_GAP * self.limits.gap))
         for layers in starts:
             found = self._look_at(layers)
             if best is None or found.least_nats < best.least_nats:
                 best = found
-            if best.least_nats <= self.floor_nats * (1 + _PROGRESS) or self.limits.is_over:
+            if best.least_nats <= good_enough or time.monotonic() > until:
                 return
-        while best is not None and best.order and not self.limits.is_over:
+        while best is not None and best.order and best.least_nats > good_enough:
             for layers in neighbours(self.problem, best.problem.layer_devices):
+                if time.monotonic() > until:
+                    return
                 found = self._look_at(layers)
                 if found.least_nats < best.least_nats * (1 - _PROGRESS):
                     best = found
