@@ -11,7 +11,7 @@ from quantplan.costs.calibration import for_model
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.memory import pad
 from quantplan.costs.prefill import prefill_s
-from quantplan.costs.quality import LossTable, kld_nats, link, type_errors
+from quantplan.costs.quality import LossTable, kld_nats, type_errors
 from quantplan.costs.speed import SpeedPrediction, predict_traffic
 from quantplan.costs.traffic import Traffic, collect
 from quantplan.display import Table
@@ -27,6 +27,7 @@ from quantplan.ftypes import stock_mix
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
 from quantplan.overview import baselines_table, plan_html
+from quantplan.plan_notes import baseline_notes, evidence_notes, imatrix_notes, plan_notes
 from quantplan.planner.baselines import Baseline, baseline_row, baseline_table, find_baselines
 from quantplan.planner.decisions import Open, best_solution
 from quantplan.planner.goal import Goal
@@ -315,10 +316,10 @@ def plan(
         flags=flags,
         baselines=found,
         notes=(
-            *_baseline_notes(found),
-            *_notes(machine, problem, solution),
-            *_imatrix_notes(assignments, inventory),
-            *_evidence_notes(evidence),
+            *baseline_notes(found),
+            *plan_notes(machine, problem, solution),
+            *imatrix_notes(assignments, inventory),
+            *evidence_notes(evidence),
         ),
         provenance=_provenance(problem, solution, reachable_gap(problem, gap), time_limit_s),
     )
@@ -460,58 +461,6 @@ def _prediction(
         file_bytes=file_bytes,
         bpw=file_bytes * 8 / inventory.n_weights,
     )
-
-
-def _notes(machine: Machine, problem: Problem, solution: Solution) -> tuple[str, ...]:
-    notes = []
-    trained = problem.inventory.architecture.context_length
-    if trained and problem.workload.context > trained:
-        notes.append(
-            f"the context of {problem.workload.context} tokens is longer than the {trained} that "
-            "the model was trained for"
-        )
-    asked_for = len(machine.gpus)
-    if problem.machine.gpus != machine.gpus:
-        notes.append(
-            f"{len(problem.machine.gpus)} of {asked_for} GPUs are used: more are no better"
-        )
-    n_cpu = solution.layer_devices.count(problem.machine.ram.name) if problem.machine.gpus else 0
-    if n_cpu:
-        notes.append(f"attention and KV cache of the first {n_cpu} layers are in RAM")
-    if not any(qtype(t.qtype).is_float and t.is_quantizable for t in problem.inventory.tensors):
-        notes.append("the model is quantized already: types are kept, only places were chosen")
-    if kld_nats(solution.loss_nats) > link().valid_kld_nats:
-        notes.append("the predicted loss is beyond what the loss model holds for: expect nonsense")
-    if solution.status == "time_limit":
-        notes.append("the search ended before the gap was closed; the gap is what it proved")
-    return tuple(notes)
-
-
-def _baseline_notes(baselines: tuple[Baseline, ...]) -> tuple[str, ...]:
-    """Says which plain answer is as good, if one is."""
-    plain = next((baseline for baseline in baselines if baseline.is_as_good), None)
-    if plain is None:
-        return ()
-    floors = f"; below the policy's floors: {', '.join(plain.below_floor)}"
-    return (
-        f"{plain.describe()} is as good as far as the models can tell "
-        f"({plain.decode_tps.expected:.1f} tokens/s, loss {plain.loss_nats:.4f}): prefer it, it is "
-        f"simpler{floors if plain.below_floor else ''}",
-    )
-
-
-def _imatrix_notes(assignments: tuple[RecipeTensor, ...], inventory: Inventory) -> tuple[str, ...]:
-    """Names the types that quantizers make with an importance matrix only."""
-    kept = {t.name: t.qtype for t in inventory.tensors}
-    types = sorted({a.qtype for a in assignments if a.qtype != kept[a.tensor]})
-    needing = [name for name in types if qtype(name).needs_imatrix]
-    if not needing:
-        return ()
-    return (f"{', '.join(needing)}: to be written with an importance matrix, by llama-quantize",)
-
-
-def _evidence_notes(evidence: Evidence | None) -> tuple[str, ...]:
-    return (f"losses use {evidence.describe()}",) if evidence else ()
 
 
 def _flags(machine: Machine, problem: Problem, solution: Solution) -> tuple[str, ...]:

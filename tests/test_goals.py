@@ -33,12 +33,12 @@ from quantplan.costs.quality import LossTable, kld_nats
 from quantplan.costs.speed import predict_speed
 from quantplan.planner.goal import Goal
 from quantplan.planner.milp import (
-    Model,
     add_cutoff,
     add_layers_in_ram,
     build_model,
     build_relaxation,
 )
+from quantplan.planner.model import Model
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits
 from quantplan.planner.search import solve as search

@@ -13,13 +13,12 @@ from quantplan.hardware import Device
 from quantplan.planner.groups import Group, Option
 from quantplan.planner.linear import Answer
 from quantplan.planner.milp import (
-    Model,
     add_cutoff,
     add_layers_in_ram,
     build_model,
     build_relaxation,
-    form_cohorts,
 )
+from quantplan.planner.model import Model, form_cohorts
 from quantplan.planner.problem import Problem
 
 Status = Literal["optimal", "within_gap", "time_limit"]
