@@ -15,8 +15,6 @@ from tests.support.models import smollm2_path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LIMIT_S = 300
-# What jupyter_core and pyzmq say of themselves; nothing of it is about a notebook.
-pytestmark = pytest.mark.filterwarnings("ignore:.*(Jupyter|zmq|event loop).*")
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +96,8 @@ def test_a_larger_card_buys_quality() -> None:
     assert all(tps >= 10 for tps in numbers(r"loss [\d.]+, ([\d.]+) tokens/s, gap", printed))
     assert len(numbers(r": 1 GiB of VRAM +loss ([+-][\d.]+)", printed)) == 2
     assert pictures(shown) == 4
-    frames = [data["text/plain"] for data in shown if "decode_tps" in data.get("text/plain", "")]
+    plain = [data["text/plain"].lstrip() for data in shown]
+    frames = [text for text in plain if text.startswith("decode_tps")]
     frontiers = [numbers(r"(?m)^\d+ +[\d.]+ +([\d.]+)", text) for text in frames]
     assert len(frontiers) == 4
     for losses in frontiers:
@@ -124,7 +123,7 @@ def test_five_cards_hold_more_than_four() -> None:
     assert "5 GPUs, " in printed
     assert all(f"GPU{n}" in tables(shown) for n in range(5))
     assert "-ts " in printed
-    assert "3 GPUs: no plan" in printed
+    assert "no plan" in printed
     four, five = (numbers(rf"{n} GPUs: loss ([\d.]+)", printed)[0] for n in (4, 5))
     assert five < four
     assert pictures(shown) == 2
@@ -139,7 +138,7 @@ def test_sensitivities_and_the_trap_are_measured(
     monkeypatch.setenv("QUANTPLAN_F16", str(smollm2))
     printed, _ = run("sensitivities")
     klds = numbers(r"(?:code|prose) ([\d.]+) ±", printed)
-    assert len(klds) == 6
+    assert len(klds) == 4
     assert min(klds) > 0
     winners = re.findall(
         r"best on (code|prose): mix \d, better by ([\d.]+)% .* by (-?[\d.]+)%", printed
