@@ -37,6 +37,7 @@ ORDER = [
     "hardware",
     "workload",
     "policy",
+    "ftype_rules",
     "ftypes",
     "placement",
     "costs",
