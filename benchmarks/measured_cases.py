@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantplan.device import Device
 from quantplan.errors import InputError, QuantplanError
 from quantplan.formats.llama_args import parse_flags
-from quantplan.hardware import Device, Machine
+from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_named
 from quantplan.placement import Launch

@@ -32,7 +32,8 @@ from quantplan.costs.decode import decode_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.speed import Z80, interval
-from quantplan.hardware import Device, Machine
+from quantplan.device import Device
+from quantplan.hardware import Machine
 
 Array = NDArray[np.float64]
 Choose = Callable[[Case], Factors]

@@ -1,5 +1,6 @@
 """quantplan: which quant type should every tensor have, and where should it live?"""
 
+from quantplan.device import Device
 from quantplan.difference import RecipeDifference, diff_recipes
 from quantplan.errors import (
     Change,
@@ -18,7 +19,7 @@ from quantplan.errors import (
 from quantplan.exchange import export_recipe, import_recipe
 from quantplan.frontier import Frontier, FrontierPoint, frontier
 from quantplan.ftypes import stock_mix
-from quantplan.hardware import Device, Machine
+from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.catalog import catalog_names
 from quantplan.inventory.sources import read_inventory

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import psutil
 
+from quantplan.device import Device
 from quantplan.errors import LlamaCppError, MachineError
-from quantplan.hardware import Device, Machine
+from quantplan.hardware import Machine
 from quantplan.hardware_table import (
     GpuSpec,
     cpu_presets,

@@ -1,188 +1,19 @@
-"""Devices and machines: what there is to place tensors on."""
+"""Machines: GPUs and the RAM, from text or a profile, with what was measured on them."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from quantplan.device import Device, MachineValue, fault_text
 from quantplan.display import Table, html_card
 from quantplan.errors import MachineError
-from quantplan.hardware_table import GpuSpec, load_hardware
 from quantplan.hardware_text import parse_text
-from quantplan.network import Network
 from quantplan.schema import Frozen
 from quantplan.units import gb_per_s, gib
 
 # llama.cpp takes no more (LLAMA_MAX_DEVICES).
 _MAX_GPUS = 16
-
-
-class _Described(Frozen):
-    """A value that raises `MachineError` with every fault."""
-
-    def __init__(self, **values: Any) -> None:
-        """Turns what pydantic finds into sentences."""
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise MachineError(_fault(fault) for fault in error.errors()) from error
-
-
-def _fault(fault: Any) -> str:
-    """One validation fault as a sentence."""
-    where = " ".join(map(str, fault["loc"]))
-    return f"machine {where}: {fault['msg']} (got {fault['input']!r})"
-
-
-class Device(_Described):
-    """Something that holds tensors and reads them.
-
-    Attributes:
-        name: ``GPU0``, ``GPU1``, ... or ``CPU`` (the RAM).
-        kind: ``gpu`` or ``cpu``.
-        model: What it is, for people.
-        capacity_bytes: Memory in total.
-        margin_bytes: Part of it that a plan must leave free (driver context, desktop, system).
-        bandwidth_bytes_per_s: Memory bandwidth: a GPU's nominal one, and the RAM's as all cores
-            measure it.
-        flops_per_s: Half-precision matrix rate, for prefill; of a CPU the rate of its vector units.
-        vector_flops_per_s: Single-precision rate of the ordinary units, which unpack quantized
-            weights while decoding.
-        link_bytes_per_s: Rate at which a GPU reads host memory; 0 for the CPU.
-        decode_slowdown: Time that this device takes to decode, as measured here, over the time that
-            the speed model predicts; 1 where nothing was measured.
-        prefill_slowdown: The same for prefill.
-        network: The way to it, where another host lends it (``ggml-rpc-server``); None for a device
-            of this host.
-
-    Raises:
-        MachineError: A number is out of range; all of them are named.
-    """
-
-    name: str
-    kind: Literal["gpu", "cpu"]
-    model: str
-    capacity_bytes: int = Field(ge=0)
-    margin_bytes: int = Field(ge=0)
-    bandwidth_bytes_per_s: float = Field(gt=0, allow_inf_nan=False)
-    flops_per_s: float = Field(gt=0, allow_inf_nan=False)
-    vector_flops_per_s: float = Field(gt=0, allow_inf_nan=False)
-    link_bytes_per_s: float = Field(ge=0, allow_inf_nan=False)
-    decode_slowdown: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    prefill_slowdown: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    network: Network | None = None
-
-    @property
-    def usable_bytes(self) -> int:
-        """Capacity less margin."""
-        return max(0, self.capacity_bytes - self.margin_bytes)
-
-    @classmethod
-    def gpu(
-        cls,
-        index: int,
-        capacity_bytes: int,
-        bandwidth_bytes_per_s: float,
-        *,
-        model: str = "GPU",
-        flops_per_s: float | None = None,
-        vector_flops_per_s: float | None = None,
-        link_bytes_per_s: float | None = None,
-        margin_bytes: int | None = None,
-        network: Network | None = None,
-    ) -> Self:
-        """A GPU from plain numbers.
-
-        Args:
-            index: Position among the machine's GPUs, from 0.
-            capacity_bytes: Memory in total.
-            bandwidth_bytes_per_s: Nominal memory bandwidth.
-            model: What it is, for people.
-            flops_per_s: Half-precision matrix rate; by default in the RTX 3090's proportion to its
-                bandwidth.
-            vector_flops_per_s: Single-precision rate; by default a quarter of the matrix rate,
-                as on GeForce cards.
-            link_bytes_per_s: Host-to-device rate; by default PCIe 4.0 x16.
-            margin_bytes: Memory to leave free; by default 10 %, at most 1 GiB.
-            network: The way to it, where another host lends it.
-
-        Raises:
-            MachineError: A number is out of range; all of them are named.
-        """
-        defaults = load_hardware()["defaults"]
-        flops = flops_per_s or bandwidth_bytes_per_s * defaults["gpu_flops_per_byte"]
-        return cls(
-            name=f"GPU{index}",
-            kind="gpu",
-            model=model,
-            capacity_bytes=capacity_bytes,
-            margin_bytes=_margin(capacity_bytes, "gpu") if margin_bytes is None else margin_bytes,
-            bandwidth_bytes_per_s=bandwidth_bytes_per_s,
-            flops_per_s=flops,
-            vector_flops_per_s=vector_flops_per_s or flops * defaults["gpu_single_share"],
-            link_bytes_per_s=link_bytes_per_s or defaults["link_gb_s"] * 1e9,
-            network=network,
-        )
-
-    @classmethod
-    def of(cls, index: int, spec: GpuSpec, margin_bytes: int | None = None) -> Self:
-        """A GPU from what is known of it; see `gpu`."""
-        return cls.gpu(
-            index,
-            spec.capacity_bytes,
-            spec.bandwidth_bytes_per_s,
-            model=spec.model,
-            flops_per_s=spec.flops_per_s,
-            vector_flops_per_s=spec.vector_flops_per_s,
-            link_bytes_per_s=spec.link_bytes_per_s,
-            margin_bytes=margin_bytes,
-            network=spec.network,
-        )
-
-    @classmethod
-    def ram(
-        cls,
-        capacity_bytes: int,
-        bandwidth_bytes_per_s: float,
-        *,
-        model: str = "RAM",
-        cores: int | None = None,
-        margin_bytes: int | None = None,
-    ) -> Self:
-        """The CPU with its RAM.
-
-        Args:
-            capacity_bytes: Memory in total.
-            bandwidth_bytes_per_s: Rate at which all cores read, as `quantplan machine` measures it;
-                about four fifths of what the memory's channels offer on paper.
-            model: What it is, for people.
-            cores: Physical cores; by default as many as usually go with the bandwidth.
-            margin_bytes: Memory to leave free; by default 5 %, at most 4 GiB.
-
-        Raises:
-            MachineError: A number is out of range; all of them are named.
-        """
-        defaults = load_hardware()["defaults"]
-        flops = bandwidth_bytes_per_s * defaults["cpu_flops_per_byte"]
-        if cores is not None:
-            flops = cores * defaults["cpu_gflops_per_core"] * 1e9
-        return cls(
-            name="CPU",
-            kind="cpu",
-            model=model,
-            capacity_bytes=capacity_bytes,
-            margin_bytes=_margin(capacity_bytes, "ram") if margin_bytes is None else margin_bytes,
-            bandwidth_bytes_per_s=bandwidth_bytes_per_s,
-            flops_per_s=flops,
-            vector_flops_per_s=flops,
-            link_bytes_per_s=0.0,
-        )
-
-
-def _margin(capacity_bytes: int, kind: Literal["gpu", "ram"]) -> int:
-    defaults = load_hardware()["defaults"]
-    share = max(0.0, capacity_bytes * float(defaults[f"{kind}_margin_share"]))
-    return round(min(share, float(defaults[f"{kind}_margin_max_mib"]) * 2**20))
 
 
 class ComputeMeasurement(Frozen):
@@ -206,7 +37,7 @@ class ComputeMeasurement(Frozen):
     by: str
 
 
-class Machine(_Described):
+class Machine(MachineValue):
     """One or more GPUs, or none, and the RAM.
 
     Attributes:
@@ -333,7 +164,9 @@ class Machine(_Described):
         except OSError as error:
             raise MachineError(f"the machine profile {path} cannot be read: {error}") from error
         except ValidationError as error:
-            raise MachineError(f"{path}: {_fault(fault)}" for fault in error.errors()) from error
+            raise MachineError(
+                f"{path}: {fault_text(fault)}" for fault in error.errors()
+            ) from error
 
     def with_margin(self, margin_bytes: int) -> Self:
         """The machine with so much memory left free on every GPU."""
@@ -353,7 +186,7 @@ class Machine(_Described):
 
     def summary(self) -> str:
         """The devices, what was measured and assumed, and what that changed, in a few lines."""
-        slowed = [_slowdowns(device) for device in self.devices]
+        slowed = [device.slowdowns() for device in self.devices]
         said = [f"  measured: {text}" for text in self.measured]
         said += [f"  assumed: {text}" for text in self.assumed]
         if self.calibrated_with:
@@ -394,16 +227,3 @@ class Machine(_Described):
 
     def _repr_html_(self) -> str:
         return html_card(self.describe(), {}, self._table()._repr_html_(), notes=self.measured)
-
-
-def _slowdowns(device: Device) -> str:
-    """What calibration found, for people; empty where it found nothing."""
-    parts = [
-        f"{what} takes {factor:.2f} times as long as predicted"
-        for what, factor in (
-            ("decoding", device.decode_slowdown),
-            ("prefill", device.prefill_slowdown),
-        )
-        if factor != 1.0
-    ]
-    return f"  {device.name}: {', '.join(parts)}" if parts else ""

@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from quantplan.device import Device
 from quantplan.errors import MachineError
-from quantplan.hardware import Device, Machine
+from quantplan.hardware import Machine
 from quantplan.hardware_table import cpu_presets, cpu_rates, find_cpu, gpu_presets
 
 GIB = 2**30

@@ -34,6 +34,7 @@ ORDER = [
     "hardware_table",
     "hardware_text",
     "inventory.summary",
+    "device",
     "hardware",
     "workload",
     "policy",

@@ -3,7 +3,8 @@
 from quantplan.costs.decode import attention_flops, cached_cells, is_latent, network_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.traffic import Read, Traffic
-from quantplan.hardware import Device, Machine
+from quantplan.device import Device
+from quantplan.hardware import Machine
 from quantplan.workload import Workload
 
 # llama.cpp copies weights from RAM to a GPU for batches of at least so many tokens.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from quantplan.costs import load_data
-from quantplan.hardware import Device
+from quantplan.device import Device
 from quantplan.hardware_table import load_hardware
 from quantplan.plan import Plan
 from quantplan.schema import Frozen
