@@ -20,12 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import quantplan as qp
+from quantplan.device import Device
 from quantplan.errors import NoPlanError, UnsupportedModelError
-from quantplan.hardware import Device
 from quantplan.planner.decisions import best_solution
 from quantplan.planner.goal import Goal
-from quantplan.planner.groups import Group, Option
+from quantplan.planner.groups import Group
 from quantplan.planner.problem import Problem, build_problem
+from quantplan.planner.solution import Choice
 from quantplan.planner.split import first_splits
 
 BITS_PER_WEIGHT = (3.5, 4.5, 6.0)
@@ -34,8 +35,6 @@ BESIDE_WEIGHTS_BYTES = 2 * 2**30
 WORKLOAD = qp.Workload(context=8192, kv_type="q8_0")
 # At which the search over splits may stop.
 STOP_GAP = 1e-3
-
-Choice = tuple[Option, str]
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class _Greedy:
 
     def cost(self, group: Group, choice: Choice) -> float:
         """What a choice adds to the objective."""
-        seconds = self.problem.decode_s(group, *choice)
+        seconds = self.problem.decode.group_s(group, *choice)
         return choice[0].loss_nats + self.problem.decode_price_nats_per_s * seconds
 
     def changes(self, g: int) -> Iterator[tuple[float, int, int, str]]:
@@ -156,7 +155,7 @@ def greedy(problem: Problem) -> Answer | None:
             continue
         state.improve()
         pairs = list(zip(split.groups, state.choices, strict=True))
-        base = split.decode_price_nats_per_s * split.base_decode_s
+        base = split.decode_price_nats_per_s * split.decode.base_s
         objective = base + sum(state.cost(group, choice) for group, choice in pairs)
         if best is None or objective < best.objective_nats:
             loss = sum(option.loss_nats for option, _ in state.choices)

@@ -16,7 +16,7 @@ from quantplan.planner.diagnose import no_plan, with_context
 from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits, solve
-from quantplan.planner.solve import Solution, Status
+from quantplan.planner.solution import Solution, Status
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
 from quantplan.schema import Frozen

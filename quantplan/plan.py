@@ -1,61 +1,52 @@
 """The plan: what to quantize how, where to put it, what to expect, and how sure that is."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 from typing import Any, Literal
 
-from quantplan.configuration import resolve
 from quantplan.costs import data_hashes
 from quantplan.costs.calibration import for_model
 from quantplan.costs.evidence import Evidence
-from quantplan.costs.memory import pad
-from quantplan.costs.prefill import prefill_s
-from quantplan.costs.quality import LossTable, kld_nats, type_errors
-from quantplan.costs.speed import SpeedPrediction, predict_traffic
-from quantplan.costs.traffic import Traffic, collect
-from quantplan.display import Table
+from quantplan.costs.quality import LossTable, type_errors
+from quantplan.costs.speed import SpeedPrediction
+from quantplan.display import Table, html_card
 from quantplan.errors import InputError
-from quantplan.formats.llama_cpp import (
-    buffer_types,
-    placement_flags,
-    rpc_flags,
-    server_command,
-    workload_flags,
-)
+from quantplan.formats.llama_cpp import server_command
 from quantplan.ftypes import stock_mix
 from quantplan.hardware import Machine
-from quantplan.inventory import Inventory, Tensor
-from quantplan.overview import baselines_table, plan_html
+from quantplan.inventory import Inventory
 from quantplan.plan_notes import baseline_notes, evidence_notes, imatrix_notes, plan_notes
-from quantplan.planner.baselines import Baseline, baseline_row, baseline_table, find_baselines
+from quantplan.planner.baseline_tables import baseline_lines, baseline_row, baseline_table
+from quantplan.planner.baselines import Baseline, find_baselines
 from quantplan.planner.decisions import Open, best_solution
 from quantplan.planner.goal import Goal
 from quantplan.planner.linear import solver_name, solver_options
+from quantplan.planner.outcome import Outcome
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import reachable_gap
-from quantplan.planner.solve import DeviceBytes, Solution, Status
+from quantplan.planner.solution import Solution, Status
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
-from quantplan.predict import DeviceUse, compute_buffer, device_line, speed_lines
+from quantplan.predict import DeviceUse, device_line, device_table, speed_facts, speed_lines
 from quantplan.qtypes import qtype
 from quantplan.recipe import (
-    Assignment,
     MemoryUse,
     Prediction,
     Provenance,
     Recipe,
     RecipeTensor,
     assignment_table,
+    type_lines,
+    types_html,
 )
 from quantplan.schema import Frozen
 from quantplan.units import gib
 from quantplan.version import __version__
 from quantplan.workload import Workload
 
-_DATA_ALIGNMENT = 32
-# Plain answers that a summary shows.
+# Plain answers that a summary shows, and those that a notebook does; the table has all of them.
 _SHOWN_BASELINES = 3
+_TABLED_BASELINES = 8
 
 
 class Plan(Frozen):
@@ -143,16 +134,16 @@ class Plan(Frozen):
         rows += [device_line(device) for device in self.devices]
         if self.baselines:
             rows.append("  beside plain answers, with the same memory and predictions (GiB):")
-            rows += [f"    {line}" for line in self._baseline_table()]
+            rows += [f"    {line}" for line in self._baseline_lines()]
         rows += [f"  note: {note}" for note in self.notes]
         rows.append("  types and places:")
-        rows += [f"    {line}" for line in summarize(self.assignments)]
+        rows += [f"    {line}" for line in type_lines(self.assignments)]
         return "\n".join(rows)
 
     @property
     def baseline_table(self) -> Table:
         """The plain answers as a table, which notebooks show and ``to_frame`` converts."""
-        return baselines_table(self.baselines)
+        return baseline_table(self.baselines)
 
     def to_frame(self) -> Any:
         """Type and device of every tensor as a pandas data frame (or polars).
@@ -163,17 +154,19 @@ class Plan(Frozen):
         return assignment_table(self.assignments).to_frame()
 
     def _repr_html_(self) -> str:
-        return plan_html(
-            f"{self.model} on {self.machine.describe()}",
-            command=self.llama_server_command("model.gguf"),
-            gap=self.gap,
-            predicted=self.predicted,
-            speed=self.speed,
-            devices=self.devices,
-            baselines=self.baselines,
-            tensors=self.assignments,
-            notes=self.notes,
-        )
+        facts = {
+            "command": self.llama_server_command("model.gguf"),
+            "file": f"{gib(self.predicted.file_bytes)} ({self.predicted.bpw:.2f} bpw)",
+            "loss": f"{self.predicted.loss_nats:.4f} nats/token",
+            **speed_facts(self.speed),
+            "proven gap": f"{self.gap:.3%}",
+        }
+        tables = [device_table(self.devices)._repr_html_()]
+        if self.baselines:
+            shown = baseline_table(self.baselines[:_TABLED_BASELINES])
+            tables.append(shown._repr_html_())
+        title = f"{self.model} on {self.machine.describe()}"
+        return html_card(title, facts, *tables, types_html(self.assignments), notes=self.notes)
 
     def _turn_lines(self) -> list[str]:
         work, seconds = self.workload, self.predicted.turn_s
@@ -184,7 +177,7 @@ class Plan(Frozen):
             f"{seconds:.0f} s"
         ]
 
-    def _baseline_table(self) -> list[str]:
+    def _baseline_lines(self) -> list[str]:
         used = [use.capacity_bytes - use.free_bytes for use in self.devices]
         row = baseline_row(
             types="this plan",
@@ -195,21 +188,7 @@ class Plan(Frozen):
             decode_tps=self.predicted.decode_tps,
             loss_nats=self.predicted.loss_nats,
         )
-        return baseline_table(row, self.baselines, _SHOWN_BASELINES)
-
-
-def summarize(assignments: tuple[RecipeTensor, ...]) -> list[str]:
-    """One line per role of the matrices: how many tensors have which type, where."""
-    counts: dict[str, Counter[str]] = {}
-    for a in assignments:
-        tensor = Tensor(name=a.tensor, shape_ne=a.shape_ne, qtype=a.qtype)
-        if tensor.is_quantizable:
-            where = f"on {a.device}" if a.device else "not loaded"
-            counts.setdefault(tensor.role, Counter())[f"{a.qtype} {where}"] += 1
-    return [
-        f"{role:18} " + ", ".join(f"{n}x {what}" for what, n in counter.most_common())
-        for role, counter in sorted(counts.items())
-    ]
+        return baseline_lines(row, self.baselines, _SHOWN_BASELINES)
 
 
 def plan(
@@ -275,14 +254,10 @@ def plan(
     machine = for_model(machine, inventory.architecture)
     task = workload or Workload()
     if no_worse_than is not None:
-        mix_nats = stock_loss_nats(inventory, no_worse_than, evidence)
+        mix = stock_mix(inventory, no_worse_than)
+        mix_nats = LossTable(inventory, evidence).model_kld_nats(mix)
         max_loss_nats = mix_nats if max_loss_nats is None else min(max_loss_nats, mix_nats)
-    goal = Goal(
-        best="quality" if max_loss_nats is None else "speed",
-        min_decode_tps=min_decode_tps,
-        max_turn_s=max_turn_s,
-        max_loss_nats=max_loss_nats,
-    )
+    goal = Goal.within(min_decode_tps, max_turn_s, max_loss_nats)
     _check(inventory, goal, task, gap, time_limit_s)
     rules = policy_preset(policy) if isinstance(policy, str) else policy
     rules.check(inventory, priced=type_errors())
@@ -294,49 +269,30 @@ def plan(
         gap=gap,
         time_limit_s=time_limit_s,
     )
-    task = problem.workload
-    assignments = _assignments(problem, solution)
-    flags = _flags(machine, problem, solution)
-    placed = {a.tensor: (a.qtype, a.device) for a in assignments if a.device is not None}
-    traffic = collect(inventory, placed, solution.layer_devices, problem.output_device.name)
-    speed = predict_traffic(traffic, machine, task)
+    outcome = Outcome(machine, problem, solution)
     found: tuple[Baseline, ...] = ()
     if baselines:
-        found = find_baselines(problem, LossTable(inventory, evidence), placed)
+        found = find_baselines(problem, LossTable(inventory, evidence), outcome.placed)
     return Plan(
         model=inventory.name,
         machine=machine,
-        workload=task,
+        workload=problem.workload,
         status=solution.status,
         gap=solution.gap,
-        devices=_devices(machine, problem, solution, assignments, flags),
-        predicted=_prediction(problem, solution, assignments, traffic, speed),
-        speed=speed,
-        assignments=assignments,
-        flags=flags,
+        devices=outcome.devices,
+        predicted=outcome.predicted,
+        speed=outcome.speed,
+        assignments=outcome.tensors,
+        flags=outcome.flags,
         baselines=found,
         notes=(
             *baseline_notes(found),
             *plan_notes(machine, problem, solution),
-            *imatrix_notes(assignments, inventory),
+            *imatrix_notes(outcome.tensors, inventory),
             *evidence_notes(evidence),
         ),
         provenance=_provenance(problem, solution, reachable_gap(problem, gap), time_limit_s),
     )
-
-
-def stock_loss_nats(inventory: Inventory, ftype: str, evidence: Evidence | None = None) -> float:
-    """Predicted loss of a model as llama-quantize would make it, in nats per token.
-
-    Args:
-        inventory: The model.
-        ftype: A mix, such as ``Q4_K_M``.
-        evidence: What was measured of the model's losses.
-
-    Raises:
-        InputError: There is no such mix.
-    """
-    return LossTable(inventory, evidence).model_kld_nats(stock_mix(inventory, ftype))
 
 
 def _check(
@@ -389,96 +345,3 @@ def _provenance(
         bound_nats=solution.bound_nats,
         gap=solution.gap,
     )
-
-
-def _assignments(problem: Problem, solution: Solution) -> tuple[RecipeTensor, ...]:
-    chosen: dict[str, Assignment] = {}
-    for group, (option, device) in zip(problem.groups, solution.choices, strict=True):
-        for tensor, name in zip(group.tensors, option.qtypes, strict=True):
-            chosen[tensor.name] = Assignment(tensor=tensor.name, qtype=name, device=device)
-    assignments = []
-    for tensor in problem.inventory.tensors:
-        found = chosen.get(tensor.name)
-        if found is None:  # not loaded, so nothing was chosen
-            usual = problem.policy.candidates_for(tensor, is_loaded=False)[0]
-            found = Assignment(tensor=tensor.name, qtype=usual, device=None)
-        assignments.append(RecipeTensor(**dict(found), shape_ne=tensor.shape_ne))
-    return tuple(assignments)
-
-
-def _devices(
-    machine: Machine,
-    problem: Problem,
-    solution: Solution,
-    assignments: tuple[RecipeTensor, ...],
-    flags: tuple[str, ...],
-) -> tuple[DeviceUse, ...]:
-    """What is on each device; compute buffers are those of the flags, at most the planned ones."""
-    build = problem.workload.llama_cpp_build
-    written = problem.inventory.with_qtypes({a.tensor: a.qtype for a in assignments})
-    resolved = resolve(written, flags, machine, llama_cpp_build=build)
-    uses = []
-    for device in machine.devices:
-        used = solution.device_bytes.get(device.name, DeviceBytes.none())
-        compute = compute_buffer(resolved, machine, device)
-        held = used.weights + used.padding + used.cache
-        uses.append(
-            DeviceUse(
-                name=device.name,
-                model=device.model,
-                capacity_bytes=device.capacity_bytes,
-                margin_bytes=device.margin_bytes,
-                weights_bytes=used.weights,
-                padding_bytes=used.padding,
-                kv_bytes=used.cache,
-                compute_bytes=compute.expected,
-                compute_low_bytes=compute.low,
-                compute_high_bytes=compute.high,
-                free_bytes=device.capacity_bytes - held - compute.high,
-            )
-        )
-    return tuple(uses)
-
-
-def _prediction(
-    problem: Problem,
-    solution: Solution,
-    assignments: tuple[RecipeTensor, ...],
-    traffic: Traffic,
-    speed: SpeedPrediction,
-) -> Prediction:
-    inventory, workload = problem.inventory, problem.workload
-    prompt_s = prefill_s(traffic, problem.machine, workload, 0)
-    turn = workload.prompt_tokens, workload.answer_tokens
-    has_room = 0 < sum(turn) <= workload.context
-    by_name = inventory.by_name
-    file_bytes = sum(pad(by_name[a.tensor].bytes_as(a.qtype), _DATA_ALIGNMENT) for a in assignments)
-    return Prediction(
-        decode_tps=1 / solution.decode_s,
-        prefill_tps=workload.ubatch / prompt_s,
-        turn_s=speed.turn_s(*turn).expected if has_room else None,
-        loss_nats=kld_nats(solution.loss_nats),
-        file_bytes=file_bytes,
-        bpw=file_bytes * 8 / inventory.n_weights,
-    )
-
-
-def _flags(machine: Machine, problem: Problem, solution: Solution) -> tuple[str, ...]:
-    moved = {
-        tensor.name: name
-        for group, (_, name) in zip(problem.groups, solution.choices, strict=True)
-        if group.place == "free" and name != solution.layer_devices[group.layer or 0]
-        for tensor in group.tensors
-    }
-    is_single = len(problem.machine.gpus) == 1
-    placement = placement_flags(
-        n_layers=problem.inventory.architecture.n_layers,
-        layer_devices=solution.layer_devices,
-        output_device=problem.output_device.name,
-        buffers=buffer_types(problem.machine if is_single else machine),
-        moved=moved,
-        others=[t.name for t in problem.inventory.tensors if t.name not in moved],
-    )
-    if is_single and len(machine.gpus) > 1:
-        placement += ["-sm", "none", "-mg", "0"]
-    return (*rpc_flags(machine), *placement, *workload_flags(problem.workload))

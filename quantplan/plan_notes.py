@@ -6,7 +6,7 @@ from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.planner.baselines import Baseline
 from quantplan.planner.problem import Problem
-from quantplan.planner.solve import Solution
+from quantplan.planner.solution import Solution
 from quantplan.qtypes import qtype
 from quantplan.recipe import RecipeTensor
 

@@ -8,10 +8,11 @@ from quantplan.errors import InputError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.plan import Plan
+from quantplan.planner.bounds import split_bounds
 from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits, solve
-from quantplan.planner.solve import Solution, split_bounds
+from quantplan.planner.solution import Solution
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
 from quantplan.schema import Frozen
@@ -70,12 +71,7 @@ def prices(
     if plan.provenance.header_sha256 != inventory.header_sha256:
         raise InputError(f"the plan is for {plan.model}, not for {inventory.name}")
     asked = plan.provenance
-    goal = Goal(
-        best="quality" if asked.max_loss_nats is None else "speed",
-        min_decode_tps=asked.min_decode_tps,
-        max_turn_s=asked.max_turn_s,
-        max_loss_nats=asked.max_loss_nats,
-    )
+    goal = Goal.within(asked.min_decode_tps, asked.max_turn_s, asked.max_loss_nats)
     rules = policy or policy_preset(asked.policy or "quality")
     deadline = time.monotonic() + time_limit_s
 

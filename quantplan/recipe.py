@@ -16,7 +16,7 @@ from quantplan.errors import InputError, RecipeError
 from quantplan.formats.llama_cpp import tensor_type_file
 from quantplan.hardware import Machine
 from quantplan.inventory import Tensor
-from quantplan.planner.solve import Status
+from quantplan.planner.solution import Status
 from quantplan.schema import Frozen
 from quantplan.workload import Workload
 
@@ -136,6 +136,11 @@ class RecipeTensor(Assignment):
 
     shape_ne: tuple[int, ...]
 
+    @property
+    def written(self) -> Tensor:
+        """The tensor as an inventory of the quantized file has it."""
+        return Tensor(name=self.tensor, shape_ne=self.shape_ne, qtype=self.qtype)
+
 
 class Recipe(Frozen):
     """What a quantizer and a runtime need to carry a plan out.
@@ -199,9 +204,7 @@ class Recipe(Frozen):
     @cached_property
     def inventory_tensors(self) -> tuple[Tensor, ...]:
         """The tensors as an inventory of the quantized file has them."""
-        return tuple(
-            Tensor(name=t.tensor, shape_ne=t.shape_ne, qtype=t.qtype) for t in self.tensors
-        )
+        return tuple(t.written for t in self.tensors)
 
     def to_frame(self) -> Any:
         """Type and device of every tensor as a pandas data frame (or polars).
@@ -231,7 +234,7 @@ class Recipe(Frozen):
 
 def assignment_table(tensors: Sequence[RecipeTensor]) -> Table:
     """Type and device of every tensor, with what its name says."""
-    known = [Tensor(name=t.tensor, shape_ne=t.shape_ne, qtype=t.qtype) for t in tensors]
+    known = [t.written for t in tensors]
     return Table(
         "Types and devices",
         {
@@ -246,12 +249,26 @@ def assignment_table(tensors: Sequence[RecipeTensor]) -> Table:
     )
 
 
+def type_lines(tensors: Sequence[RecipeTensor]) -> list[str]:
+    """One line per role of the matrices: how many tensors have which type, where."""
+    counts: dict[str, Counter[str]] = {}
+    for entry in tensors:
+        tensor = entry.written
+        if tensor.is_quantizable:
+            where = f"on {entry.device}" if entry.device else "not loaded"
+            counts.setdefault(tensor.role, Counter())[f"{entry.qtype} {where}"] += 1
+    return [
+        f"{role:18} " + ", ".join(f"{n}x {what}" for what, n in counter.most_common())
+        for role, counter in sorted(counts.items())
+    ]
+
+
 def types_html(tensors: Sequence[RecipeTensor]) -> str:
     """How many matrices of each role have which type, where, as a table in HTML."""
     counts: Counter[tuple[str, str, str]] = Counter()
     sizes: Counter[tuple[str, str, str]] = Counter()
     for entry in tensors:
-        tensor = Tensor(name=entry.tensor, shape_ne=entry.shape_ne, qtype=entry.qtype)
+        tensor = entry.written
         if tensor.is_quantizable:
             key = (tensor.role, entry.qtype, entry.device or "not loaded")
             counts[key] += 1

@@ -6,8 +6,7 @@ from collections import Counter
 
 from quantplan.costs.quality import Explanation
 from quantplan.inventory import Inventory
-from quantplan.plan import summarize
-from quantplan.recipe import Recipe
+from quantplan.recipe import Recipe, type_lines
 from quantplan.units import gib
 
 
@@ -47,7 +46,7 @@ def recipe_text(recipe: Recipe) -> str:
         [
             *origin,
             "  types and places:",
-            *(f"    {line}" for line in summarize(recipe.tensors)),
+            *(f"    {line}" for line in type_lines(recipe.tensors)),
             f"  flags: {shlex.join(recipe.flags)}",
         ]
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from quantplan.inventory import RoleClass, Tensor
+from quantplan.inventory import RoleClass
 from quantplan.predict import DeviceUse
 from quantplan.recipe import RecipeTensor
 
@@ -73,7 +73,7 @@ def memory_maps(
     found = {device.name: dict.fromkeys(PARTS, 0) for device in devices}
     for entry in tensors:
         if entry.device in found:
-            tensor = Tensor(name=entry.tensor, shape_ne=entry.shape_ne, qtype=entry.qtype)
+            tensor = entry.written
             part = _PART_OF.get(tensor.role_class, tensor.role_class)
             found[entry.device][part] += tensor.n_bytes
     maps = []

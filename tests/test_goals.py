@@ -31,6 +31,7 @@ from quantplan import (
 from quantplan.costs import memory
 from quantplan.costs.quality import LossTable, kld_nats
 from quantplan.costs.speed import predict_speed
+from quantplan.planner.bounds import bound_with_layers_in_ram
 from quantplan.planner.goal import Goal
 from quantplan.planner.milp import (
     add_cutoff,
@@ -42,7 +43,8 @@ from quantplan.planner.model import Model
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits
 from quantplan.planner.search import solve as search
-from quantplan.planner.solve import Solution, bound_with_layers_in_ram, solve_split
+from quantplan.planner.solution import Solution
+from quantplan.planner.solve import solve_split
 from tests.support.models import toy_inventory
 
 GLM = "RTX 4090 + 64GiB@80GB/s"
@@ -102,8 +104,8 @@ def every_answer(problem: Problem) -> list[tuple[float, float, float, int, bool]
         found.append(
             (
                 sum(o.loss_nats for _, (o, _) in pairs),
-                problem.base_decode_s + sum(problem.decode_s(g, o, d) for g, (o, d) in pairs),
-                problem.base_turn_s + sum(problem.turn_s(g, o, d) for g, (o, d) in pairs),
+                problem.decode.total_s(pairs),
+                problem.turn.total_s(pairs),
                 problem.unloaded_bytes + sum(o.n_bytes for _, (o, _) in pairs),
                 fits,
             )
@@ -162,7 +164,7 @@ def test_a_turn_in_the_program_is_the_one_that_is_predicted() -> None:
         assert isinstance(solution, Solution)
         at = problem.with_layers(solution.layer_devices)
         pairs = list(zip(at.groups, solution.choices, strict=True))
-        summed = at.base_turn_s + sum(at.turn_s(g, o, d) for g, (o, d) in pairs)
+        summed = at.turn.total_s(pairs)
         assignment = {
             tensor.name: (name, device)
             for group, (option, device) in pairs

@@ -36,7 +36,8 @@ from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits
 from quantplan.planner.search import solve as search
-from quantplan.planner.solve import Solution, solve_split
+from quantplan.planner.solution import Solution
+from quantplan.planner.solve import solve_split
 from tests.support.compute import around_streamed_bytes, graph_bytes, planned_bytes
 from tests.support.models import toy_inventory
 

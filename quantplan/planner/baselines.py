@@ -5,7 +5,7 @@ type for all) in the best placements that plain flags make (``--fit``, ``--cpu-m
 ``--n-cpu-moe N``, ``--n-cpu-ffn N``, ``-ngl N``).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,6 @@ from quantplan.planner.problem import Problem
 from quantplan.policy import SOURCE, policy
 from quantplan.qtypes import QTYPES, fitting_qtype, qtype
 from quantplan.schema import Frozen
-from quantplan.units import gib
 
 # The mixes that are published for most models; True for those made with an importance matrix, which
 # llama-quantize demands for types that they hold.
@@ -340,56 +339,3 @@ def _below_floor(problem: Problem, qtypes: Mapping[str, str]) -> tuple[RoleClass
             }
         )
     )
-
-
-def baseline_table(plan_row: tuple[str, ...], found: Sequence[Baseline], n_rows: int) -> list[str]:
-    """The plan beside the best plain answers, one of each mix, in lines of at most 80 columns.
-
-    Args:
-        plan_row: What the columns say of the plan; see `baseline_row`.
-        found: All baselines, the best first.
-        n_rows: How many to show.
-    """
-    best: dict[str, Baseline] = {}
-    for baseline in found:
-        if baseline.is_answer:
-            best.setdefault(baseline.types, baseline)
-    rows = [plan_row]
-    for baseline in list(best.values())[:n_rows]:
-        row = baseline_row(
-            types=baseline.types,
-            placement=baseline.placement,
-            file_bytes=baseline.file_bytes,
-            vram_bytes=baseline.vram_bytes,
-            ram_bytes=baseline.ram_bytes,
-            decode_tps=baseline.decode_tps.expected,
-            loss_nats=baseline.loss_nats,
-        )
-        rows.append(row)
-    header = ("types", "placement", "file", "VRAM", "RAM", "tokens/s", "loss")
-    widths = (12, 18, 8, 7, 7, 8, 8)
-    lines = []
-    for row in [header, *rows]:
-        cells = [
-            f"{cell:{'<' if i < 2 else '>'}{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(" ".join(cells))
-    if not best:
-        lines.append("no plain answer fits and is fast enough")
-    return lines
-
-
-def baseline_row(
-    *,
-    types: str,
-    placement: str,
-    file_bytes: int,
-    vram_bytes: int,
-    ram_bytes: int,
-    decode_tps: float,
-    loss_nats: float,
-) -> tuple[str, ...]:
-    """The cells of one row of `baseline_table`."""
-    sizes = (gib(n).split()[0] for n in (file_bytes, vram_bytes, ram_bytes))
-    return (types, placement, *sizes, f"{decode_tps:.1f}", f"{loss_nats:.4f}")

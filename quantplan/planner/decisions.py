@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from quantplan.errors import SolverError
+from quantplan.planner.bounds import Bounds, bounds_over_splits
 from quantplan.planner.diagnose import longest_context, no_plan, with_context
 from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem
 from quantplan.planner.search import Limits, any_solution, reachable_gap, solve
-from quantplan.planner.solve import Bounds, Solution, bounds_over_splits, with_bound
+from quantplan.planner.solution import Solution
 
 # No loss of a quantized KV cache was measured for whole models, so the integer program cannot weigh
 # it. F16 is kept unless Q8_0 makes the objective at least a tenth smaller, or is needed to fit.
@@ -148,7 +149,7 @@ def _best_variant(candidates: list[Variant], limits: Limits) -> tuple[Problem, S
     if best is None:
         return None
     variant, solution = best
-    solution = with_bound(solution, proven / variant.handicap, limits.gap)
+    solution = solution.with_bound(proven / variant.handicap, limits.gap)
     return variant.problem.with_layers(solution.layer_devices), solution
 
 
@@ -179,14 +180,9 @@ def _at_longest_context(candidates: list[Variant], limits: Limits) -> list[Varia
             continue
         found = longest_context(variant.problem, most, deadline)
         longest = max(longest, found[0] if found else 0)
-    return (
-        [
-            Variant(with_context(variant.problem, longest), variant.handicap)
-            for variant in candidates
-        ]
-        if longest
-        else []
-    )
+    if not longest:
+        return []
+    return [replace(v, problem=with_context(v.problem, longest)) for v in candidates]
 
 
 def _most_context(problem: Problem) -> int:

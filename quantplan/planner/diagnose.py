@@ -4,6 +4,8 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 from quantplan.costs.quality import kld_nats
 from quantplan.errors import Change, NoPlanError
@@ -12,7 +14,7 @@ from quantplan.planner.goal import Goal
 from quantplan.planner.milp import build_relaxation
 from quantplan.planner.problem import Problem
 from quantplan.planner.search import Limits, any_solution, solve
-from quantplan.planner.solve import Solution
+from quantplan.planner.solution import Solution
 from quantplan.qtypes import qtype
 from quantplan.units import gib
 
@@ -139,7 +141,7 @@ def _limits(problem: Problem, deadline: float) -> list[Change]:
             continue
         reached, sign = _limit_reached(problem, kind, limit, excess)
         tries = (reached * (1 + sign * 0.0001 * 4**n) for n in range(_TRIES))
-        value = _first_solvable(tries, lambda v, k=kind: _with_limit(problem, k, v), deadline)  # type: ignore[misc]
+        value = _first_solvable(tries, partial(_with_limit, problem, kind), deadline)
         if value is not None:
             found.append(_limit_change(kind, value))
     return found
@@ -184,44 +186,41 @@ def _limit_change(kind: str, value: float) -> Change:
 
 def _memory(problem: Problem, deadline: float) -> list[Change]:
     """More RAM; more memory on every GPU alike."""
-    machine, found = problem.machine, []
-    n_pools = len(build_relaxation(problem).pools)
-    changes: list[tuple[str, list[str], Callable[[float], Problem], int]] = [
-        ("ram", [f"memory_{n_pools - 1}"], lambda n: _with_memory(problem, "ram", n),
-         machine.ram.capacity_bytes),
-    ]  # fmt: skip
-    if machine.gpus:
-        rows = [f"memory_{p}" for p in range(n_pools - 1)]
-        total = sum(gpu.capacity_bytes for gpu in machine.gpus)
-        changes.append(("vram", rows, lambda n: _with_memory(problem, "vram", n), total))
-    for kind, rows, changed, has in changes:
+    *gpu_rows, ram_row = (f"memory_{p}" for p in range(len(build_relaxation(problem).pools)))
+    kinds: dict[Literal["ram", "vram"], list[str]] = {"ram": [ram_row]}
+    if gpu_rows:
+        kinds["vram"] = gpu_rows
+    found = []
+    for kind, rows in kinds.items():
         excess = _least_excess(problem, rows) * _MIB
         if not math.isfinite(excess):
             continue
         first = max(1, math.ceil(excess / _MEMORY_STEP))
         steps = (float((first + extra) * _MEMORY_STEP) for extra in (0, 1, 2, 4, 8, 16, 32))
-        more = _first_solvable(steps, changed, deadline)
+        more = _first_solvable(steps, partial(_with_memory, problem, kind), deadline)
         if more is not None:
-            name = "RAM" if kind == "ram" else "VRAM"
-            share = "" if len(machine.gpus) < 2 or kind == "ram" else ", shared by all GPUs"
-            text = f"Add {gib(int(more))} of {name}{share} ({gib(has + int(more))} in all)"
-            found.append(Change("ram" if kind == "ram" else "vram", has + int(more), text))
+            found.append(_memory_change(problem.machine, kind, int(more)))
     return found
 
 
-def _with_memory(problem: Problem, kind: str, more: float) -> Problem:
+def _memory_change(machine: Machine, kind: Literal["ram", "vram"], more: int) -> Change:
+    devices = (machine.ram,) if kind == "ram" else machine.gpus
+    total = sum(device.capacity_bytes for device in devices) + more
+    share = ", shared by all GPUs" if len(devices) > 1 else ""
+    text = f"Add {gib(more)} of {kind.upper()}{share} ({gib(total)} in all)"
+    return Change(kind, total, text)
+
+
+def _with_memory(problem: Problem, kind: Literal["ram", "vram"], more: float) -> Problem:
     machine = problem.machine
-
-    def grown(device_bytes: int, parts: int) -> dict[str, int]:
-        return {"capacity_bytes": device_bytes + math.ceil(more / parts)}
-
-    if kind == "ram":
-        ram = machine.ram.model_copy(update=grown(machine.ram.capacity_bytes, 1))
-        return replace(problem, machine=Machine(gpus=machine.gpus, ram=ram))
-    gpus = tuple(
-        gpu.model_copy(update=grown(gpu.capacity_bytes, len(machine.gpus))) for gpu in machine.gpus
+    devices = (machine.ram,) if kind == "ram" else machine.gpus
+    each = math.ceil(more / len(devices))
+    grown = tuple(
+        device.model_copy(update={"capacity_bytes": device.capacity_bytes + each})
+        for device in devices
     )
-    return replace(problem, machine=Machine(gpus=gpus, ram=machine.ram))
+    changes: dict[str, object] = {"ram": grown[0]} if kind == "ram" else {"gpus": grown}
+    return replace(problem, machine=machine.model_copy(update=changes))
 
 
 def with_context(problem: Problem, context: int) -> Problem:

@@ -25,6 +25,17 @@ class Goal:
     max_loss_nats: float | None = None
     max_file_bytes: int | None = None
 
+    @classmethod
+    def within(
+        cls,
+        min_decode_tps: float | None = None,
+        max_turn_s: float | None = None,
+        max_loss_nats: float | None = None,
+    ) -> "Goal":
+        """What a plan is best at: speed where its loss is limited, else quality."""
+        best: Literal["quality", "speed"] = "quality" if max_loss_nats is None else "speed"
+        return cls(best, min_decode_tps, max_turn_s, max_loss_nats)
+
     @property
     def limits(self) -> tuple[float, ...]:
         """All limits that there are."""

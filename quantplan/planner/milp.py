@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import pulp
 
-from quantplan.hardware import Device
+from quantplan.device import Device
 from quantplan.planner.groups import Option
 from quantplan.planner.model import MILLI, Model, form_cohorts, form_shapes, gpu_pools
 from quantplan.planner.problem import Problem
@@ -271,7 +271,7 @@ def add_speed(model: Model) -> None:
     """
     problem, target = model.problem, model.problem.goal.min_decode_tps
     if target is not None:
-        base = problem.fixed_decode_s if model.relaxed else problem.base_decode_s
+        base = problem.decode.fixed_s if model.relaxed else problem.decode.base_s
         allowed = (1 - _TOLERANCE) / target - base
         model.lp.add_row("speed", model.decode_ms, upper=MILLI * allowed)
 
@@ -283,7 +283,7 @@ def add_turn(model: Model) -> None:
     """
     problem, most = model.problem, model.problem.goal.max_turn_s
     if most is not None:
-        base = problem.fixed_turn_s if model.relaxed else problem.base_turn_s
+        base = problem.turn.fixed_s if model.relaxed else problem.turn.base_s
         allowed = (1 - _TOLERANCE) * most - base
         model.lp.add_row("turn", model.turn_ms, upper=MILLI * allowed)
 

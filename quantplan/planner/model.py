@@ -9,23 +9,21 @@ which device makes no difference either. Which layer is on which device is settl
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import pulp
 
-from quantplan.hardware import Device
+from quantplan.device import Device
 from quantplan.inventory import LayerCache
 from quantplan.planner.groups import Group, Option
 from quantplan.planner.linear import LinearProgram
 from quantplan.planner.problem import Problem
+from quantplan.planner.times import Times
 
 MILLI = 1000.0
 """Times and losses are in thousandths of a second and of a nat: near 1, as solvers like it."""
-
-Choice = tuple[int, int, str]
-"""Index of the shape, index of its option, device name."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Model:
         relaxed: Whether layers have no device, so that the optimum bounds that of every split.
         lp: Variables and rows.
         t: Counts by cohort and option.
-        x: Counts by choice.
+        x: Counts by shape, option and device name.
         steps: Whether something as large as this or larger is streamed to the first GPU, by
             increasing size.
         streamed: What the first GPU's compute buffer holds beyond its graph, in MiB, by its name.
@@ -94,7 +92,7 @@ class Model:
     relaxed: bool
     lp: LinearProgram = field(default_factory=LinearProgram)
     t: dict[tuple[int, int], pulp.LpVariable] = field(default_factory=dict)
-    x: dict[Choice, pulp.LpVariable] = field(default_factory=dict)
+    x: dict[tuple[int, int, str], pulp.LpVariable] = field(default_factory=dict)
     steps: list[pulp.LpVariable] = field(default_factory=list)
     streamed: dict[str, pulp.LpVariable] = field(default_factory=dict)
     pipeline: pulp.LpVariable | None = None
@@ -111,36 +109,24 @@ class Model:
     @cached_property
     def decode_ms(self) -> dict[pulp.LpVariable, float]:
         """Milliseconds per token that depend on the variables."""
-        problem = self.problem
-        return self._seconds(problem.decode_s, problem.cache_s, problem.hop_s, problem.boundary_s)
+        return self._milliseconds(self.problem.decode)
 
     @cached_property
     def turn_ms(self) -> dict[pulp.LpVariable, float]:
         """Milliseconds of the workload's prompt and answer that depend on the variables."""
-        problem = self.problem
-        return self._seconds(
-            problem.turn_s, problem.cache_turn_s, problem.turn_hop_s, problem.turn_boundary_s
-        )
+        return self._milliseconds(self.problem.turn)
 
-    def _seconds(
-        self,
-        weights: Callable[..., float],
-        cache: Callable[[LayerCache, Device], float],
-        hop: Callable[[Group, Sequence[str]], float],
-        boundary: Callable[[str], float],
-    ) -> dict[pulp.LpVariable, float]:
-        problem = self.problem
-        terms = {
-            variable: MILLI * weights(self.shapes[k].group, self.shapes[k].options[o], name,
-                                     homeless=self.relaxed)
-            for (k, o, name), variable in self.x.items()
-        }  # fmt: skip
+    def _milliseconds(self, times: Times) -> dict[pulp.LpVariable, float]:
+        terms = {}
+        for (k, o, name), variable in self.x.items():
+            group, option = self.shapes[k].group, self.shapes[k].options[o]
+            terms[variable] = MILLI * times.group_s(group, option, name, homeless=self.relaxed)
         for (kind, name), variable in self.layers.items():
-            terms[variable] = MILLI * cache(kind, problem.devices[name])
+            terms[variable] = MILLI * times.cache_s(kind, self.problem.devices[name])
         for (k, name), variable in self.hops.items():
-            terms[variable] = MILLI * hop(self.shapes[k].group, (name,))
+            terms[variable] = MILLI * times.hop_s(self.shapes[k].group, (name,))
         for name, variable in self.used.items():
-            terms[variable] = MILLI * boundary(name)
+            terms[variable] = MILLI * times.boundary_s(name)
         return terms
 
     @cached_property
@@ -163,9 +149,13 @@ class Model:
     @property
     def constant_nats(self) -> float:
         """What is constant in the objective."""
-        problem = self.problem
-        base = problem.fixed_decode_s if self.relaxed else problem.base_decode_s
-        return problem.decode_price_nats_per_s * base
+        decode = self.problem.decode
+        base = decode.fixed_s if self.relaxed else decode.base_s
+        return self.problem.decode_price_nats_per_s * base
+
+    def in_nats(self, millinats: float) -> float:
+        """An objective or a bound of the program with what is constant in it, in nats."""
+        return max(0.0, millinats / MILLI + self.constant_nats)
 
 
 def form_cohorts(

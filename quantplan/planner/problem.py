@@ -1,30 +1,19 @@
 """What the integer program is made from: groups, and what they cost on each device."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from quantplan.costs import compute, memory
 from quantplan.costs.compute import BytesEstimate, Work
-from quantplan.costs.decode import cache_s, network_s, read_s
 from quantplan.costs.evidence import Evidence
-from quantplan.costs.factors import shipped
-from quantplan.costs.prefill import prefill_s
 from quantplan.costs.quality import LossTable, link
-from quantplan.costs.speed import turn_depths
-from quantplan.costs.traffic import (
-    Read,
-    Traffic,
-    boundary_crossings,
-    boundary_transfers,
-    output_read,
-)
-from quantplan.hardware import Device, Machine
+from quantplan.device import Device
+from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, LayerCache
 from quantplan.placement import Launch
 from quantplan.planner.goal import Goal
 from quantplan.planner.groups import Group, Option, form_groups
+from quantplan.planner.times import DecodeTimes, TurnTimes
 from quantplan.policy import Policy
 from quantplan.workload import Workload
 
@@ -192,81 +181,21 @@ class Problem:
         numbers: dict[LayerCache, int] = {}
         return tuple(numbers.setdefault(kind, len(numbers)) for kind in self.cache_kinds)
 
-    def cache_s(self, kind: LayerCache, device: Device) -> float:
-        """Seconds per token to attend to the cache of one layer, with the context full.
-
-        A cache that all slots share is read whole for each of them.
-        """
-        arch, depth = self.inventory.architecture, self.workload.context / self.workload.n_streams
-        return cache_s(device, arch, kind, self.workload, depth)
+    @cached_property
+    def decode(self) -> DecodeTimes:
+        """Seconds per token with the context full."""
+        return DecodeTimes(*self._setting)
 
     @cached_property
-    def base_decode_s(self) -> float:
-        """Seconds per token that no type changes: caches, with the context full, and the rest."""
-        return self.fixed_decode_s + self._of_caches(self.cache_s) + self._boundaries_s
-
-    @cached_property
-    def base_turn_s(self) -> float:
-        """Seconds of the workload's turn that no type changes."""
-        work = self.workload
-        boundaries = self._per_turn(self._boundaries_s, self._boundary_network_s(work.ubatch))
-        return self.fixed_turn_s + self._of_caches(self.cache_turn_s) + boundaries
-
-    def _of_caches(self, seconds: Callable[[LayerCache, Device], float]) -> float:
-        """The sum over all layers."""
-        pairs = Counter(zip(self.cache_kinds, self.layer_devices, strict=True))
-        return sum(n * seconds(kind, self.devices[name]) for (kind, name), n in pairs.items())
-
-    def boundary_s(self, name: str) -> float:
-        """Seconds per token at least where layers on a device end before the output."""
-        crossing = boundary_crossings((name,), "") * shipped().crossing_s
-        return crossing + self._network_s({name: 2.0}, 1)
-
-    def turn_boundary_s(self, name: str) -> float:
-        """The same per turn of the workload."""
-        return self._per_turn(self.boundary_s(name), self._network_s({name: 2.0}))
-
-    def _per_turn(self, token_s: float, ubatch_s: float) -> float:
-        """Seconds of a turn, from those per token of the answer and per ubatch of the prompt."""
-        work = self.workload
-        return work.answer_tokens * token_s + work.prompt_tokens / work.ubatch * ubatch_s
+    def turn(self) -> TurnTimes:
+        """Seconds of the workload's turn."""
+        return TurnTimes(*self._setting)
 
     @property
-    def _boundaries_s(self) -> float:
-        n_crossings = boundary_crossings(self.layer_devices, self.output_device.name)
-        return n_crossings * shipped().crossing_s + self._boundary_network_s(1)
-
-    def _boundary_network_s(self, n_tokens: int) -> float:
-        """Seconds on the way to and from other hosts where layers end, for a batch of tokens."""
-        transfers = boundary_transfers(self.layer_devices, self.output_device.name)
-        return self._network_s(transfers, n_tokens, self.output_device.name)
-
-    def _network_s(
-        self, transfers: Mapping[str, float], n_tokens: int | None = None, output: str = ""
-    ) -> float:
-        """Seconds on the way to and from other hosts, for a batch of tokens; by default an ubatch.
-
-        Args:
-            transfers: How often a row of activations goes to or from each device.
-            n_tokens: Tokens of the batch.
-            output: Device of the output, whose logits come back.
-        """
-        if not self.machine.endpoints:
-            return 0.0
-        architecture, n_vocab = self.inventory.architecture, self.inventory.n_vocab
-        traffic = Traffic(architecture, {}, (), 0.0, transfers, n_vocab, output)
-        n = self.workload.ubatch if n_tokens is None else n_tokens
-        return network_s(traffic, self.machine, n)
-
-    @property
-    def fixed_decode_s(self) -> float:
-        """Seconds per token that neither types nor places change."""
-        return shipped().fixed_s
-
-    @property
-    def fixed_turn_s(self) -> float:
-        """Seconds of the workload's turn that neither types nor places change."""
-        return self.workload.answer_tokens * self.fixed_decode_s
+    def _setting(self) -> tuple[Inventory, Machine, Workload, tuple[str, ...], Device]:
+        """What times depend on."""
+        split = self.layer_devices
+        return self.inventory, self.machine, self.workload, split, self.output_device
 
     def places(self, group: Group) -> tuple[Device, ...]:
         """Devices that a group may be on."""
@@ -293,92 +222,6 @@ class Problem:
         """Bytes that a group takes on a device when it is placed somewhere."""
         padding = option.padding_bytes if device.kind == "gpu" else 0
         return self.copies_on(device, group, placed_on) * (option.n_bytes + padding)
-
-    def decode_s(
-        self, group: Group, option: Option, placed_on: str, *, homeless: bool = False
-    ) -> float:
-        """Seconds per token to read and multiply a group on the device that it is placed on.
-
-        Args:
-            group: The tensors.
-            option: Their types.
-            placed_on: Name of the device.
-            homeless: Leave out the hops that a group costs whose layer is on another device, as
-                where layers have no device yet.
-        """
-        seconds = sum(read_s(self.devices[placed_on], read) for read in option.reads)
-        if group.tensors[0].role == "token_embd" and self.inventory.has_tied_output:
-            copy = output_read(group.tensors[0], option.qtypes[0])
-            seconds += read_s(self.output_device, copy)
-        if not homeless and group.n_crossings and self.is_moved(group, placed_on):
-            seconds += self.hop_s(group, self._ends(group, placed_on))
-        return seconds
-
-    def _ends(self, group: Group, placed_on: str) -> tuple[str, str]:
-        return placed_on, self.layer_devices[group.layer or 0]
-
-    def hop_s(self, group: Group, ends: Sequence[str]) -> float:
-        """Seconds per token that a group costs by leaving the device of its layer.
-
-        Args:
-            group: The tensors.
-            ends: Names of the devices that it is on and that its layer is on, as far as known.
-        """
-        ways = dict.fromkeys(ends, 2 * group.n_crossings)
-        return group.n_crossings * shipped().crossing_s + self._network_s(ways, 1)
-
-    def turn_hop_s(self, group: Group, ends: Sequence[str]) -> float:
-        """The same per turn of the workload."""
-        ways = dict.fromkeys(ends, 2 * group.n_crossings)
-        return self._per_turn(self.hop_s(group, ends), self._network_s(ways))
-
-    def turn_s(
-        self, group: Group, option: Option, placed_on: str, *, homeless: bool = False
-    ) -> float:
-        """Seconds that a group adds to the workload's turn: its prompt, then its answer.
-
-        Matrices take as long at any depth, so the time is linear in the choices.
-
-        Args:
-            group: The tensors.
-            option: Their types.
-            placed_on: Name of the device.
-            homeless: Leave out hops, as in `decode_s`.
-        """
-        answer = self.decode_s(group, option, placed_on, homeless=True)
-        seconds = self._per_turn(answer, self._prompt_s({placed_on: option.reads}, ()))
-        if not homeless and group.n_crossings and self.is_moved(group, placed_on):
-            seconds += self.turn_hop_s(group, self._ends(group, placed_on))
-        return seconds
-
-    def cache_turn_s(self, kind: LayerCache, device: Device) -> float:
-        """Seconds that attention to the cache of one layer adds to the workload's turn.
-
-        Both parts are integrals over the depth, as `SpeedPrediction.turn_s` forms them.
-        """
-        work, arch = self.workload, self.inventory.architecture
-        prompt, answer = turn_depths(arch.caches[: self.n_layers], work)
-        seconds = 0.0
-        for depth, tokens in prompt.items():
-            seconds += tokens * self._prompt_s({}, (kind,), device, depth) / work.ubatch
-        for depth, tokens in answer.items():
-            seconds += tokens * cache_s(device, arch, kind, work, depth)
-        return seconds
-
-    def _prompt_s(
-        self,
-        reads: Mapping[str, tuple[Read, ...]],
-        kinds: tuple[LayerCache, ...],
-        device: Device | None = None,
-        depth: float = 0.0,
-    ) -> float:
-        """Seconds of one ubatch of a prompt for some matrices, or for the caches of a device."""
-        architecture = self.inventory.architecture
-        if kinds:
-            architecture = architecture.model_copy(update={"caches": kinds})
-        layers = (device.name,) * len(kinds) if device else ()
-        traffic = Traffic(architecture, reads, layers, 0.0)
-        return prefill_s(traffic, self.machine, self.workload, depth)
 
 
 def build_problem(

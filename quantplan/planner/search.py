@@ -4,21 +4,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from quantplan.planner.problem import Problem
-from quantplan.planner.solve import (
+from quantplan.planner.bounds import (
     Bounds,
-    Solution,
     bound_with_layers_in_ram,
     bounds_over_splits,
-    promising_split,
     raised_bound,
-    solve_level,
-    solve_split,
     split_bounds,
-    try_level,
-    with_bound,
 )
-from quantplan.planner.split import first_splits, neighbours, split_layers
+from quantplan.planner.problem import Problem
+from quantplan.planner.solution import Solution
+from quantplan.planner.solve import solve_level, solve_split
+from quantplan.planner.split import first_splits, neighbours, promising_split, split_layers
 
 # Relative gap at which the search over splits of several GPUs may stop.
 _SPLIT_GAP = 1e-3
@@ -117,11 +113,11 @@ def solve(
         if best is None or _is_closed(best, bound, limits) or limits.is_over:
             break
         bound, best = max(bound, prove(relaxed)), found.best
-    return with_bound(best, bound, limits.gap) if best else None
+    return best.with_bound(bound, limits.gap) if best else None
 
 
 def _is_closed(best: Solution, bound_nats: float, limits: Limits) -> bool:
-    return with_bound(best, bound_nats, limits.gap).status != "time_limit"
+    return best.with_bound(bound_nats, limits.gap).status != "time_limit"
 
 
 def any_solution(problem: Problem, deadline: float) -> Solution | None:
@@ -131,7 +127,8 @@ def any_solution(problem: Problem, deadline: float) -> Solution | None:
     for layers in first_splits(problem):
         bounds = split_bounds(problem.with_layers(layers))
         for level in bounds.order[:1]:
-            found = solve_level(bounds, level, _ANY_GAP, max(0.1, deadline - time.monotonic()))
+            left_s = max(0.1, deadline - time.monotonic())
+            found, _ = solve_level(bounds, level, _ANY_GAP, left_s)
             if found is not None:
                 return found
         if time.monotonic() >= deadline:
@@ -202,7 +199,7 @@ class _Search:
                 if nats > cutoff or self.limits.is_over:
                     break
             left_s = _SPLIT_SHARE * self.limits.left_s
-            found, bound = try_level(
+            found, bound = solve_level(
                 self.bounds[layers], level, self.limits.solver_gap, left_s, cutoff
             )
             self.proven[layers, level] = bound

@@ -2,7 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
+from quantplan.planner.bounds import Bounds
+from quantplan.planner.milp import build_relaxation
 from quantplan.planner.problem import Problem
+
+# Gap at which a guess is good enough.
+_GUESS_GAP = 1e-3
 
 
 def least_layer_bytes(problem: Problem) -> list[int]:
@@ -106,6 +111,28 @@ def first_splits(problem: Problem) -> list[tuple[str, ...]]:
         step *= 2
     splits.append(split_layers(problem, problem.n_layers))
     return list(dict.fromkeys(splits))
+
+
+def promising_split(relaxed: Bounds, time_limit_s: float) -> tuple[str, ...] | None:
+    """How many layers each device has in a good solution of the relaxation, with integers.
+
+    Args:
+        relaxed: Bounds without integers.
+        time_limit_s: Time at which to stop.
+    """
+    problem = relaxed.problem
+    model = build_relaxation(problem, pooled=False)
+    answer = model.lp.solve(_GUESS_GAP, time_limit_s, fixed=model.levels[relaxed.order[0]])
+    if answer.ending != "solved":
+        return None
+    names = (problem.machine.ram.name, *(gpu.name for gpu in problem.machine.gpus))
+    return tuple(
+        name
+        for name in names
+        for (_, place), count in model.layers.items()
+        if place == name
+        for _ in range(round(answer.value(count)))
+    )
 
 
 def neighbours(problem: Problem, layer_devices: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -1,0 +1,95 @@
+"""Lower bounds of the objective: of one split of the layers, and over all of them."""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+from quantplan.planner.linear import Answer
+from quantplan.planner.milp import (
+    add_cutoff,
+    add_layers_in_ram,
+    build_model,
+    build_relaxation,
+)
+from quantplan.planner.model import Model
+from quantplan.planner.problem import Problem
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the program without integers says of a split, or of all splits.
+
+    The program is solved once for each size that the largest streamed tensor may have: with that
+    settled, what is left is so close to linear that the bounds are within about 0.1 %.
+
+    Attributes:
+        problem: The problem with the split.
+        model: The program.
+        answers: Its solution at each level.
+    """
+
+    problem: Problem
+    model: Model
+    answers: tuple[Answer, ...]
+
+    def nats(self, level: int) -> float:
+        """Lower bound of the objective at a level; infinite where nothing fits."""
+        return self.model.in_nats(self.answers[level].bound)
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """Levels at which something fits, the lowest bound first."""
+        fits = [i for i, answer in enumerate(self.answers) if answer.ending == "solved"]
+        return tuple(sorted(fits, key=self.nats))
+
+    @property
+    def least_nats(self) -> float:
+        """Lower bound of the objective."""
+        return self.nats(self.order[0]) if self.order else math.inf
+
+
+def split_bounds(problem: Problem) -> Bounds:
+    """Bounds for a problem's split of the layers."""
+    return _bounds(problem, build_model(problem))
+
+
+def bounds_over_splits(problem: Problem) -> Bounds:
+    """Bounds that hold for every split of the layers."""
+    return _bounds(problem, build_relaxation(problem))
+
+
+def bound_with_layers_in_ram(
+    problem: Problem, *, at_least: int = 0, at_most: int | None = None
+) -> float:
+    """A lower bound over the splits with so many layers in RAM; infinite where none fits."""
+    model = build_relaxation(problem)
+    add_layers_in_ram(model, at_least, problem.n_layers if at_most is None else at_most)
+    return _bounds(problem, model).least_nats
+
+
+def _bounds(problem: Problem, model: Model) -> Bounds:
+    return Bounds(problem, model, tuple(model.lp.relax(model.levels)))
+
+
+def raised_bound(relaxed: Bounds, objective_nats: float, gap: float, time_limit_s: float) -> float:
+    """A higher lower bound over every split, from counts that are integers.
+
+    Args:
+        relaxed: Bounds without integers.
+        objective_nats: Of the best solution that is known.
+        gap: Relative gap that is good enough.
+        time_limit_s: Time at which to stop.
+    """
+    enough, end, found = objective_nats * (1 - gap), time.monotonic() + time_limit_s, math.inf
+    for level in relaxed.order:
+        bound = relaxed.nats(level)
+        if bound < enough and time.monotonic() < end:
+            model = build_relaxation(relaxed.problem, pooled=False)
+            add_cutoff(model, enough)
+            left_s = end - time.monotonic()
+            answer = model.lp.solve(gap / 10, left_s, fixed=model.levels[level])
+            better = enough if answer.ending == "infeasible" else model.in_nats(answer.bound)
+            bound = max(bound, better)
+        found = min(found, bound)
+    return found
