@@ -7,7 +7,7 @@ import pytest
 import quantplan as qp
 from tests.support.buffers import BUILD, assert_buffers
 from tests.support.llama_cpp import llama_server, needs_llama_cpp, rpc_server
-from tests.support.models import toy_moe
+from tests.support.models import Architecture, toy_moe
 
 pytestmark = needs_llama_cpp
 
@@ -43,7 +43,7 @@ def test_dense_model_loads_as_planned_and_answers(
 
 
 @pytest.mark.parametrize("architecture", ["glm4moe", "qwen3moe"])
-def test_experts_in_ram_load_as_planned(tmp_path: Path, architecture: str) -> None:
+def test_experts_in_ram_load_as_planned(tmp_path: Path, architecture: Architecture) -> None:
     """A mixture-of-experts model with experts on both sides takes exactly the planned bytes."""
     source = toy_moe(tmp_path / "toy.gguf", architecture)
     inventory = qp.read_inventory(source)

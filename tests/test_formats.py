@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -12,20 +13,20 @@ from hypothesis import strategies as st
 
 from quantplan.errors import RecipeError
 from quantplan.formats.llama_cpp import (
-    MAX_OVERRIDES,
     placement_flags,
     server_command,
     tensor_type_file,
     workload_flags,
 )
 from quantplan.inventory.sources import read_inventory
+from quantplan.placement import MAX_OVERRIDES
 from quantplan.qtypes import QTYPES
 from quantplan.workload import KVType, Workload
 
 GPUS = ("GPU0", "GPU1", "GPU2")
 
 
-def buffers_of(gpus: list[str]) -> dict[str, str]:
+def buffers_of(gpus: Sequence[str]) -> dict[str, str]:
     """What -ot calls the memory of GPUs and of the CPU."""
     return {**{gpu: gpu.replace("GPU", "CUDA") for gpu in gpus}, "CPU": "CPU"}
 
@@ -186,16 +187,17 @@ def distinct_sets(n_roles: int) -> list[str]:
 
 def test_too_many_overrides_are_refused() -> None:
     """llama.cpp takes 4095 overrides; one more, at which it aborts, is refused."""
-    arguments = {
-        "n_layers": 13,
-        "layer_devices": ["GPU0"] * 13,
-        "output_device": "GPU0",
-        "buffers": buffers_of(["GPU0"]),
-    }
-    flags = placement_flags(**arguments, moved=dict.fromkeys(distinct_sets(4095), "CPU"))
+    move = partial(
+        placement_flags,
+        n_layers=13,
+        layer_devices=["GPU0"] * 13,
+        output_device="GPU0",
+        buffers=buffers_of(["GPU0"]),
+    )
+    flags = move(moved=dict.fromkeys(distinct_sets(4095), "CPU"))
     assert MAX_OVERRIDES == len((value_of(flags, "-ot") or "").split(",")) == 4095
     with pytest.raises(RecipeError, match=r"needs 4096 -ot patterns, llama\.cpp takes 4095"):
-        placement_flags(**arguments, moved=dict.fromkeys(distinct_sets(4096), "CPU"))
+        move(moved=dict.fromkeys(distinct_sets(4096), "CPU"))
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "iq4_nl"])

@@ -58,12 +58,11 @@ def test_stored_numbers_convert_exactly(name: str) -> None:
     """Every finite number of a source type becomes the very same single-precision number."""
     qtype = QTYPES[name]
     bits = np.arange(1 << 16, dtype=np.uint16)
+    expected = (bits.astype(np.uint32) << 16).view(np.float32)
     if name == "F16":
-        raw, expected = bits, bits.view(np.float16).astype(np.float32)
-    else:
-        expected = (bits.astype(np.uint32) << 16).view(np.float32)
-        raw = bits if name == "BF16" else expected
-    converted = ggml().to_float32(qtype, raw.view(np.uint8), np.empty(bits.size, np.float32))
+        expected = bits.view(np.float16).astype(np.float32)
+    raw = expected.view(np.uint8) if name == "F32" else bits.view(np.uint8)
+    converted = ggml().to_float32(qtype, raw, np.empty(bits.size, np.float32))
     finite = np.isfinite(expected)
     assert np.array_equal(converted[finite].view(np.uint32), expected[finite].view(np.uint32))
     assert not np.isfinite(converted[~finite]).any()

@@ -31,6 +31,7 @@ from quantplan import (
 from quantplan.costs import memory
 from quantplan.costs.quality import LossTable, kld_nats
 from quantplan.costs.speed import predict_speed
+from quantplan.frontier import Over
 from quantplan.planner.bounds import bound_with_layers_in_ram
 from quantplan.planner.goal import Goal
 from quantplan.planner.milp import (
@@ -322,9 +323,9 @@ def test_every_change_that_is_named_is_enough(glm: Inventory) -> None:
 
 
 @pytest.mark.parametrize("over", ["speed", "size", "context"])
-def test_a_frontier_has_no_point_that_another_beats(glm: Inventory, over: str) -> None:
+def test_a_frontier_has_no_point_that_another_beats(glm: Inventory, over: Over) -> None:
     """Less speed, more size or less context comes with less loss, at every point."""
-    found = frontier(glm, Machine.parse(GLM), WORK, over=over, points=5)  # type: ignore[arg-type]
+    found = frontier(glm, Machine.parse(GLM), WORK, over=over, points=5)
     assert len(found.points) >= 4
     slack = 1 + max(point.gap for point in found.points) + 1e-6
     harder = sorted(found.points, key=lambda p: p.limit, reverse=over == "size")
@@ -346,7 +347,10 @@ def test_prices_are_what_planning_again_gives(glm: Inventory) -> None:
     gpu = machine.gpus[0]
     more = gpu.model_copy(update={"capacity_bytes": gpu.capacity_bytes + 2**30})
     again = plan(glm, machine.model_copy(update={"gpus": (more,)}), WORK, min_decode_tps=12.0)
-    gain = made.provenance.objective_nats - again.provenance.objective_nats
+    before, after = made.provenance.objective_nats, again.provenance.objective_nats
+    assert before is not None
+    assert after is not None
+    gain = before - after
     vram = found["1 GiB of VRAM"]
     assert vram.low_nats <= gain * 1.01 + 1e-9
     assert gain <= vram.high_nats * 1.01 + 1e-9

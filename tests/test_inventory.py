@@ -19,13 +19,13 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFValueType, quant_shape_to_byte_shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import toy_moe
 
 from quantplan.errors import SourceError, UnsupportedModelError
 from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.architecture import read_architecture
 from quantplan.inventory.catalog import catalog_names
 from quantplan.inventory.sources import read_headers, read_inventory
+from tests.support.models import toy_moe
 
 every_model = pytest.mark.parametrize("name", catalog_names())
 TIED = {
@@ -49,7 +49,8 @@ model = cache(read_inventory)
 def catalog_json(name: str) -> dict[str, Any]:
     """A catalog entry as it is on disk."""
     packed = files("quantplan.inventory.catalog").joinpath(f"{name}.json.gz").read_bytes()
-    return json.loads(gzip.decompress(packed))
+    entry: dict[str, Any] = json.loads(gzip.decompress(packed))
+    return entry
 
 
 def write_split(

@@ -18,7 +18,7 @@ from tests.support.architectures import (
     write_toy,
 )
 from tests.support.buffers import BUILD, assert_buffers
-from tests.support.llama_cpp import Buffers, llama_server, needs_llama_cpp, rpc_server
+from tests.support.llama_cpp import llama_server, needs_llama_cpp, rpc_server
 from tests.support.models import smollm2_path, toy_moe
 from tests.support.quantizer import recipe_for
 
@@ -124,7 +124,7 @@ def test_repacked_matrices_are_held_beside_the_mapped_file(tmp_path: Path) -> No
     found = qp.predict(qp.read_inventory(path), flags, NO_GPU)
     ram = found.devices[-1]
     with llama_server(path, flags) as server:
-        printed: Buffers = server.buffers
+        printed = server.buffers
     assert mib(ram.repacked_bytes) == printed.model["CPU_REPACK"]
     assert mib(ram.mapped_bytes) == printed.model["CPU_Mapped"]
     assert "repacked" in " ".join(found.notes)

@@ -31,7 +31,7 @@ FLOORS = {
 def bpw(name: str) -> float:
     """Bits per weight by the gguf package's table."""
     block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-    return n_bytes * 8 / block
+    return float(n_bytes * 8 / block)
 
 
 @pytest.fixture(scope="module", params=catalog_names())

@@ -8,7 +8,7 @@ import pytest
 import quantplan as qp
 from tests.support.buffers import BUILD, assert_buffers
 from tests.support.llama_cpp import llama_server, needs_llama_cpp, rpc_server
-from tests.support.models import smollm2_path, toy_moe
+from tests.support.models import Architecture, smollm2_path, toy_moe
 
 AIR = qp.read_inventory("GLM-4.5-Air")
 GPU = "RTX 4090 + 512GiB@80GB/s"
@@ -70,7 +70,7 @@ def test_dense_model_takes_what_was_predicted(flags: str, n_gpus: int) -> None:
     ],
 )
 def test_experts_take_what_was_predicted(
-    tmp_path: Path, architecture: str, flags: str, n_gpus: int
+    tmp_path: Path, architecture: Architecture, flags: str, n_gpus: int
 ) -> None:
     """A mixture of experts takes the predicted bytes, whichever flags move its experts."""
     check(toy_moe(tmp_path / "toy.gguf", architecture), flags, n_gpus)
