@@ -102,22 +102,18 @@ def solve(
     found = _Search(problem, limits, relaxed.least_nats, best=known)
     starts = [*splits, *first_splits(problem)]
     if len(problem.machine.gpus) > 1:
-        guess = promising_split(relaxed, _GUESS_SHARE * limits.left_s)
+        guess, bound_nats = promising_split(relaxed, _GUESS_SHARE * limits.left_s)
+        found.raise_bound(bound_nats)
         starts = [*([guess] if guess else []), *starts]
-    found.climb(starts)
+    found.climb(starts, relaxed.least_nats)
     if found.solve_in_order() is None:
         return None
-    best, bound = found.best, relaxed.least_nats
     # From the cheapest proof to the dearest, until one closes the gap.
     for prove in (found.bound_around_best, found.bound_with_integers, found.bound_of_all_splits):
-        if best is None or _is_closed(best, bound, limits) or limits.is_over:
+        if found.is_closed or limits.is_over:
             break
-        bound, best = max(bound, prove(relaxed)), found.best
-    return best.with_bound(bound, limits.gap) if best else None
-
-
-def _is_closed(best: Solution, bound_nats: float, limits: Limits) -> bool:
-    return best.with_bound(bound_nats, limits.gap).status != "time_limit"
+        found.raise_bound(prove(relaxed))
+    return found.answer
 
 
 def any_solution(problem: Problem, deadline: float) -> Solution | None:
@@ -143,7 +139,7 @@ class _Search:
     Attributes:
         problem: Groups and budgets.
         limits: When to stop.
-        floor_nats: A bound that covers every split.
+        bound_nats: A bound that covers every split.
         bounds: By split.
         best: The best solution.
         proven: Bounds that hold in integers, by split and level.
@@ -151,18 +147,36 @@ class _Search:
 
     problem: Problem
     limits: Limits
-    floor_nats: float
+    bound_nats: float
     bounds: dict[Layers, Bounds] = field(default_factory=dict)
     best: Solution | None = None
     proven: dict[tuple[Layers, int], float] = field(default_factory=dict)
 
-    def climb(self, starts: Sequence[Layers]) -> None:
+    @property
+    def answer(self) -> Solution | None:
+        """The best solution with the bound over all splits."""
+        return self.best and self.best.with_bound(self.bound_nats, self.limits.gap)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the best solution is proven to be within the gap."""
+        return self.answer is not None and self.answer.status != "time_limit"
+
+    def raise_bound(self, nats: float) -> None:
+        """Notes another bound that covers every split."""
+        self.bound_nats = max(self.bound_nats, nats)
+
+    def climb(self, starts: Sequence[Layers], floor_nats: float) -> None:
         """Looks at the starts, then moves one boundary of the best split at a time.
 
-        It ends where the best split is as good as the bound over all of them, by a part of the gap.
+        It ends where the best split is as good as all of them, by a part of the gap.
+
+        Args:
+            starts: Splits to begin with.
+            floor_nats: What no split's bound without integers is below.
         """
         best, until = None, time.monotonic() + _CLIMB_SHARE * self.limits.left_s
-        good_enough = self.floor_nats * (1 + max(_PROGRESS, _CLIMB_GAP * self.limits.gap))
+        good_enough = floor_nats * (1 + max(_PROGRESS, _CLIMB_GAP * self.limits.gap))
         for layers in starts:
             found = self._look_at(layers)
             if best is None or found.least_nats < best.least_nats:
@@ -196,7 +210,7 @@ class _Search:
             if self.best is not None:
                 # To prove that nothing is better at all takes several times as long.
                 cutoff = self.best.objective_nats * (1 - max(self.limits.gap, _PROGRESS))
-                if nats > cutoff or self.limits.is_over:
+                if max(nats, self.bound_nats) > cutoff or self.limits.is_over:
                     break
             left_s = _SPLIT_SHARE * self.limits.left_s
             found, bound = solve_level(

@@ -113,26 +113,33 @@ def first_splits(problem: Problem) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(splits))
 
 
-def promising_split(relaxed: Bounds, time_limit_s: float) -> tuple[str, ...] | None:
+def promising_split(relaxed: Bounds, time_limit_s: float) -> tuple[tuple[str, ...] | None, float]:
     """How many layers each device has in a good solution of the relaxation, with integers.
 
     Args:
         relaxed: Bounds without integers.
         time_limit_s: Time at which to stop.
+
+    Returns:
+        Device name of each loaded layer, or None where nothing was found in time; and a lower bound
+        of the objective over every split, which the integers raise.
     """
-    problem = relaxed.problem
+    problem, (level, *others) = relaxed.problem, relaxed.order
     model = build_relaxation(problem, pooled=False)
-    answer = model.lp.solve(_GUESS_GAP, time_limit_s, fixed=model.levels[relaxed.order[0]])
+    answer = model.lp.solve(_GUESS_GAP, time_limit_s, fixed=model.levels[level])
+    proven = max(relaxed.nats(level), model.in_nats(answer.bound))
+    bound = min([proven, *map(relaxed.nats, others)])
     if answer.ending != "solved":
-        return None
+        return None, bound
     names = (problem.machine.ram.name, *(gpu.name for gpu in problem.machine.gpus))
-    return tuple(
+    layers = tuple(
         name
         for name in names
         for (_, place), count in model.layers.items()
         if place == name
         for _ in range(round(answer.value(count)))
     )
+    return layers, bound
 
 
 def neighbours(problem: Problem, layer_devices: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
