@@ -270,11 +270,17 @@ def plan(
         time_limit_s=time_limit_s,
     )
     outcome = Outcome(machine, problem, solution)
-    found: tuple[Baseline, ...] = ()
+    plain: tuple[Baseline, ...] = ()
     if baselines:
-        found = find_baselines(problem, LossTable(inventory, evidence), outcome.placed)
+        plain = find_baselines(problem, LossTable(inventory, evidence), outcome.placed)
+    provenance = _provenance(problem, solution, reachable_gap(problem, gap), time_limit_s)
+    return _plan_of(outcome, plain, provenance)
+
+
+def _plan_of(outcome: Outcome, plain: tuple[Baseline, ...], provenance: Provenance) -> Plan:
+    machine, problem, solution = outcome.machine, outcome.problem, outcome.solution
     return Plan(
-        model=inventory.name,
+        model=problem.inventory.name,
         machine=machine,
         workload=problem.workload,
         status=solution.status,
@@ -284,14 +290,14 @@ def plan(
         speed=outcome.speed,
         assignments=outcome.tensors,
         flags=outcome.flags,
-        baselines=found,
+        baselines=plain,
         notes=(
-            *baseline_notes(found),
+            *baseline_notes(plain),
             *plan_notes(machine, problem, solution),
-            *imatrix_notes(outcome.tensors, inventory),
-            *evidence_notes(evidence),
+            *imatrix_notes(outcome.tensors, problem.inventory),
+            *evidence_notes(problem.evidence),
         ),
-        provenance=_provenance(problem, solution, reachable_gap(problem, gap), time_limit_s),
+        provenance=provenance,
     )
 
 

@@ -32,7 +32,7 @@ from quantplan.costs import memory
 from quantplan.costs.quality import LossTable, kld_nats
 from quantplan.costs.speed import predict_speed
 from quantplan.frontier import Over
-from quantplan.planner.bounds import bound_with_layers_in_ram
+from quantplan.planner.bounds import bound_with_layers_in_ram, bounds_over_splits
 from quantplan.planner.goal import Goal
 from quantplan.planner.milp import (
     add_cutoff,
@@ -46,6 +46,7 @@ from quantplan.planner.search import Limits
 from quantplan.planner.search import solve as search
 from quantplan.planner.solution import Solution
 from quantplan.planner.solve import solve_split
+from quantplan.planner.split import promising_split
 from tests.support.models import toy_inventory
 
 GLM = "RTX 4090 + 64GiB@80GB/s"
@@ -195,6 +196,23 @@ def test_a_bound_for_some_layers_in_ram_holds(
                 bound_with_layers_in_ram(problem, at_most=n),
             ):
                 assert bound <= solution.objective_nats + 1e-9
+
+
+@solving
+@given(TASKS)
+def test_the_bound_of_a_guessed_split_holds(
+    task: tuple[list[int], float, tuple[str, ...], float],
+) -> None:
+    """What the relaxation with integers proves is below the best solution of every split."""
+    widths, share, types, _ = task
+    problem = toy_problem(widths, share, types, Goal(), n_gpus=2)
+    relaxed = bounds_over_splits(problem)
+    assume(relaxed.order)
+    _, bound = promising_split(relaxed, 60.0)
+    assert bound >= relaxed.least_nats
+    for layers in itertools.combinations_with_replacement(("CPU", "GPU0", "GPU1"), len(widths)):
+        solution = solve_split(problem.with_layers(layers), GAP, 60.0)
+        assert solution is None or bound <= solution.objective_nats + 1e-9
 
 
 # Rows whose coefficients are fitted: the golden program names their variables only.
