@@ -124,8 +124,10 @@ def homes(task: Task, tensor: Tensor) -> list[Device]:
     if tensor.layer is None:
         return [task.last]
     home = by_name[task.layers[tensor.layer]]
-    may_leave = task.rules.rule(tensor.role_class).may_leave_gpu
-    return [home, task.machine.ram] if may_leave and home.kind == "gpu" else [home]
+    if home.kind == "cpu" or not task.rules.rule(tensor.role_class).may_leave_gpu:
+        return [home]
+    others = [gpu for gpu in task.machine.gpus if gpu != home and is_expert(tensor)]
+    return [home, *others, task.machine.ram]
 
 
 def decisions(task: Task) -> list[list[Tensor]]:
@@ -157,9 +159,9 @@ def every_choice(task: Task, only: dict[str, str] | None = None) -> Everything:
     losses = LossTable(task.inventory)
     devices = task.machine.devices
     sums = np.zeros((1, 2 + len(devices)))  # loss, seconds, bytes of each device
-    streamed = np.zeros(1)
+    streamed, is_moved = np.zeros(1), np.zeros(1, bool)
     for tensors in decisions(task):
-        rows, largest = [], []
+        rows, largest, moved = [], [], []
         names = task.rules.candidates_for(tensors[0], is_loaded=True)
         for qtype in [only[tensors[0].name]] if only else names:
             for home in homes(task, tensors[0]):
@@ -175,13 +177,16 @@ def every_choice(task: Task, only: dict[str, str] | None = None) -> Everything:
                 rows.append(row)
                 streams = home.kind == "cpu" and tensors[0].layer is not None
                 largest.append(max(bytes_on("cpu", t, qtype) for t in tensors) if streams else 0)
+                layer = tensors[0].layer
+                moved.append(layer is not None and home.name != task.layers[layer])
         sums = (sums[:, None, :] + np.array(rows)[None]).reshape(-1, sums.shape[1])
         streamed = np.maximum(streamed[:, None], np.array(largest)[None]).reshape(-1)
+        is_moved = (is_moved[:, None] | np.array(moved)[None]).reshape(-1)
         assert len(sums) < 2e6, "too many choices to count out"
     time = sums[:, 1] + base_seconds(task)
     room = [
         device.usable_bytes - cache_bytes(task).get(device.name, 0) - sums[:, 2 + d]
-        - compute_bytes(task, device, streamed)
+        - compute_bytes(task, device, streamed, is_moved)
         for d, device in enumerate(devices)
     ]  # fmt: skip
     least_room = np.minimum.reduce(room)
@@ -241,10 +246,13 @@ def attention_s(inventory: Inventory, device: Device, depth: float, width: int =
     )
 
 
-def compute_bytes(task: Task, device: Device, streamed: NDArray[np.float64]) -> NDArray[np.float64]:
+def compute_bytes(
+    task: Task, device: Device, streamed: NDArray[np.float64], is_moved: NDArray[np.bool_]
+) -> NDArray[np.float64]:
     """The high end of a compute buffer: a graph, or on the first GPU what is streamed from RAM.
 
-    Several GPUs with all layers work as a pipeline, which has four copies of the inputs.
+    Several GPUs with all layers work as a pipeline, which has four copies of the inputs, unless
+    something is on another device than its layer.
     """
     gpus = task.machine.gpus
     is_first = device == task.machine.devices[0]
@@ -261,7 +269,7 @@ def compute_bytes(task: Task, device: Device, streamed: NDArray[np.float64]) -> 
             for has_layers in parts
         )
 
-    is_pipeline = (streamed == 0) & (len(gpus) > 1)
+    is_pipeline = (streamed == 0) & ~is_moved & (len(gpus) > 1)
     found = np.where(is_pipeline, graph(4), graph(1)).astype(float)
     if gpus and is_first and task.workload.ubatch >= OFFLOAD_MIN_BATCH:
         around = around_streamed_bytes(task.inventory, task.workload)
