@@ -30,11 +30,11 @@ from quantplan.overview import baselines_table, plan_html
 from quantplan.plan_notes import baseline_notes, evidence_notes, imatrix_notes, plan_notes
 from quantplan.planner.baselines import Baseline, baseline_row, baseline_table, find_baselines
 from quantplan.planner.decisions import Open, best_solution
-from quantplan.planner.goal import Goal
+from quantplan.planner.goal import Goal, Status
 from quantplan.planner.linear import solver_name, solver_options
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import reachable_gap
-from quantplan.planner.solve import DeviceBytes, Solution, Status
+from quantplan.planner.solve import DeviceBytes, Solution
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
 from quantplan.predict import DeviceUse, compute_buffer, device_line, speed_lines

@@ -16,7 +16,7 @@ from quantplan.errors import InputError, RecipeError
 from quantplan.formats.llama_cpp import tensor_type_file
 from quantplan.hardware import Machine
 from quantplan.inventory import Tensor
-from quantplan.planner.solve import Status
+from quantplan.planner.goal import Status
 from quantplan.schema import Frozen
 from quantplan.workload import Workload
 

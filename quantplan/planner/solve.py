@@ -4,12 +4,12 @@ import math
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import pulp
 
 from quantplan.errors import SolverError
 from quantplan.hardware import Device
+from quantplan.planner.goal import Status
 from quantplan.planner.groups import Group, Option
 from quantplan.planner.linear import Answer
 from quantplan.planner.milp import (
@@ -20,9 +20,6 @@ from quantplan.planner.milp import (
 )
 from quantplan.planner.model import Model, form_cohorts
 from quantplan.planner.problem import Problem
-
-Status = Literal["optimal", "within_gap", "time_limit"]
-
 
 # Losses below this many nats are equal: no text is long enough to tell them apart.
 _NEGLIGIBLE_NATS = 1e-9
