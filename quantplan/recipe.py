@@ -267,7 +267,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         RecipeError: The file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.parent / f".{path.name}.{os.getpid()}"  # folders such as . have no name
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

@@ -31,8 +31,8 @@ NAME = f"quantplan-{__version__}"
 MAX_WHEEL_BYTES, MAX_SDIST_BYTES = 2_000_000, 3_000_000
 METADATA = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt")
 LICENSES = ("LICENSE", "NOTICE")
-TESTS = ("api", "cli", "hardware", "imports", "memory", "package", "plan", "planner", "qtypes",
-         "quantize", "recipe", "shell", "units", "workload")  # fmt: skip
+TESTS = ("api", "cli", "display", "hardware", "package", "planner", "qtypes", "quantize", "recipe",
+         "shell", "units", "workload")  # fmt: skip
 MACHINE = ("--machine", "RTX 4090 + 64GiB@80GB/s")
 TOY = ("--machine", "8GiB + 32GiB@60GB/s")
 # What a user does without a checkout. The file `printed` has what the command before printed.
