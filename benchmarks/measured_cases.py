@@ -21,9 +21,10 @@ from quantplan.formats.llama_args import parse_flags
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_named
+from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.placement import Launch
 from quantplan.qtypes import Runtime
-from quantplan.workload import NEWEST_KNOWN_BUILD, Workload
+from quantplan.workload import Workload
 
 MIB = 2**20
 _GPU = re.compile(r"(?:CUDA|Vulkan|ROCm|SYCL|Metal)(\d+)\b")

@@ -1,39 +1,44 @@
 """quantplan: which quant type should every tensor have, and where should it live?"""
 
-from quantplan.device import Device
-from quantplan.difference import RecipeDifference, diff_recipes
-from quantplan.errors import (
-    Change,
-    InputError,
-    LlamaCppError,
-    MachineError,
-    NoPlanError,
-    QuantizeError,
-    QuantplanError,
-    RecipeError,
-    SolverError,
-    SourceError,
-    UnsupportedModelError,
-    WorkloadError,
-)
-from quantplan.exchange import export_recipe, import_recipe
-from quantplan.frontier import Frontier, FrontierPoint, frontier
-from quantplan.ftypes import stock_mix
-from quantplan.hardware import Machine
-from quantplan.inventory import Inventory, Tensor
-from quantplan.inventory.catalog import catalog_names
-from quantplan.inventory.sources import read_inventory
-from quantplan.plan import Plan, plan
-from quantplan.planner.baselines import Baseline
-from quantplan.policy import Policy, policy
-from quantplan.predict import MemoryPrediction, predict
-from quantplan.prices import Price, prices
-from quantplan.quantize import quantize
-from quantplan.recipe import Recipe
-from quantplan.verification import Verification
-from quantplan.verify import verify
+from typing import TYPE_CHECKING
+
+from quantplan import lazy
 from quantplan.version import __version__
-from quantplan.workload import Workload
+
+if TYPE_CHECKING:
+    from quantplan.device import Device
+    from quantplan.difference import RecipeDifference, diff_recipes
+    from quantplan.errors import (
+        Change,
+        InputError,
+        LlamaCppError,
+        MachineError,
+        NoPlanError,
+        QuantizeError,
+        QuantplanError,
+        RecipeError,
+        SolverError,
+        SourceError,
+        UnsupportedModelError,
+        WorkloadError,
+    )
+    from quantplan.exchange import export_recipe, import_recipe
+    from quantplan.folders import catalog_names
+    from quantplan.frontier import Frontier, FrontierPoint, frontier
+    from quantplan.ftypes import stock_mix
+    from quantplan.hardware import Machine
+    from quantplan.inventory import Inventory, Tensor
+    from quantplan.inventory.sources import read_inventory
+    from quantplan.plan import Plan, plan
+    from quantplan.planner.baselines import Baseline
+    from quantplan.policy import Policy, policy
+    from quantplan.predict import MemoryPrediction, predict
+    from quantplan.prices import Price, prices
+    from quantplan.quantize import quantize
+    from quantplan.recipe import Recipe
+    from quantplan.verification import Verification
+    from quantplan.verify import verify
+    from quantplan.workload import Workload
 
 __all__ = [
     "Baseline",
@@ -78,3 +83,41 @@ __all__ = [
     "stock_mix",
     "verify",
 ]
+
+# The same names once more for the running program; a test compares them.
+_NAMES = {
+    "device": ("Device",),
+    "difference": ("RecipeDifference", "diff_recipes"),
+    "errors": (
+        "Change",
+        "InputError",
+        "LlamaCppError",
+        "MachineError",
+        "NoPlanError",
+        "QuantizeError",
+        "QuantplanError",
+        "RecipeError",
+        "SolverError",
+        "SourceError",
+        "UnsupportedModelError",
+        "WorkloadError",
+    ),
+    "exchange": ("export_recipe", "import_recipe"),
+    "folders": ("catalog_names",),
+    "frontier": ("Frontier", "FrontierPoint", "frontier"),
+    "ftypes": ("stock_mix",),
+    "hardware": ("Machine",),
+    "inventory": ("Inventory", "Tensor"),
+    "inventory.sources": ("read_inventory",),
+    "plan": ("Plan", "plan"),
+    "planner.baselines": ("Baseline",),
+    "policy": ("Policy", "policy"),
+    "predict": ("MemoryPrediction", "predict"),
+    "prices": ("Price", "prices"),
+    "quantize": ("quantize",),
+    "recipe": ("Recipe",),
+    "verification": ("Verification",),
+    "verify": ("verify",),
+    "workload": ("Workload",),
+}
+lazy.bind(__name__, _NAMES)

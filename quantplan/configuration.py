@@ -11,10 +11,11 @@ from quantplan.errors import InputError
 from quantplan.formats.llama_args import parse_flags
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
+from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.placement import Launch, Placement, place, place_tensors
 from quantplan.qtypes import QTYPES, Runtime
 from quantplan.recipe import Assignment, Recipe
-from quantplan.workload import NEWEST_KNOWN_BUILD, Workload
+from quantplan.workload import Workload
 
 _NAMED = 3
 

@@ -13,10 +13,10 @@ from quantplan.errors import InputError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.planner.diagnose import no_plan, with_context
-from quantplan.planner.goal import Goal
+from quantplan.planner.goal import Goal, Status
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits, solve
-from quantplan.planner.solution import Solution, Status
+from quantplan.planner.solution import Solution
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
 from quantplan.schema import Frozen

@@ -8,9 +8,9 @@ from quantplan.calibrate import calibrate_machine
 from quantplan.costs.calibration import model_key
 from quantplan.hardware import ComputeMeasurement, Machine
 from quantplan.inventory import Inventory
+from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.predict import predict
 from quantplan.verification import Verification
-from quantplan.workload import NEWEST_KNOWN_BUILD
 
 
 def learn(machine: Machine, inventory: Inventory, verification: Verification) -> Machine:

@@ -19,12 +19,12 @@ from quantplan.plan_notes import baseline_notes, evidence_notes, imatrix_notes, 
 from quantplan.planner.baseline_tables import baseline_lines, baseline_row, baseline_table
 from quantplan.planner.baselines import Baseline, find_baselines
 from quantplan.planner.decisions import Open, best_solution
-from quantplan.planner.goal import Goal
+from quantplan.planner.goal import Goal, Status
 from quantplan.planner.linear import solver_name, solver_options
 from quantplan.planner.outcome import Outcome
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import reachable_gap
-from quantplan.planner.solution import Solution, Status
+from quantplan.planner.solution import Solution
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
 from quantplan.predict import DeviceUse, device_line, device_table, speed_facts, speed_lines

@@ -14,11 +14,12 @@ from quantplan.device import Device
 from quantplan.display import Table, html_card
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
+from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.parts import Part, all_parts
 from quantplan.qtypes import Runtime, qtype
 from quantplan.schema import Frozen
 from quantplan.units import gib
-from quantplan.workload import NEWEST_KNOWN_BUILD, Workload
+from quantplan.workload import Workload
 
 # Speeds from here on are shown without a decimal.
 _WHOLE_TPS = 100

@@ -16,7 +16,7 @@ from quantplan.errors import InputError, RecipeError
 from quantplan.formats.llama_cpp import tensor_type_file
 from quantplan.hardware import Machine
 from quantplan.inventory import Tensor
-from quantplan.planner.solution import Status
+from quantplan.planner.goal import Status
 from quantplan.schema import Frozen
 from quantplan.workload import Workload
 
@@ -284,7 +284,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         RecipeError: The file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.parent / f".{path.name}.{os.getpid()}"  # folders such as . have no name
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

@@ -11,6 +11,7 @@ from quantplan.formats.llama_cpp import options, rpc_flags
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
+from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.predict import DeviceUse, MemoryPrediction, predict
 from quantplan.recipe import Recipe
 from quantplan.runtime.find import LlamaCpp, find_llama_cpp
@@ -21,7 +22,6 @@ from quantplan.runtime.perplexity import measure_divergence
 from quantplan.runtime.server import LOAD_LIMIT_S, Server, serving
 from quantplan.runtime.speed import SpeedMeasurement, measure_speed
 from quantplan.verification import Check, Loss, Verification, What
-from quantplan.workload import NEWEST_KNOWN_BUILD
 
 CACHE = Path("quantplan-kld")
 """Folder of the unquantized model's log probabilities."""

@@ -1,20 +1,12 @@
 """What the model is asked to do: context, slots, batch, KV cache types."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from quantplan.errors import WorkloadError
+from quantplan.llama_cpp import NEWEST_KNOWN_BUILD, AnyKVType
 from quantplan.schema import Frozen
-
-KVType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
-"""KV cache types that llama.cpp accepts for ``-ctk`` and ``-ctv`` (b11434)."""
-
-AnyKVType = Literal[KVType, "q6_0"]
-"""Those, and one that only ik_llama.cpp has."""
-
-NEWEST_KNOWN_BUILD = 11434
-"""The newest llama.cpp build whose behaviour was checked."""
 
 MAX_CONTEXT = 2**31 - 1
 """llama.cpp counts tokens in 32 bits."""

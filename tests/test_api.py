@@ -11,7 +11,7 @@ from quantplan import errors
 def test_namespace_equals_all() -> None:
     """Every public name of the package is in __all__, and nothing else is."""
     modules = {path.stem for path in Path(quantplan.__file__).parent.iterdir()}
-    public = {name for name in vars(quantplan) if not name.startswith("_")}
+    public = {name for name in dir(quantplan) if not name.startswith("_")} - {"TYPE_CHECKING"}
     assert public - modules <= set(quantplan.__all__) - {"__version__"}
     assert all(hasattr(quantplan, name) for name in quantplan.__all__)
 

@@ -52,6 +52,7 @@ def test_rules_of_the_command_line_hold() -> None:
     kinds = {(a.tensor.split(".")[2], a.qtype) for a in found.assignments if "_exps" in a.tensor}
     assert {q for role, q in kinds if role in {"ffn_up_exps", "ffn_gate_exps"}} == {"Q4_K"}
     assert {q for role, q in kinds if role == "ffn_down_exps"} <= {"Q8_0", "Q5_0"}
+    assert found.provenance.policy is not None
     assert found.provenance.policy.startswith("compact, ffn_up_exps=Q4_K")
 
 

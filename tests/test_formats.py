@@ -19,9 +19,10 @@ from quantplan.formats.llama_cpp import (
     workload_flags,
 )
 from quantplan.inventory.sources import read_inventory
+from quantplan.llama_cpp import KVType
 from quantplan.placement import MAX_OVERRIDES
 from quantplan.qtypes import QTYPES
-from quantplan.workload import KVType, Workload
+from quantplan.workload import Workload
 
 GPUS = ("GPU0", "GPU1", "GPU2")
 

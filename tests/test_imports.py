@@ -11,8 +11,11 @@ ROOT = Path(quantplan.__file__).parent
 # From left to right. A package stands for its __init__.
 ORDER = [
     "version",
+    "lazy",
+    "llama_cpp",
     "errors",
     "units",
+    "folders",
     "schema",
     "display",
     "qtypes",
@@ -22,7 +25,6 @@ ORDER = [
     "inventory.architecture",
     "inventory",
     "inventory.hub",
-    "inventory.folders",
     "inventory.header_cache",
     "inventory.remote",
     "inventory.ranges",

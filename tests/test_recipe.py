@@ -170,6 +170,19 @@ def test_saved_recipes_can_be_read_by_others(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "recipe.json").stat().st_mode) == 0o666 & ~umask()
 
 
+@pytest.mark.parametrize("folder", [".", "recipe.json"])
+def test_a_folder_is_no_file_to_save_to(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe that would replace a folder is refused, and leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    Path(folder).mkdir(exist_ok=True)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(RecipeError, match="cannot be written"):
+        small().save(folder)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @posix
 def test_a_read_only_directory_changes_nothing(tmp_path: Path) -> None:
     """Where the directory cannot be written to, saving fails and the old file stays."""

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from quantplan import catalog_names
 from quantplan.cli import app
 from quantplan.errors import SourceError
+from quantplan.folders import cache_folder, catalog_folder
 from quantplan.inventory import hub
 from quantplan.inventory.catalog import add_to_catalog, remove_from_catalog
-from quantplan.inventory.folders import cache_folder, catalog_folder
 from quantplan.inventory.header import read_header
 from quantplan.inventory.sources import read_inventory
 from quantplan.inventory.summary import summarize

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from quantplan.errors import WorkloadError
-from quantplan.workload import KVType, Workload
+from quantplan.llama_cpp import KVType
+from quantplan.workload import Workload
 
 # The types that `llama-server --help` lists for -ctk and -ctv.
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")

@@ -17,8 +17,7 @@ def models(json_output: JsonOption = False) -> None:
     """List the models of the catalog: those that ship with quantplan, and your own."""
     import json  # noqa: PLC0415
 
-    from quantplan.inventory.catalog import catalog_names  # noqa: PLC0415
-    from quantplan.inventory.catalog.own import own_names  # noqa: PLC0415
+    from quantplan.folders import catalog_names, own_names  # noqa: PLC0415
     from quantplan.inventory.sources import read_inventory  # noqa: PLC0415
     from quantplan.inventory.summary import summarize  # noqa: PLC0415
 

@@ -21,7 +21,7 @@ _WIDTH = 80
 
 def complete_model(incomplete: str) -> list[str]:
     """Catalog names that start so, for the shell."""
-    from quantplan.inventory.catalog import catalog_names  # noqa: PLC0415
+    from quantplan.folders import catalog_names  # noqa: PLC0415
 
     return [name for name in catalog_names() if name.lower().startswith(incomplete.lower())]
 

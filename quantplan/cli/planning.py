@@ -23,7 +23,7 @@ from quantplan.cli.options import (
     say,
 )
 from quantplan.errors import InputError
-from quantplan.workload import NEWEST_KNOWN_BUILD, KVType
+from quantplan.llama_cpp import NEWEST_KNOWN_BUILD, KVType
 
 
 def plan(

@@ -7,8 +7,9 @@ from typing import get_args
 
 from quantplan.errors import WorkloadError
 from quantplan.inventory import Architecture, LayerCache, Tensor
+from quantplan.llama_cpp import KVType
 from quantplan.qtypes import QType, qtype
-from quantplan.workload import KVType, Workload
+from quantplan.workload import Workload
 
 # Buffers hold each tensor at a multiple of this (ggml's TENSOR_ALIGNMENT on the CPU, and so on an
 # RPC device whose server computes on a CPU).

@@ -14,9 +14,10 @@ from typing import Any, NoReturn, get_args
 from quantplan.errors import InputError
 from quantplan.formats.args_notes import NOT_COUNTED, flag_notes, flag_warnings
 from quantplan.inventory import Inventory
+from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.placement import IkOptions, Launch, Override
 from quantplan.qtypes import Runtime
-from quantplan.workload import NEWEST_KNOWN_BUILD, Workload
+from quantplan.workload import Workload
 
 # What --cpu-moe stands for (common/arg.cpp).
 _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"

@@ -10,7 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from quantplan.inventory.folders import cache_folder
+from quantplan.folders import cache_folder
 
 _HASH_BYTES = hashlib.sha256().digest_size
 

@@ -20,13 +20,14 @@ from quantplan.hardware_table import gpu_presets
 from quantplan.inventory import Inventory
 from quantplan.inventory.catalog import catalog_names
 from quantplan.inventory.sources import read_inventory
+from quantplan.llama_cpp import KVType
 from quantplan.page.content import Content, page_content
 from quantplan.page.document import live_html
 from quantplan.page.others import other_plans
 from quantplan.plan import Plan, plan
 from quantplan.policy import policy_names
 from quantplan.schema import Frozen
-from quantplan.workload import MAX_CONTEXT, KVType, Workload
+from quantplan.workload import MAX_CONTEXT, Workload
 
 try:
     import uvicorn

@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+Status = Literal["optimal", "within_gap", "time_limit"]
+"""How a search for a plan ended."""
+
 
 @dataclass(frozen=True)
 class Goal:

@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from quantplan.device import Device
 from quantplan.errors import SolverError
+from quantplan.planner.goal import Status
 from quantplan.planner.groups import Group, Option
 from quantplan.planner.problem import Problem
-
-Status = Literal["optimal", "within_gap", "time_limit"]
 
 Choice = tuple[Option, str]
 """How a group is quantized, and the name of the device that it is on."""

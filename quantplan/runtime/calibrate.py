@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from quantplan.errors import LlamaCppError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
+from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.predict import DeviceUse, MemoryPrediction, predict
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.log import HOST, MIB
 from quantplan.runtime.memory import MeasuredDevice, MemoryMeasurement, measure_memory
-from quantplan.workload import NEWEST_KNOWN_BUILD
 
 # Whole MiB, rounded down.
 _TABLE_ERROR_BYTES = MIB

@@ -13,22 +13,14 @@ from importlib.resources import files
 from typing import Any
 
 from quantplan.errors import SourceError
+from quantplan.folders import ENTRY_SUFFIX, catalog_names, own_names, shipped_names
 from quantplan.inventory import Inventory, Tensor
-from quantplan.inventory.catalog.own import SUFFIX, own_names, read_own, remove_own, write_own
+from quantplan.inventory.catalog.own import read_own, remove_own, write_own
+
+__all__ = ["add_to_catalog", "catalog_names", "read_catalog", "remove_from_catalog"]
 
 _REMARK = re.compile(r"\(.*?\)| on .*")
 _SEPARATORS = re.compile(r"[\s_-]+")
-
-
-def catalog_names() -> tuple[str, ...]:
-    """Names of the models in the catalog, the user's own entries included, sorted."""
-    return tuple(sorted({*_shipped_names(), *own_names()}))
-
-
-@cache
-def _shipped_names() -> tuple[str, ...]:
-    entries = (entry.name for entry in files(__name__).iterdir())
-    return tuple(e.removesuffix(SUFFIX) for e in entries if e.endswith(SUFFIX))
 
 
 def add_to_catalog(inventory: Inventory, name: str | None = None) -> str:
@@ -115,7 +107,7 @@ def _entry_by_key() -> dict[str, str]:
 @cache
 def _shipped_by_key() -> dict[str, str]:
     same = _names()["same_shapes"].items()
-    known = {_key(name): name for name in _shipped_names()}
+    known = {_key(name): name for name in shipped_names()}
     return known | {_key(other): name for name, others in same for other in others}
 
 
@@ -124,7 +116,7 @@ def _read_entry(name: str) -> Inventory:
         entry = read_own(name)
         digest, source = entry["header_sha256"], entry["source"]
     else:
-        raw = gzip.decompress(files(__name__).joinpath(name + SUFFIX).read_bytes())
+        raw = gzip.decompress(files(__name__).joinpath(name + ENTRY_SUFFIX).read_bytes())
         entry = json.loads(raw)
         digest, source = hashlib.sha256(raw).hexdigest(), f"catalog:{name}"
     return Inventory(

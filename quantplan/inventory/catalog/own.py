@@ -7,20 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from quantplan.errors import SourceError
+from quantplan.folders import ENTRY_SUFFIX, catalog_folder, own_names
 from quantplan.inventory import Inventory
-from quantplan.inventory.folders import catalog_folder
 
-SUFFIX = ".json.gz"
 _NAME = re.compile(r"\w[\w .+-]*")
-
-
-def own_names() -> list[str]:
-    """Names of the user's own entries."""
-    try:
-        names = [path.name for path in catalog_folder().iterdir()]
-    except OSError:
-        return []
-    return [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
 
 
 def read_own(name: str) -> dict[str, Any]:
@@ -81,4 +71,4 @@ def remove_own(name: str) -> None:
 
 
 def _path(name: str) -> Path:
-    return catalog_folder() / f"{name}{SUFFIX}"
+    return catalog_folder() / f"{name}{ENTRY_SUFFIX}"
