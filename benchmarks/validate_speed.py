@@ -223,7 +223,7 @@ def print_calibrated(cases: Sequence[Case], choose: Choose) -> None:
         run = Measurement(known.traffic, known.workload, stated.depth, stated.tps, 1, known.runtime)
         found = calibrate(known.machine, [run], factors=choose(known))
         machine = for_model(found, other.traffic.architecture)
-        machine = machine.model_copy(update={"gpus": _like(machine, other)})
+        machine = _like(machine, other)
         m = other.decode[0]
         tps = predicted_tps(other, m, choose(other), machine)
         ends = interval("decode", other.where, machine, tps)
@@ -249,10 +249,20 @@ def _kinds(known: Case, other: Case) -> Iterator[str]:
     yield "same kind" if known.where == other.where else "other kind"
 
 
-def _like(machine: Machine, case: Case) -> tuple[Device, ...]:
-    """The case's GPUs, slowed down as those of a calibrated machine."""
-    slowdown = machine.gpus[0].decode_slowdown if machine.gpus else 1.0
-    return tuple(g.model_copy(update={"decode_slowdown": slowdown}) for g in case.machine.gpus)
+def _like(machine: Machine, case: Case) -> Machine:
+    """The case's machine, as slow as a calibrated one; a run on GPUs alone need not state its RAM."""
+
+    def slowed(device: Device, like: Device) -> Device:
+        return device.model_copy(update={"decode_slowdown": like.decode_slowdown})
+
+    gpus = case.machine.gpus
+    return case.machine.model_copy(
+        update={
+            "gpus": tuple(slowed(g, machine.gpus[0]) for g in gpus) if machine.gpus else gpus,
+            "ram": slowed(case.machine.ram, machine.ram),
+            "speed_log_sd": machine.speed_log_sd,
+        }
+    )
 
 
 def cross_validated(cases: Sequence[Case]) -> Choose:

@@ -244,6 +244,10 @@ def errors_of(cases: Sequence[Case], residuals: Sequence[list[float]]) -> dict[s
     return {name: float(f"{value:.3g}") for name, value in found.items()}
 
 
+# Half of a normal distribution is within so many standard deviations.
+Z50 = 0.6745
+
+
 def one_sigma(errors: Sequence[float]) -> float:
     """What 68 % of the absolute errors are below: the standard deviation if they are normal."""
     return float(np.quantile(np.abs(errors), 0.683))
@@ -253,8 +257,9 @@ def spread(cases: Sequence[Case], residuals: Sequence[list[float]]) -> dict[str,
     """Standard deviations (ln): between runs of a model on a rig, for GPUs and CPUs, and within.
 
     Cases of one rig, model, program and thread, which is one day or nearly, are a group. Within:
-    what two thirds of the differences between two cases of a group are below, over the square root
-    of two. Between: what is left of the spread of all cases, and at least half of that within.
+    from the median difference between two cases of a group, over the square root of two; a third of
+    the differences are several times as large, because a setting or a version is not stated, and
+    these are no scatter. Between: what is left of the spread of all cases, and at least half of that within.
     Left: standard deviation, over that within, that remains after one measurement. Noise of a rig:
     the same as within for cases of one rig and program, whatever their model and thread.
     """
@@ -265,7 +270,8 @@ def spread(cases: Sequence[Case], residuals: Sequence[list[float]]) -> dict[str,
         if (a.rig, a.runtime) == (b.rig, b.runtime)
     ]
     of_model = [(a, b, d) for a, b, d in of_rig if a.model == b.model]
-    within = one_sigma([d for a, b, d in of_model if a.thread == b.thread]) / 2**0.5
+    alike = [abs(d) for a, b, d in of_model if a.thread == b.thread]
+    within = float(np.median(alike)) / Z50 / 2**0.5
     found = {"noise": within, "rig_noise": one_sigma([d for _, _, d in of_rig]) / 2**0.5}
     for kind, where in (("gpu", ("gpu",)), ("cpu", ("cpu", "hybrid"))):
         some = [rs[0] for c, rs in zip(cases, residuals, strict=True) if c.where in where]
