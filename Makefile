@@ -24,7 +24,7 @@ lint: .venv/tests
 # The documentation as HTML, into build/docs. Warnings, links that lead nowhere and objects that are
 # not in the reference are errors.
 docs: .venv/tests
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet -d build/doctrees docs build/docs
+	$(BIN)/sphinx-build -E -W --keep-going -n -q -d build/doctrees docs build/docs
 
 bench: .venv/tests
 	$(BIN)/python benchmarks/plan.py
