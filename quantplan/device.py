@@ -158,7 +158,7 @@ class Device(MachineValue):
 
         Args:
             capacity_bytes: Memory in total.
-            bandwidth_bytes_per_s: Rate at which all cores read, as `quantplan machine` measures it;
+            bandwidth_bytes_per_s: Rate at which all cores read, as ``quantplan machine`` finds it;
                 about four fifths of what the memory's channels offer on paper.
             model: What it is, for people.
             cores: Physical cores; by default as many as usually go with the bandwidth.

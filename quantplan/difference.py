@@ -78,7 +78,12 @@ class RecipeDifference(Frozen):
 
 
 def diff_recipes(first: Recipe, second: Recipe) -> RecipeDifference:
-    """Compares two recipes, tensor by tensor."""
+    """Compares two recipes, tensor by tensor.
+
+    Args:
+        first: The one that differences start from.
+        second: The other one; it may be for another file or another model.
+    """
     theirs = {t.tensor: t for t in second.tensors}
     sizes = [{t.name: t.n_bytes for t in recipe.inventory_tensors} for recipe in (first, second)]
     groups: defaultdict[tuple[str, tuple[str, str], tuple[str | None, str | None]], list[str]] = (

@@ -94,7 +94,7 @@ class Machine(MachineValue):
 
     @property
     def streaming_gpu(self) -> Device | None:
-        """The GPU that large batches copy weights from RAM to: the first one of this host."""
+        """The GPU that large batches copy weights from RAM to, the first one of this host."""
         return next((gpu for gpu in self.gpus if gpu.network is None), None)
 
     def measured_compute(self, model: str, device: Device, predicted_bytes: int) -> int | None:
@@ -129,8 +129,8 @@ class Machine(MachineValue):
         in front (``2x RTX 3090``). RAM is always a capacity with a bandwidth; a RAM term alone is a
         machine without a GPU. A capacity may also stand with a name: ``M2 Max 64GiB`` as a GPU,
         ``96GiB Ryzen 9 9950X`` as the RAM. ``RPC HOST:PORT`` before a GPU and ``@RATE,LATENCY``
-        behind it make it one that another host lends (`Network`); such GPUs come first, as in
-        llama.cpp. A text that ends in ``.json`` is the path of a profile.
+        behind it make it one that another host lends (`quantplan.network.Network`); such GPUs come
+        first, as in llama.cpp. A text that ends in ``.json`` is the path of a profile.
 
         Args:
             text: For example ``RTX 4090 + 64GiB@80GB/s`` or ``2x RTX 3090 + 128GiB@200GB/s``.

@@ -157,8 +157,8 @@ def measure_losses(
         runs: How many runs at most, those of an earlier call not counted.
         limit_s: No run begins after so many seconds.
         resume: Go on with a table that is there.
-        executor: Where runs go, such as a `ThreadPoolExecutor`, a `ProcessPoolExecutor` or that of
-            a dask.distributed client; it must see the same files. This thread by default.
+        executor: Where runs go, such as a ``ThreadPoolExecutor``, a ``ProcessPoolExecutor`` or that
+            of a dask.distributed client; it must see the same files. This thread by default.
         parallel: Runs at the same time.
         progress: Is called in this thread when a run begins and when it ends.
 
@@ -242,7 +242,17 @@ def survival(
 
 
 def run_job(setup: Setup, job: Job) -> Outcome:
-    """Quantizes the tensors of a job and measures the KLD; the file is removed."""
+    """Quantizes the tensors of a job and measures the KLD; the file is removed.
+
+    Args:
+        setup: The model, the text and what runs it.
+        job: Tensors and their type; all others stay as they are.
+
+    Raises:
+        SourceError: The source cannot be read.
+        QuantizeError: The quantized file could not be written.
+        LlamaCppError: llama.cpp failed.
+    """
     started = time.monotonic()
     setup.cache.mkdir(parents=True, exist_ok=True)
     inventory = read_inventory(setup.source)

@@ -216,7 +216,7 @@ def plan(
     With a limit on the loss the plan is the fastest one within it. Otherwise it has the least loss
     that keeps to the limits on speed and time; where there are none, time has the price that the
     policy states. With ``context="max"`` the context is first made as long as all limits allow.
-    What is left open may be decided too; docs/explanation/architecture.md says by which rules.
+    What is left open may be decided too; docs/explanation/mathematics.md says by which rules.
 
     Attention and KV cache are on the GPUs, layer by layer from the last; the first layers move to
     RAM whole where they do not fit or where that is better.

@@ -59,6 +59,10 @@ class Comparison:
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes a figure as SVG or PNG, whichever the suffix says.
 
+    Args:
+        figure: What one of the functions of this module drew.
+        path: The file; its suffix is ``.svg`` or ``.png``.
+
     Raises:
         InputError: The suffix is another one, or the file cannot be written.
     """
@@ -132,7 +136,14 @@ def plot_frontier(
 
 
 def plot_memory(plan: Plan, *, date: datetime.date | None = None) -> Figure:
-    """What holds the memory of each device: weights by role, KV cache, compute buffer, free."""
+    """What holds the memory of each device: weights by role, KV cache, compute buffer, free.
+
+    Shares of the capacity, in percent; labels in GiB.
+
+    Args:
+        plan: What to draw.
+        date: Date in the title; today by default.
+    """
     maps = memory_maps(plan.devices, plan.assignments)
     figure, axes = _figure(plan.model, plan.machine.describe(), date, height=1.8 + 0.6 * len(maps))
     present = [part for part in PARTS if any(part in m.parts for m in maps)]
@@ -172,6 +183,13 @@ def plot_types(plan: Plan, *, date: datetime.date | None = None) -> Figure:
     """Which matrix got which type, where: layers from left to right, one row per role.
 
     Lighter cells have more bits per weight. Hatches tell devices apart; the first one has none.
+
+    Args:
+        plan: What to draw.
+        date: Date in the title; today by default.
+
+    Raises:
+        InputError: No matrix of a layer has a place.
     """
     tensors = [
         (Tensor(name=a.tensor, shape_ne=a.shape_ne, qtype=a.qtype), a.device)

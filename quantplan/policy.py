@@ -53,7 +53,7 @@ class TensorRule(Frozen):
 
     @property
     def text(self) -> str:
-        """The rule as on the command line: ``regex=type,type``."""
+        """The rule as on the command line, ``regex=type,type``."""
         return f"{self.pattern}={','.join(self.qtypes)}"
 
     @cached_property
@@ -129,7 +129,15 @@ class Policy(Frozen):
         return self.model_copy(update={"tensor_rules": (*self.tensor_rules, rule)})
 
     def pin(self, pattern: str, qtype_name: str) -> "Policy":
-        """The policy in which some tensors have this type; see `allow`."""
+        """The policy in which some tensors have this type and no other; see `allow`.
+
+        Args:
+            pattern: Regular expression, searched in the full tensor name.
+            qtype_name: The type in any case; ``SOURCE`` for that of the source.
+
+        Raises:
+            InputError: The pattern is no regular expression, or the type is unknown.
+        """
         return self.allow(pattern, qtype_name)
 
     def describe(self) -> str:
@@ -149,6 +157,14 @@ class Policy(Frozen):
 
         A tensor that no quantizer touches, or that is quantized already, keeps its type. One that
         the runtime does not load gets its usual type. One that no candidate fits keeps its type.
+
+        Args:
+            tensor: With the type that it has in the source.
+            is_loaded: Whether the runtime loads it.
+            runtime: The program that will load the model.
+
+        Returns:
+            Upper-case names; at least one.
         """
         source = qtype(tensor.qtype)
         if not _may_change(tensor):
@@ -276,6 +292,9 @@ def policy_names() -> tuple[str, ...]:
 
 def policy(name: str = "quality") -> Policy:
     """A policy preset.
+
+    Args:
+        name: ``quality``, ``compact``, ``free`` or ``hq4k``.
 
     Raises:
         InputError: There is no such preset.

@@ -60,13 +60,13 @@ def verify(
     Args:
         recipe: The recipe, with flags.
         gguf: The file that was quantized with it, or any shard.
-        llama_cpp: What to run; by default the one that `find_llama_cpp` finds.
+        llama_cpp: What to run; by default the one that `quantplan.runtime.find_llama_cpp` finds.
         machine: The machine that this is; by default the recipe's.
         extra_flags: Flags that the recipe cannot know, such as ``-t 8``. They come first.
         speed: Whether to measure speeds too.
         depths: Tokens in the context at which to measure decode speed; by default none and half
             of a full context.
-        base: The unquantized model; with it KLD and perplexity on `text` are measured.
+        base: The unquantized model; with it KLD and perplexity on ``text`` are measured.
         text: Any text of at least two chunks of 512 tokens.
         chunks: How many chunks of it at most.
         cache: Folder for what is kept of the base, so that it runs once for each text and build.
@@ -75,7 +75,7 @@ def verify(
 
     Raises:
         InputError: The recipe has no flags or no machine, the file is not the recipe's, or only one
-            of `base` and `text` is given.
+            of ``base`` and ``text`` is given.
         LlamaCppError: llama.cpp is missing, failed, took too long, or has other GPUs than the
             machine.
     """

@@ -84,7 +84,7 @@ class Workload(Frozen):
 
     @property
     def n_streams(self) -> int:
-        """KV buffers per layer: one for all slots, or one each."""
+        """KV buffers per layer, one for all slots, or one each."""
         return 1 if self.kv_unified else self.slots
 
 

@@ -24,7 +24,25 @@ def reference() -> dict[str, str]:
     files = {
         f"{name}.schema.json": json.dumps(json_schema(name), indent=1) + "\n" for name in SCHEMAS
     }
-    return {"cli.md": command_line_page(), **files}
+    return {"cli.md": command_line_page(), "schemas.md": schemas_page(), **files}
+
+
+def schemas_page() -> str:
+    """Which schemas there are, each beside what it is of."""
+    rows = [f"| [{name}]({name}.schema.json) | {_first_line(SCHEMAS[name])} |" for name in SCHEMAS]
+    parts = [
+        "# Schemas",
+        "Made by `python -m scripts.build_reference`. JSON Schemas (draft 2020-12) of everything "
+        "that `--json` prints and that files hold; `quantplan schema NAME` prints one. Sizes are "
+        "bytes, times seconds and losses nats per token, as the end of a field's name says.",
+        "\n".join(["| schema | what it is of |", "|---|---|", *rows]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _first_line(value: type) -> str:
+    """The first line of a docstring."""
+    return inspect.getdoc(value).partition("\n")[0]  # type: ignore[union-attr]
 
 
 def command_line_page() -> str:

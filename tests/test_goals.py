@@ -240,7 +240,7 @@ def test_every_family_of_constraints_has_the_rows_of_the_golden_program() -> Non
     """A reader can check each family of constraints in tests/data/program.lp.
 
     Two GPUs, two layers of different depth with experts, two types; the relaxation beside it. Names
-    are as in docs/explanation/architecture.md; an asterisk stands for a coefficient that is fitted.
+    are as in docs/explanation/mathematics.md; an asterisk stands for a coefficient that is fitted.
     """
     goal = Goal(min_decode_tps=1.0, max_turn_s=1e4, max_loss_nats=9.0, max_file_bytes=2**30)
     problem = toy_problem([256, 256], 0.3, ("Q8_0", "Q4_K"), goal, experts=4, n_gpus=2)

@@ -64,11 +64,19 @@ class SpeedPrediction(Frozen):
     points: tuple[SpeedPoint, ...]
 
     def decode_tps(self, depth: int) -> SpeedEstimate:
-        """Decode speed with so many tokens in the context."""
+        """Decode speed of one request, in tokens per second.
+
+        Args:
+            depth: Tokens that are in the context.
+        """
         return self._at("decode_tps", depth)
 
     def prefill_tps(self, depth: int) -> SpeedEstimate:
-        """Speed at which a prompt is processed behind so many tokens."""
+        """Speed at which a prompt is processed, in tokens per second.
+
+        Args:
+            depth: Tokens that are in the context already.
+        """
         return self._at("prefill_tps", depth)
 
     def turn_s(self, prompt: int, answer: int, depth: int = 0) -> SpeedEstimate:

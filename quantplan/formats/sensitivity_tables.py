@@ -55,13 +55,13 @@ class SensitivityTable:
 
     @property
     def baseline(self) -> str | None:
-        """The quantized type that KLDs are relative to: the one whose own is zero; else None."""
+        """The quantized type that KLDs are relative to, whose own is zero; else None."""
         zero = [name for name, kld in self.curve.items() if kld == 0]
         return next((n for n in zero if n in QTYPES and not QTYPES[n].is_float), None)
 
     @property
     def evidence(self) -> Evidence:
-        """The measurements as `LossTable` takes them."""
+        """The measurements as `quantplan.costs.quality.LossTable` takes them."""
         curve = {name: kld for name, kld in self.curve.items() if kld > 0}
         return Evidence(curve=curve, baseline=self.baseline, singles=self.singles)
 

@@ -69,6 +69,9 @@ class Tensor(Frozen):
     def bytes_as(self, qtype_name: str) -> int:
         """Exact bytes at another type.
 
+        Args:
+            qtype_name: Upper-case name of the type, such as ``Q4_K``.
+
         Raises:
             ValueError: The rows are not a whole number of the type's blocks.
         """
@@ -106,7 +109,8 @@ class Inventory(Frozen):
         """Dimensions derived from the metadata.
 
         Raises:
-            UnsupportedModelError: See `read_architecture`.
+            UnsupportedModelError: A key that the memory of the model depends on is missing, or its
+                recurrent state is not modelled.
         """
         return read_architecture(self.metadata)
 
@@ -160,6 +164,12 @@ class Inventory(Frozen):
 
         Next-token-prediction blocks (the last ``nextn_predict_layers`` ones) are skipped unless
         multi-token prediction is asked for.
+
+        Args:
+            tensor: One of this model.
+
+        Raises:
+            UnsupportedModelError: The metadata do not say how many layers there are.
         """
         arch = self.architecture
         return tensor.layer is None or tensor.layer < arch.n_loaded_layers

@@ -146,7 +146,7 @@ def read_inventory(source: str | Path) -> Inventory:
     Args:
         source: A GGUF file or any shard of a split one, by its path, its HTTP URL or, on Hugging
             Face, ``hf:owner/repository/file.gguf``, or a name of the catalog such as
-            ``GLM-4.5-Air``, in any spelling that `read_named` takes.
+            ``GLM-4.5-Air``, in any spelling (``glm 4.5 air``).
 
     Raises:
         SourceError: The file is missing, no regular file, no GGUF, truncated or damaged, a shard

@@ -1,6 +1,6 @@
 """The integer program: one function per family of constraints.
 
-Names are those of `quantplan.planner.model` and of docs/explanation/architecture.md.
+Names are those of `quantplan.planner.model` and of docs/explanation/mathematics.md.
 """
 
 from collections import Counter, defaultdict

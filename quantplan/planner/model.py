@@ -1,6 +1,6 @@
 """What the integer program counts: cohorts and shapes of groups, and what its variables mean.
 
-Names follow docs/explanation/architecture.md: cohorts c, shapes k, options o, devices d. t[c,o]
+Names follow docs/explanation/mathematics.md: cohorts c, shapes k, options o, devices d. t[c,o]
 counts the groups of cohort c that take option o; x[k,o,d] those of all cohorts of shape k that take
 it on device d. Groups that cost the same whichever of them takes which choice form one cohort:
 layers of equal shape would otherwise give the solver as many equal answers as there are ways to

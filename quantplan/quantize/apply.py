@@ -108,8 +108,9 @@ def quantize(
         resume: Continue what an earlier run has left.
         verify: Read everything back: compare the bytes with those written, hash them, and compare
             the weights with the source's (but for ik_llama.cpp's types).
-        backend: What quantizes; the bundled ggml by default. A `LlamaQuantize` runs that program,
-            which can write ik_llama.cpp's types, but no shards, and reads local files only.
+        backend: What quantizes; the bundled ggml by default. A
+            `quantplan.quantize.external.LlamaQuantize` runs that program, which can write
+            ik_llama.cpp's types, but no shards, and reads local files only.
         threads: Threads that convert; by default one per processor that may be used.
         progress: Called after each part of a tensor that was written, in the calling thread.
             An exception that it raises ends the work and is passed on.

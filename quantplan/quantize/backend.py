@@ -64,7 +64,7 @@ class Backend(Protocol):
             importance: Weight of each column, at least 0, as an importance matrix has it.
 
         Returns:
-            Whether the result is valid: False where a number or the scale of a block overflowed.
+            Whether the result is valid; False where a number or the scale of a block overflowed.
 
         Raises:
             QuantizeError: The backend contradicts what is known of the type.

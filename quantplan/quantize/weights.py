@@ -43,7 +43,7 @@ class WeightErrors(Frozen):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads what `quantplan measure-weights` saved.
+        """Reads what ``quantplan measure-weights`` saved.
 
         Raises:
             SourceError: The file cannot be read, or holds something else.
@@ -54,7 +54,7 @@ class WeightErrors(Frozen):
             raise SourceError(f"{path} holds no errors of weights: {error}") from error
 
     def ratios(self) -> dict[tuple[str, str], float]:
-        """Errors over those on Gaussian rows, as `Evidence` takes them."""
+        """Errors over those on Gaussian rows, as `quantplan.costs.evidence.Evidence` takes them."""
         gaussian = load_data("type_error.json")["relative_squared_error"]
         return {
             (tensor, name): error / gaussian[name]

@@ -28,7 +28,7 @@ def predict_calibrated(
         llama_cpp: The llama.cpp to ask; see `find_llama_cpp`.
 
     Raises:
-        InputError: See `predict`.
+        InputError: See `quantplan.predict`.
         LlamaCppError: llama.cpp failed, or has other GPUs than the machine.
     """
     found = predict(

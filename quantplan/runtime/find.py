@@ -95,7 +95,7 @@ class LlamaCpp(Frozen):
         """Another program of the same llama.cpp; None where it was not built.
 
         Args:
-            name: For example ``llama-bench``; `TOOLS` lists the usual ones.
+            name: For example ``llama-bench``; ``TOOLS`` lists the usual ones.
         """
         found = shutil.which(self.server.parent / name)
         return Path(found) if found else None

@@ -72,7 +72,7 @@ class Process:
             return file.read(_MAX_LOG_BYTES).decode(errors="replace")
 
     def wait_until(self, ready: Callable[[], bool], limit_s: float) -> None:
-        """Returns when `ready` says so.
+        """Returns when ``ready`` says so.
 
         Args:
             ready: Is called many times a second.

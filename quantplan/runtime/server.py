@@ -97,8 +97,8 @@ def serving(
 ) -> Iterator[Server]:
     """Runs llama-server on a model until the block ends.
 
-    The user's configuration plays no part. Flags are said in the build's words (`flags_for`); those
-    that name a model, a port or a log are replaced by its own, and ``--fit`` by ``off``.
+    The user's configuration plays no part. Flags are said in the build's words; those that name a
+    model, a port or a log are replaced by its own, and ``--fit`` by ``off``.
 
     Args:
         llama_cpp: Which llama.cpp.

@@ -50,7 +50,7 @@ class MeasuredSpeed(Frozen):
 
     @property
     def tps(self) -> float:
-        """Tokens per second: the median."""
+        """The median of tokens per second."""
         return statistics.median(self.repetitions)
 
     @property
