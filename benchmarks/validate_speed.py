@@ -250,7 +250,7 @@ def _kinds(known: Case, other: Case) -> Iterator[str]:
 
 
 def _like(machine: Machine, case: Case) -> Machine:
-    """The case's machine, as slow as a calibrated one; a run on GPUs alone need not state its RAM."""
+    """The case's machine, as slow as a calibrated one (whose run need not state its RAM)."""
 
     def slowed(device: Device, like: Device) -> Device:
         return device.model_copy(update={"decode_slowdown": like.decode_slowdown})

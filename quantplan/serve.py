@@ -1,6 +1,5 @@
 """Quantizes where that was not done yet, then serves the model in the foreground."""
 
-import os
 import shlex
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from quantplan.inventory.sources import read_inventory, shard_paths
 from quantplan.recipe import Recipe
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.flags import flags_for
-from quantplan.runtime.process import ADDRESS, is_free, isolated_environment, not_started
+from quantplan.runtime.process import ADDRESS, guarded, is_free, isolated_environment
 from quantplan.verify import differences, missing_rpc_flags
 
 PORT = 8080
@@ -108,25 +107,18 @@ def serve(service: Service, host: str = ADDRESS, port: int = PORT) -> int:
     if not is_free(host, port):
         raise LlamaCppError(f"port {port} of {host} is taken by another program: choose --port")
     with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
-        try:
-            popen = subprocess.Popen(
-                service.command, env=isolated_environment(Path(folder)), stdin=subprocess.DEVNULL
-            )
-        except OSError as error:
-            raise not_started(service.command[0], error) from error
-        with _passing_signals(popen):
+        environment = isolated_environment(Path(folder))
+        with guarded(service.command, environment) as popen, _passing_signals(popen):
             code = popen.wait()
     return code if code >= 0 else 128 - code
 
 
 @contextmanager
 def _passing_signals(popen: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Passes signals on to a program until the block ends, and ends it then."""
+    """Passes signals on to a program until the block ends."""
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        # A terminal sends SIGINT to the whole group, so the program has it already.
-        if number != signal.SIGINT or not os.isatty(0):
-            popen.send_signal(number)
+        popen.send_signal(number)
 
     numbers = [getattr(signal, name) for name in _PASSED_ON if hasattr(signal, name)]
     before = {number: signal.signal(number, pass_on) for number in numbers}
@@ -135,6 +127,3 @@ def _passing_signals(popen: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if popen.poll() is None:
-            popen.kill()
-            popen.wait()

@@ -14,23 +14,21 @@ from quantplan.inventory.sources import read_inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.predict import DeviceUse, MemoryPrediction, predict
 from quantplan.recipe import Recipe
+from quantplan.runtime.bench import find_bench
 from quantplan.runtime.find import LlamaCpp, find_llama_cpp
-from quantplan.runtime.flags import flags_for
 from quantplan.runtime.log import HOST
 from quantplan.runtime.memory import MeasuredDevice, read_loaded
 from quantplan.runtime.perplexity import measure_divergence
 from quantplan.runtime.server import LOAD_LIMIT_S, Server, serving
-from quantplan.runtime.speed import SpeedMeasurement, measure_speed
+from quantplan.runtime.speed import SPARE_CELLS, SpeedMeasurement, SpeedTests, time_requests
 from quantplan.verification import Check, Loss, Verification, What
+from quantplan.workload import Workload
 
 CACHE = Path("quantplan-kld")
 """Folder of the unquantized model's log probabilities."""
 
 _PROMPT = "The capital of France is"
 _ANSWER_TOKENS = 16
-_SPEED_TOKENS = 32
-# Room for a prompt and an answer behind the deepest measurement.
-_SPARE_CELLS = 64
 _DEEPEST = 8192
 _NAMED = 3
 
@@ -64,8 +62,8 @@ def verify(
         machine: The machine that this is; by default the recipe's.
         extra_flags: Flags that the recipe cannot know, such as ``-t 8``. They come first.
         speed: Whether to measure speeds too.
-        depths: Tokens in the context at which to measure decode speed; by default none and half
-            of a full context.
+        depths: Tokens in the context at which to measure decode and prefill speed; by default none
+            and half of a full context.
         base: The unquantized model; with it KLD and perplexity on ``text`` are measured.
         text: Any text of at least two chunks of 512 tokens.
         chunks: How many chunks of it at most.
@@ -89,22 +87,25 @@ def verify(
     runtime = llama_cpp or find_llama_cpp()
     flags = (*missing_rpc_flags(recipe.flags, machine), *extra_flags, *recipe.flags)
     path = Path(inventory.source)
+    workload = parse_flags(flags, inventory, engine=runtime.runtime).workload
+    tests = speed_tests(workload, depths)
+    bench = find_bench(runtime, flags) if speed else None
+    speeds = None
     with serving(runtime, path, flags, limit_s=limit_s, log=log) as server:
         measured = _devices(server, machine)
         completion = server.complete(_PROMPT, _ANSWER_TOKENS, limit_s)
         command, deprecated = server.command, server.deprecated
-    predicted = predict(
-        inventory,
-        flags,
-        machine,
-        engine=runtime.runtime,
-        llama_cpp_build=runtime.build or NEWEST_KNOWN_BUILD,
-    )
+        if speed and bench is None:
+            speeds = time_requests(server, runtime, flags, tests, limit_s)
+    if bench is not None:  # not before: there may be no memory for two
+        speeds = bench.measure(path, tests, 2 * limit_s)
+    predicted = _predicted(inventory, flags, machine, runtime)
     checks = memory_checks(predicted, measured)
-    speeds = None
-    if speed:
-        speeds = _measured_speed(runtime, inventory, flags, depths, limit_s)
-        checks += speed_checks(predicted, speeds)
+    if speeds is not None:
+        asked = predicted
+        if tests.n_prompt < workload.ubatch:  # no whole ubatch has room
+            asked = _predicted(inventory, (*flags, "-ub", str(tests.n_prompt)), machine, runtime)
+        checks += speed_checks(asked, speeds)
     loss = None
     if base is not None and text is not None:
         found = measure_divergence(
@@ -203,25 +204,31 @@ def _devices(server: Server, machine: Machine) -> tuple[MeasuredDevice, ...]:
     return measured
 
 
-def _measured_speed(
-    runtime: LlamaCpp,
-    inventory: Inventory,
-    flags: Sequence[str],
-    depths: Sequence[int] | None,
-    limit_s: float,
-) -> SpeedMeasurement:
-    """Speeds at depths for which the flags leave room, and of a prompt of one ubatch at most."""
-    workload = parse_flags(flags, inventory, engine=runtime.runtime).workload
-    cells = workload.context // workload.n_streams
-    return measure_speed(
-        runtime,
-        Path(inventory.source),
-        flags_for(runtime, flags),
-        depths=_depths(cells) if depths is None else depths,
-        n_tokens=_SPEED_TOKENS,
-        n_prompt=max(1, min(workload.ubatch, cells - _SPARE_CELLS)),
-        limit_s=limit_s,
+def _predicted(
+    inventory: Inventory, flags: Sequence[str], machine: Machine, runtime: LlamaCpp
+) -> MemoryPrediction:
+    return predict(
+        inventory,
+        flags,
+        machine,
+        engine=runtime.runtime,
+        llama_cpp_build=runtime.build or NEWEST_KNOWN_BUILD,
     )
+
+
+def speed_tests(workload: Workload, depths: Sequence[int] | None = None) -> SpeedTests:
+    """What to measure of a workload: a prompt of one ubatch, and tokens, at two depths.
+
+    Args:
+        workload: Its context and ubatch.
+        depths: Tokens in the context before; by default none, and half of a slot's context.
+    """
+    cells = workload.context // workload.n_streams
+    if depths is None:
+        deep = min(cells // 2, _DEEPEST)
+        depths = (0, deep) if deep + SpeedTests(n_prompt=1).n_cells <= cells else (0,)
+    room = cells - SPARE_CELLS - max(depths, default=0)
+    return SpeedTests(depths=tuple(depths), n_prompt=max(1, min(workload.ubatch, room)))
 
 
 def memory_checks(
@@ -273,7 +280,7 @@ def _device_checks(use: DeviceUse, device: MeasuredDevice) -> tuple[Check, ...]:
 def speed_checks(predicted: MemoryPrediction, measured: SpeedMeasurement) -> tuple[Check, ...]:
     """Compares decode and prefill speeds at the depths that were measured."""
     checks = []
-    for speed in (*measured.decode, measured.prefill):
+    for speed in (*measured.decode, *measured.prefill):
         what: What = "decode" if speed.n_generated else "prefill"
         # The middle of the tokens that were generated or read.
         depth = speed.depth + speed.n_generated // 2
@@ -305,12 +312,6 @@ def loss_checks(recipe: Recipe, loss: Loss) -> tuple[Check, ...]:
             measured=loss.kld_nats,
         ),
     )
-
-
-def _depths(cells: int) -> tuple[int, ...]:
-    """An empty context of a slot, and one that is half full."""
-    deep = min(cells // 2, _DEEPEST)
-    return (0, deep) if deep + _SPEED_TOKENS + _SPARE_CELLS <= cells else (0,)
 
 
 def _threads(flags: Sequence[str]) -> int | None:

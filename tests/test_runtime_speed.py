@@ -1,5 +1,6 @@
 """Speed as the real llama.cpp of this machine has it."""
 
+import re
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -13,8 +14,13 @@ from quantplan.cli import app
 from quantplan.errors import InputError, LlamaCppError
 from quantplan.hardware import Machine
 from quantplan.runtime import LlamaCpp, find_llama_cpp, measure_speed
+from quantplan.runtime.server import serving
+from quantplan.runtime.speed import SpeedTests, time_requests
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
-from tests.support.models import smollm2_path
+from tests.support.models import smollm2_path, toy_from_catalog
+from tests.test_memory import LAYERS, catalog_entry
+
+PROMPT_TIME = re.compile(r"prompt eval time = .* / +(\d+) tokens")
 
 
 @pytest.fixture
@@ -46,15 +52,40 @@ def test_speeds_are_those_of_the_clock(llama_cpp: LlamaCpp, model: Path) -> None
     assert [(s.depth, s.n_generated, len(s.repetitions)) for s in found.decode] == [
         (0, 16, 2), (256, 16, 2)
     ]  # fmt: skip
-    assert (found.prefill.n_prompt, found.prefill.n_generated) == (64, 0)
-    speeds = (*found.decode, found.prefill)
+    assert [(s.depth, s.n_prompt, len(s.repetitions)) for s in found.prefill] == [
+        (0, 64, 2), (256, 64, 2)
+    ]  # fmt: skip
+    speeds = (*found.decode, *found.prefill)
     assert (
         sum((s.n_generated or s.n_prompt) / tps for s in speeds for tps in s.repetitions) < took_s
     )
-    assert min(found.prefill.repetitions) > max(found.decode[1].repetitions)
+    assert min(found.prefill[1].repetitions) > max(found.decode[1].repetitions)
     assert [(r.depth, r.tps) for r in found.results] == [(s.depth, s.tps) for s in speeds]
     assert found.flags[:2] == ("-t", "1")
-    assert found.summary().count("tokens/s") == 3
+    assert found.summary().count("tokens/s") == 4
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", ["SmolLM2", "gemma-4-31B-it", "Qwen3.5-9B"])
+def test_only_the_prompt_is_processed_behind_a_prefix(
+    name: str, llama_cpp: LlamaCpp, model: Path, tmp_path: Path
+) -> None:
+    """Whatever the cache of a model can forget (all, what is in no window, nothing), each timed
+    prompt has exactly its own tokens, and what stands before it comes out of the cache.
+    """
+    if name != "SmolLM2":
+        entry = catalog_entry(name)
+        entry["metadata"] |= {
+            key: 64 for key in entry["metadata"] if key.endswith("attention.sliding_window")
+        }
+        model = toy_from_catalog(entry, tmp_path / "toy.gguf", LAYERS[name])
+    tests = SpeedTests(depths=(0, 300), n_tokens=2, n_prompt=24, repetitions=3)
+    flags = ["-c", "512", "-ub", "128", "-np", "1", "-t", "1"]
+    with serving(llama_cpp, model, flags) as server:
+        found = time_requests(server, llama_cpp, flags, tests, 300)
+        counted = [int(n) for n in PROMPT_TIME.findall(server.process.log)]
+    assert [(s.depth, len(s.repetitions)) for s in found.prefill] == [(0, 3), (300, 3)]
+    assert counted.count(tests.n_prompt) == 1 + 2 * 3
 
 
 @needs_llama_cpp
@@ -68,7 +99,7 @@ def test_a_short_context_is_told(llama_cpp: LlamaCpp, model: Path) -> None:
 def test_time_is_limited(llama_cpp: LlamaCpp, model: Path) -> None:
     """What takes longer than allowed ends with an error that says what to change."""
     start = time.monotonic()
-    with pytest.raises(LlamaCppError, match=r"not (finished|ready)"):
+    with pytest.raises(LlamaCppError, match=r"not (finished|ready|answered)"):
         measure_speed(llama_cpp, model, ["-t", "1", "-b", "64"], depths=(8000,), limit_s=2)
     assert time.monotonic() - start < 20
 
@@ -94,6 +125,7 @@ def test_calibrate_runs_the_server_where_there_is_no_bench(
     done = CliRunner().invoke(app, [str(part) for part in command], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "decode at depth 64" in done.stderr
+    assert "prefill of 32 tokens at depth 64" in done.stderr
     known = Machine.load(profile)
     assert "(llama-server, llama.cpp b10434)" in known.measured[0]
     assert known.ram.decode_slowdown != 1

@@ -250,6 +250,9 @@ def test_the_command_line_says_whether_the_promise_held_and_learns(
     decode = [check for check in found.checks if check.what == "decode"]
     assert [check.where for check in decode] == ["@0", "@256"]
     assert all(check.measured < (check.low or 0) for check in decode)
+    prefill = [check for check in found.checks if check.what == "prefill"]
+    assert [check.where for check in prefill] == ["@0", "@256"]
+    assert all(check.predicted > 0 and check.measured > 0 for check in prefill)
     assert "all slots are idle" in saved.with_suffix(".log").read_text()
     learned = qp.Machine.load(profile)
     assert learned.ram.decode_slowdown > machine.ram.decode_slowdown

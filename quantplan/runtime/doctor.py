@@ -1,5 +1,7 @@
 """What there is of llama.cpp on this machine, what each part is for, and what is missing."""
 
+import re
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -34,6 +36,13 @@ _PURPOSES = {
     "ggml-rpc-server": "this machine cannot lend its devices to others",
 }
 _USER_FILES = ("/etc/llama.cpp/config.ini",)
+_CPU_INFO = Path("/proc/cpuinfo")
+# What llama.cpp calls the instructions that its CPU backend is compiled for, and what Linux does.
+_INSTRUCTIONS = {
+    "SSE3": "pni", "SSSE3": "ssse3", "AVX": "avx", "AVX2": "avx2", "F16C": "f16c", "FMA": "fma",
+    "BMI2": "bmi2", "AVX_VNNI": "avx_vnni", "AVX512": "avx512f", "AVX512_VBMI": "avx512vbmi",
+    "AVX512_VNNI": "avx512_vnni", "AVX512_BF16": "avx512_bf16", "AMX_INT8": "amx_int8",
+}  # fmt: skip
 
 
 class Installation(Frozen):
@@ -45,6 +54,8 @@ class Installation(Frozen):
         llama_cpp: What it said of itself; None where it does not run.
         gpus: The GPUs that it would use.
         build_options: What it was compiled for, in its own words.
+        foreign: Instructions among them that this processor does not have, as far as the system
+            says what it has.
         tools: Paths of its other programs by name; None where they were not built.
         library: Its shared library; None where it is linked into the programs.
     """
@@ -54,6 +65,7 @@ class Installation(Frozen):
     llama_cpp: LlamaCpp | None = None
     gpus: tuple[ListedGpu, ...] = ()
     build_options: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
     tools: dict[str, Path | None] = Field(default_factory=dict)
     library: Path | None = None
 
@@ -62,11 +74,13 @@ class Installation(Frozen):
         """Asks a llama-server what it is; that it does not run is an answer."""
         try:
             found = find_llama_cpp(server.parent)
+            options = build_options(found.server)
             return cls(
                 server=found.server,
                 llama_cpp=found,
                 gpus=list_gpus(found.server) if found.devices else (),
-                build_options=build_options(found.server),
+                build_options=options,
+                foreign=foreign_instructions(options),
                 tools={name: found.tool(name) for name in TOOLS},
                 library=found.library,
             )
@@ -166,6 +180,26 @@ def diagnose(folder: str | Path | None = None) -> Diagnosis:
     )
 
 
+def foreign_instructions(options: Sequence[str], cpu_info: Path = _CPU_INFO) -> tuple[str, ...]:
+    """Instructions that a build uses and this processor does not have.
+
+    Args:
+        options: What it was compiled for, in its own words.
+        cpu_info: Where Linux on x86 says what the processor has; nothing is known without it.
+    """
+    try:
+        said = cpu_info.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    flags = re.search(r"^flags\s*:(.*)$", said, re.MULTILINE)
+    if flags is None:
+        return ()
+    has = set(flags[1].split())
+    # The first one stands behind the name of its backend: "CPU : SSE3 = 1".
+    used = [text.rpartition(": ")[2].removesuffix(" = 1") for text in options]
+    return tuple(name for name in used if name in _INSTRUCTIONS and _INSTRUCTIONS[name] not in has)
+
+
 def _python_library(package: str) -> PythonLibrary | None:
     try:
         found = metadata.distribution(package)
@@ -180,6 +214,18 @@ def _python_library(package: str) -> PythonLibrary | None:
     )
 
 
+def _foreign(installation: Installation) -> list[str]:
+    """What to do about instructions that this processor does not have."""
+    if not installation.foreign:
+        return []
+    return [
+        f"a processor with {', '.join(installation.foreign)}: {installation.server} is compiled "
+        "for it, and is ended by SIGILL here as soon as it computes with most types. Use one that "
+        "is built on this machine, or whose CPU backend comes in variants (libggml-cpu-*), and set "
+        f"{VARIABLE} to its folder"
+    ]
+
+
 def _missing(installations: tuple[Installation, ...], fault: str | None) -> list[str]:
     missing = []
     if fault and not (installations and installations[0].fault):
@@ -190,6 +236,7 @@ def _missing(installations: tuple[Installation, ...], fault: str | None) -> list
             f"build llama.cpp for your GPU and set {VARIABLE} to its folder"
         )
     elif first := installations[0].llama_cpp:
+        missing += _foreign(installations[0])
         missing += [f"{name}: {use}" for name, use in _PURPOSES.items() if first.tool(name) is None]
         if not first.devices:
             missing.append("a GPU that this llama.cpp can use: it computes on the CPU")

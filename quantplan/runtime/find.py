@@ -195,13 +195,13 @@ def examine(server: Path) -> LlamaCpp:
 
 
 @cache
-def known_options(server: Path) -> frozenset[str]:
-    """Every flag that a llama-server's help names, in all spellings.
+def known_options(program: Path) -> frozenset[str]:
+    """Every flag that the help of a program names, in all spellings.
 
     Raises:
         LlamaCppError: It does not run here.
     """
-    return frozenset(_OPTION.findall(_ask(server, "--help")))
+    return frozenset(_OPTION.findall(_ask(program, "--help")))
 
 
 def build_options(server: Path) -> tuple[str, ...]:
@@ -240,12 +240,12 @@ def _package_build(server: Path) -> int | None:
     return None
 
 
-def _ask(server: Path, option: str) -> str:
-    """What llama-server prints, on either stream, when it is given one option."""
+def _ask(program: Path, option: str) -> str:
+    """What a program prints, on either stream, when it is given one option."""
     with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
-        code, text = _run([str(server), option], folder)
+        code, text = _run([str(program), option], folder)
     if code:
-        raise failure(f"{server} {option}", ending(code), text)
+        raise failure(f"{program} {option}", ending(code), text)
     return text
 
 

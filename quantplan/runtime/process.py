@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from quantplan.errors import LlamaCppError
 
@@ -42,13 +43,23 @@ _CAUSES = {
     "unable to allocate": "a device is full",
     "failed to allocate": "a device is full",
 }
+_FOREIGN = (
+    "it is compiled for instructions that this processor does not have, quantplan doctor names "
+    "them; use a llama.cpp that is built on this machine, or whose CPU backend comes in variants "
+    "(libggml-cpu-*), and name its folder by LLAMA_CPP_DIR"
+)
 _SIGNALS: dict[int, str] = {
-    signal.SIGILL: "the program is compiled for instructions that this processor does not have",
+    signal.SIGILL: _FOREIGN,
 }
-# A program gets a group of its own, so that its children can be ended with it.
-_HAS_GROUPS = hasattr(os, "killpg")
-if hasattr(signal, "SIGKILL"):  # Windows has none
+# What Windows ends a program with, which has no signals.
+_CODES = {0xC000001D: _FOREIGN, 0xC0000135: "a library that it needs is missing"}
+# Leads the group of a program, and ends all of the group when the pipe to it closes: also when
+# quantplan is killed and can do nothing more.
+_GUARD = ("/bin/sh", "-c", "read _; kill -KILL 0")
+_HAS_GUARD = hasattr(os, "killpg") and Path(_GUARD[0]).exists()
+if os.name == "posix":
     _SIGNALS[signal.SIGKILL] = "the system ended it, most likely for want of memory"
+    _SIGNALS[signal.SIGBUS] = "the model's file became shorter while it was read, or a disk failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +143,18 @@ def ending(code: int) -> str:
         code: Its exit code; negative for a signal.
     """
     if code >= 0:
-        return f"ended with code {code}"
-    number = signal.Signals(-code)
-    reason = _SIGNALS.get(number)
-    return f"was ended by {number.name}{f' ({reason})' if reason else ''}"
+        reason, fate = _CODES.get(code), f"ended with code {code}"
+    else:
+        number = signal.Signals(-code)
+        reason, fate = _SIGNALS.get(number), f"was ended by {number.name}"
+    return f"{fate} ({reason})" if reason else fate
 
 
 @contextmanager
 def running(
     command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> Iterator[Process]:
-    """Runs a program until the block ends.
+    """Runs a program until the block ends, or quantplan does.
 
     Its output is gone afterwards; `failure` keeps it.
 
@@ -156,39 +168,77 @@ def running(
     with tempfile.TemporaryDirectory(prefix="quantplan-") as name:
         folder = Path(name)
         variables = isolated_environment(folder) if environment is None else dict(environment)
-        with (folder / "log").open("wb") as log:
-            try:
-                popen = subprocess.Popen(
-                    command,
-                    env=variables,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=_HAS_GROUPS,
-                    # SIGPIPE stays ignored, as Python has it: ggml-rpc-server would die of a client
-                    # that ends while it answers.
-                    restore_signals=False,
-                )
-            except OSError as error:
-                raise not_started(command[0], error) from error
-        try:
+        with (folder / "log").open("wb") as log, guarded(command, variables, log) as popen:
             yield Process(Path(command[0]).name, popen, folder / "log")
+
+
+@contextmanager
+def guarded(
+    command: Sequence[str], environment: Mapping[str, str], output: BinaryIO | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Starts a program that neither the block's end nor quantplan's survives, with its children.
+
+    On POSIX it is in a process group of its own, which signals of the terminal do not reach.
+
+    Args:
+        command: Program and arguments; no shell reads them.
+        environment: Its whole environment.
+        output: Where it prints; None is where quantplan prints.
+
+    Raises:
+        LlamaCppError: The program cannot be started.
+    """
+    with _guard() as group:
+        try:
+            popen = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                process_group=group,
+                # SIGPIPE stays ignored, as Python has it: ggml-rpc-server would die of a client
+                # that ends while it answers.
+                restore_signals=False,
+            )
+        except OSError as error:
+            raise not_started(command[0], error) from error
+        try:
+            yield popen
         finally:
-            _end(popen)
+            popen.terminate()
+            try:
+                popen.wait(_STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                popen.kill()
+                popen.wait()
 
 
-def _end(popen: subprocess.Popen[bytes]) -> None:
-    """Ends a program, and whatever it has started and left behind."""
-    was_alive = popen.poll() is None  # else its number may be another program's by now
-    popen.terminate()
-    try:
-        popen.wait(_STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        popen.kill()
-        popen.wait()
-    if _HAS_GROUPS and was_alive:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(popen.pid, signal.SIGKILL)
+@contextmanager
+def _guard() -> Iterator[int | None]:
+    """Makes a process group that ends with the block, and whatever ends quantplan.
+
+    Its leader is there for as long as the block, so that no other group can have its number.
+
+    Yields:
+        The number of the group; None where the system has no groups, or no shell.
+    """
+    if not _HAS_GUARD:
+        yield None
+        return
+    guard = subprocess.Popen(
+        _GUARD,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    )
+    with guard:
+        try:
+            yield guard.pid
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(guard.pid, signal.SIGKILL)
 
 
 def not_started(program: str, error: Exception) -> LlamaCppError:

@@ -1,11 +1,17 @@
 """A llama-server that runs a model, alone on a port of the loopback interface."""
 
+import contextlib
+import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import urllib3
 
@@ -19,6 +25,7 @@ from quantplan.runtime.process import (
     ADDRESS,
     PORT_TAKEN,
     Process,
+    ending,
     failure,
     free_port,
     is_free,
@@ -31,6 +38,10 @@ LOAD_LIMIT_S = 600.0
 _ATTEMPTS = 3
 _HEALTH_LIMIT_S = 1.0  # what listens there may be another program, which never answers
 _LOG_LIMIT_S = 10.0  # from the answer that it is ready to the last line of the log about buffers
+_END_LIMIT_S = 2.0  # a program that died and left its connections may not be gone yet
+_PIECE_BYTES = 2**16
+_MAX_ANSWER_BYTES = 2**26
+_SHOWN_BYTES = 200
 _DEPRECATED = re.compile(r"^.*\b(?:deprecated|DEPRECATED)\b.*$", re.MULTILINE)
 
 
@@ -53,6 +64,59 @@ class Server:
         """Lines of its log that call a flag deprecated."""
         return tuple(line.strip() for line in _DEPRECATED.findall(self.process.log))
 
+    def ask(
+        self, path: str, body: Mapping[str, Any] | None = None, *, limit_s: float
+    ) -> dict[str, Any]:
+        """The JSON object that it answers.
+
+        Args:
+            path: What is asked, such as ``/props``.
+            body: What is sent along; None sends nothing.
+            limit_s: Seconds to wait.
+
+        Raises:
+            LlamaCppError: It died, refused, took longer, or answered something else; the message
+                has the end of its log.
+        """
+        try:
+            status, content = self._request(path, body, limit_s)
+        except urllib3.exceptions.TimeoutError as error:
+            raise self._failure(
+                f"has not answered {path} within {limit_s:.0f} s: allow more time, or ask for less"
+            ) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise self._failure(self._fate(path, error)) from error
+        shown = content[:_SHOWN_BYTES].decode(errors="replace").strip()
+        if status != HTTPStatus.OK:
+            raise self._failure(f"refused {path} ({status}): {shown}")
+        try:
+            found = json.loads(content)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise self._failure(f"answered {path} with no JSON object: {shown!r}")
+        return found
+
+    def _request(
+        self, path: str, body: Mapping[str, Any] | None, limit_s: float
+    ) -> tuple[int, bytes]:
+        """Status and content of an answer; content that has no end is cut off."""
+        deadline, content = time.monotonic() + limit_s, bytearray()
+        answer = self.pool.request(
+            "GET" if body is None else "POST",
+            path,
+            json=body,
+            timeout=limit_s,
+            retries=False,
+            preload_content=False,
+        )
+        with contextlib.closing(answer):
+            while len(content) < _MAX_ANSWER_BYTES and (piece := answer.read1(_PIECE_BYTES)):
+                content += piece
+                if time.monotonic() > deadline:
+                    raise urllib3.exceptions.TimeoutError
+        return answer.status, bytes(content)
+
     def complete(self, prompt: str, n_tokens: int, limit_s: float) -> str:
         """The most probable continuation of a text.
 
@@ -62,28 +126,22 @@ class Server:
             limit_s: Seconds to wait.
 
         Raises:
-            LlamaCppError: It died, refused, or took longer; the message has the end of its log.
+            LlamaCppError: See `ask`.
         """
         body = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0, "cache_prompt": False}
-        try:
-            answer = self.pool.request(
-                "POST", "/completion", json=body, timeout=limit_s, retries=False
-            )
-            text = answer.json().get("content") if answer.status == 200 else None
-        except urllib3.exceptions.TimeoutError as error:
-            raise self._failure(f"gave no answer within {limit_s:.0f} s") from error
-        except (urllib3.exceptions.HTTPError, ValueError) as error:
-            raise self._failure(f"gave no answer ({type(error).__name__})") from error
+        text = self.ask("/completion", body, limit_s=limit_s).get("content")
         if not isinstance(text, str):
-            said = answer.data[:_SHOWN_BYTES].decode(errors="replace")
-            raise self._failure(f"refused to complete a text ({answer.status} {said!r})")
+            raise self._failure("answered /completion without a text")
         return text
+
+    def _fate(self, path: str, error: Exception) -> str:
+        """What became of a server that broke a connection."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return f"{ending(self.process.popen.wait(_END_LIMIT_S))} when it was asked {path}"
+        return f"gave no answer to {path} ({type(error).__name__})"
 
     def _failure(self, fate: str) -> LlamaCppError:
         return failure(self.process.name, fate, self.process.log)
-
-
-_SHOWN_BYTES = 200
 
 
 @contextmanager
@@ -159,7 +217,11 @@ def _is_healthy(process: Process, pool: urllib3.HTTPConnectionPool) -> bool:
     if process.popen.poll() is not None:
         return False
     try:
-        answer = pool.request("GET", "/health", timeout=_HEALTH_LIMIT_S, retries=False)
+        answer = pool.request(
+            "GET", "/health", timeout=_HEALTH_LIMIT_S, retries=False, preload_content=False
+        )
     except urllib3.exceptions.HTTPError:  # refused while it starts
         return False
-    return answer.status == 200 and process.popen.poll() is None  # 503 while it loads
+    answer.close()  # whoever answers may have no end
+    # 503 while it loads
+    return answer.status == HTTPStatus.OK and process.popen.poll() is None

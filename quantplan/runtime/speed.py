@@ -2,29 +2,29 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
-import urllib3
+from pydantic import BaseModel, Field, ValidationError
 
 from quantplan.errors import InputError, LlamaCppError
 from quantplan.formats.llama_bench import BenchResult
-from quantplan.inventory.sources import shard_paths
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.memory import kept_flags
-from quantplan.runtime.process import ADDRESS, Process, failure, free_port, running
+from quantplan.runtime.server import Server, serving
 from quantplan.schema import Frozen
 
 DEPTHS = (0, 2048)
 # Repetitions on a machine that does nothing else differ by less.
 _UNSTEADY = 0.25
-# A prompt needs one token, and llama-server keeps one cell free.
-_SPARE_CELLS = 8
+# Two tokens are generated behind a prompt, and llama-server keeps one cell free.
+SPARE_CELLS = 8
+"""Cells that a context needs beside what is measured."""
+
 # Which experts a token chooses depends on the text, so it should be one.
 _TEXT = (
     "The harbour lay still in the early morning. Two men carried nets to a boat, and a third one "
@@ -67,14 +67,14 @@ class SpeedMeasurement(Frozen):
         tool: Its program.
         flags: Flags of the server that was measured.
         decode: Decode speed at each depth.
-        prefill: Speed at which a prompt was processed in an empty context.
+        prefill: Speed at which a prompt was processed at each depth.
     """
 
     llama_cpp: LlamaCpp
     tool: Literal["llama-server", "llama-bench"]
     flags: tuple[str, ...]
     decode: tuple[MeasuredSpeed, ...]
-    prefill: MeasuredSpeed
+    prefill: tuple[MeasuredSpeed, ...]
 
     @property
     def results(self) -> tuple[BenchResult, ...]:
@@ -86,22 +86,63 @@ class SpeedMeasurement(Frozen):
                 depth=speed.depth,
                 tps=speed.tps,
             )
-            for speed in (*self.decode, self.prefill)
+            for speed in (*self.decode, *self.prefill)
         )
 
     def summary(self) -> str:
         """One line a speed."""
         lines = [f"measured with {self.tool}, {self.llama_cpp}:"]
-        for speed in (*self.decode, self.prefill):
-            what = f"decode at depth {speed.depth}" if speed.n_generated else "prefill"
+        for speed in (*self.decode, *self.prefill):
+            what = "decode" if speed.n_generated else f"prefill of {speed.n_prompt} tokens"
             n = len(speed.repetitions)
-            said = f"  {what}: {speed.tps:.1f} tokens/s"
+            said = f"  {what} at depth {speed.depth}: {speed.tps:.1f} tokens/s"
             lines.append(f"{said} (median of {n}, spread {speed.spread:.0%})" if n > 1 else said)
-        if max(speed.spread for speed in (*self.decode, self.prefill)) > _UNSTEADY:
+        if max(speed.spread for speed in (*self.decode, *self.prefill)) > _UNSTEADY:
             lines.append(
                 "  These vary much: something else uses this machine. Measure again later."
             )
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class SpeedTests:
+    """What is to be measured.
+
+    Attributes:
+        depths: Tokens in the context before.
+        n_tokens: Tokens to generate at each depth, at least 2.
+        n_prompt: Tokens of the prompt at each depth.
+        repetitions: How often to measure.
+
+    Raises:
+        InputError: A number is out of range; all of them are named.
+    """
+
+    depths: tuple[int, ...] = DEPTHS
+    n_tokens: int = 32
+    n_prompt: int = 512
+    repetitions: int = 3
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        faults = [
+            f"{what} is {value}: it must be at least {least}"
+            for what, value, least in (
+                ("n_tokens", self.n_tokens, 2),
+                ("n_prompt", self.n_prompt, 1),
+                ("repetitions", self.repetitions, 1),
+                ("the number of depths", len(self.depths), 1),
+                *(("a depth", depth, 0) for depth in self.depths),
+            )
+            if value < least
+        ]
+        if faults:
+            raise InputError(faults)
+
+    @property
+    def n_cells(self) -> int:
+        """Cells that a context needs."""
+        return max(self.depths) + max(self.n_tokens, self.n_prompt) + SPARE_CELLS
 
 
 def measure_speed(
@@ -117,65 +158,82 @@ def measure_speed(
 ) -> SpeedMeasurement:
     """Measures how fast llama-server runs a model, one request at a time.
 
-    A request that is not counted goes first. The times are the server's own, without those of
-    HTTP, sampling of the first token and tokenizer. Repetitions at one depth share the prompt's
-    cache; where time gets short, those after the first one are left out.
-
     Args:
         llama_cpp: Which llama.cpp.
         gguf: The model's file, or any shard of it.
         flags: Flags of llama-server. Those that name a model, a port or a log are left out, and so
             is ``--fit``; where they state no context it is as long as needed, where they state no
             slots there is one.
-        depths: Tokens in the context before tokens are generated.
+        depths: Tokens in the context before tokens are generated, or a prompt is processed.
         n_tokens: Tokens to generate at each depth, at least 2.
-        n_prompt: Tokens of the prompt whose speed is measured.
+        n_prompt: Tokens of the prompt whose speed is measured at each depth.
         repetitions: How often to measure.
-        limit_s: Seconds for all of it, loading included.
+        limit_s: Seconds to load the model, and again to measure.
 
     Raises:
         InputError: A number is out of range.
         LlamaCppError: The server failed or refused, its context is too short, or the time was up.
     """
-    faults = [
-        f"{what} is {value}: it must be at least {least}"
-        for what, value, least in (
-            ("n_tokens", n_tokens, 2),
-            ("n_prompt", n_prompt, 1),
-            ("repetitions", repetitions, 1),
-            ("the number of depths", len(depths), 1),
-            *(("a depth", depth, 0) for depth in depths),
+    tests = SpeedTests(
+        depths=tuple(depths), n_tokens=n_tokens, n_prompt=n_prompt, repetitions=repetitions
+    )
+    arguments = list(kept_flags(flags))
+    if not {"-c", "--ctx-size"} & set(arguments):
+        arguments += ["-c", str(tests.n_cells)]
+    if not {"-np", "--parallel"} & set(arguments):
+        arguments += ["-np", "1"]
+    with serving(llama_cpp, gguf, arguments, limit_s=limit_s) as server:
+        return time_requests(server, llama_cpp, arguments, tests, limit_s)
+
+
+def time_requests(
+    server: Server, llama_cpp: LlamaCpp, flags: Sequence[str], tests: SpeedTests, limit_s: float
+) -> SpeedMeasurement:
+    """Measures a llama-server that runs.
+
+    A request that is not counted goes first. The times are the server's own, without those of
+    HTTP, sampling of the first token and tokenizer. What stands before a prompt, or before the
+    tokens that are generated, is in the slot's cache already. Where time gets short, repetitions
+    after the first one are left out.
+
+    Args:
+        server: The server; its slot 0 is used.
+        llama_cpp: Which llama.cpp it is of.
+        flags: Its flags.
+        tests: What to measure.
+        limit_s: Seconds for all of it.
+
+    Raises:
+        LlamaCppError: The server failed or refused, its context is too short, or the time was up.
+    """
+    slot = _Slot(server, time.monotonic() + limit_s)
+    slot.check_context(tests)
+    stream = slot.tokens(tests.n_cells)
+    slot.complete(stream[: tests.n_prompt], 2, reuse=False)  # warms up
+    measured: dict[bool, list[MeasuredSpeed]] = {False: [], True: []}
+    jobs = [(depth, is_prefill) for depth in tests.depths for is_prefill in (True, False)]
+    for n_done, (depth, is_prefill) in enumerate(jobs):
+        share_s = (slot.deadline - time.monotonic()) / (len(jobs) - n_done)
+        before, prompt = stream[:depth], stream[depth:][: tests.n_prompt]
+        once = (
+            partial(slot.prefill_tps, before, prompt)
+            if is_prefill
+            else partial(slot.decode_tps, before or stream[:1], tests.n_tokens)
         )
-        if value < least
-    ]
-    if faults:
-        raise InputError(faults)
-    deadline = time.monotonic() + limit_s
-    n_cells = max(max(depths) + n_tokens, n_prompt) + _SPARE_CELLS
-    arguments = _arguments(llama_cpp, flags, n_cells)
-    with _serving(llama_cpp, gguf, arguments, deadline) as server:
-        server.check_context(n_cells, depths)
-        stream = server.tokens(n_cells)
-        server.complete(stream[:n_prompt], 2, reuse=False)  # warms up
-        share_s = (deadline - time.monotonic()) / (1 + len(depths))
-
-        def prefill_tps() -> float:
-            return _prefill_tps(server.complete(stream[:n_prompt], 2, reuse=False))
-
-        def decode_tps(depth: int) -> float:
-            return _decode_tps(server.complete(stream[: max(1, depth)], n_tokens))
-
-        prefill = _repeated(prefill_tps, repetitions, share_s)
-        decode = [_repeated(partial(decode_tps, d), repetitions, share_s) for d in depths]
+        measured[is_prefill].append(
+            MeasuredSpeed(
+                n_prompt=tests.n_prompt if is_prefill else 0,
+                n_generated=0 if is_prefill else tests.n_tokens,
+                depth=depth,
+                repetitions=_repeated(once, tests.repetitions, share_s),
+            )
+        )
     return SpeedMeasurement(
         llama_cpp=llama_cpp,
         tool="llama-server",
-        flags=arguments,
-        decode=tuple(
-            MeasuredSpeed(n_prompt=0, n_generated=n_tokens, depth=depth, repetitions=found)
-            for depth, found in zip(depths, decode, strict=True)
-        ),
-        prefill=MeasuredSpeed(n_prompt=n_prompt, n_generated=0, depth=0, repetitions=prefill),
+        flags=tuple(flags),
+        decode=tuple(measured[False]),
+        prefill=tuple(measured[True]),
     )
 
 
@@ -191,120 +249,106 @@ def _repeated(once: Callable[[], float], repetitions: int, share_s: float) -> tu
     return tuple(found)
 
 
-def _arguments(llama_cpp: LlamaCpp, flags: Sequence[str], n_cells: int) -> tuple[str, ...]:
-    arguments = kept_flags(flags)
-    if not {"-c", "--ctx-size"} & set(arguments):
-        arguments += ("-c", str(n_cells))
-    if not {"-np", "--parallel"} & set(arguments):
-        arguments += ("-np", "1")
-    return (*arguments, "--fit", "off") if llama_cpp.has_fit else arguments
+class _Timings(BaseModel):
+    """What llama-server says of one request, in tokens and milliseconds."""
 
-
-def _prefill_tps(timings: dict[str, float]) -> float:
-    return 1e3 * timings["prompt_n"] / timings["prompt_ms"]
-
-
-def _decode_tps(timings: dict[str, float]) -> float:
-    """The first token comes out of the prompt: the clock starts with it."""
-    return 1e3 * (timings["predicted_n"] - 1) / timings["predicted_ms"]
+    prompt_n: int
+    prompt_ms: float = Field(gt=0)
+    predicted_n: int
+    predicted_ms: float
 
 
 @dataclass(frozen=True)
-class _Server:
-    """A llama-server that has loaded its model.
+class _Slot:
+    """The slot of a llama-server that is measured.
 
     Attributes:
-        process: The program.
-        pool: Connections to it.
+        server: The server.
         deadline: When all must be done, on the monotonic clock.
     """
 
-    process: Process
-    pool: urllib3.HTTPConnectionPool
+    server: Server
     deadline: float
 
-    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON that it answers.
+    def prefill_tps(self, before: Sequence[int], prompt: Sequence[int]) -> float:
+        """Tokens per second of a prompt behind tokens that are in the cache.
 
         Raises:
-            LlamaCppError: It died, refused, or the time was up.
+            LlamaCppError: The server processed other tokens than those of the prompt.
         """
-        left_s = self.deadline - time.monotonic()
-        if left_s <= 0:
-            raise self._late()
-        try:
-            answer = self.pool.request(method, path, json=body, timeout=left_s, retries=False)
-        except urllib3.exceptions.TimeoutError as error:
-            raise self._late() from error
-        except urllib3.exceptions.HTTPError as error:
-            fate = f"gave no answer ({type(error).__name__})"
-            raise failure(self.process.name, fate, self.process.log) from error
-        if answer.status != 200:
-            said = answer.data.decode(errors="replace").strip()
-            raise LlamaCppError(f"{self.process.name} refused {path} ({answer.status}): {said}")
-        return answer.json()
-
-    def _late(self) -> LlamaCppError:
-        return LlamaCppError(
-            f"{self.process.name} has not finished within the time limit: allow more time, or "
-            "measure fewer tokens or smaller depths"
-        )
-
-    def is_ready(self) -> bool:
-        """Whether the model is loaded."""
-        try:
-            answer = self.pool.request("GET", "/health", timeout=5, retries=False)
-        except urllib3.exceptions.HTTPError:  # refused while it starts
-            return False
-        return answer.status == 200  # 503 while it loads
-
-    def check_context(self, n_cells: int, depths: Sequence[int]) -> None:
-        """Refuses depths for which a slot has no room."""
-        settings = self.ask("GET", "/props")["default_generation_settings"]
-        if settings["n_ctx"] < n_cells:
+        if before:
+            self.complete(before, 0)
+        timings = self.complete([*before, *prompt], 2, reuse=bool(before))
+        if timings.prompt_n != len(prompt):
             raise LlamaCppError(
-                f"a slot has a context of {settings['n_ctx']} tokens, but {n_cells} are needed to "
-                f"measure at depth {max(depths)}: measure smaller depths, or state a larger -c"
+                f"{self.server.process.name} processed {timings.prompt_n} tokens for a prompt of "
+                f"{len(prompt)} behind {len(before)} that it had in its cache: it does not keep "
+                "the cache of this model, so its speed there cannot be measured"
+            )
+        return 1e3 * timings.prompt_n / timings.prompt_ms
+
+    def decode_tps(self, before: Sequence[int], n_tokens: int) -> float:
+        """Tokens per second that are generated behind others.
+
+        Raises:
+            LlamaCppError: The server did not generate them.
+        """
+        timings = self.complete(before, n_tokens)
+        # The first token comes out of the prompt: the clock starts with it.
+        return 1e3 * (timings.predicted_n - 1) / timings.predicted_ms
+
+    def check_context(self, tests: SpeedTests) -> None:
+        """Refuses depths for which a slot has no room."""
+        n_ctx = self._ask("/props").get("default_generation_settings", {}).get("n_ctx")
+        if not isinstance(n_ctx, int):
+            raise LlamaCppError(f"{self.server.process.name} does not say how long its context is")
+        if n_ctx < tests.n_cells:
+            raise LlamaCppError(
+                f"a slot has a context of {n_ctx} tokens, but {tests.n_cells} are needed to "
+                f"measure at depth {max(tests.depths)}: measure smaller depths, or state a larger "
+                "-c"
             )
 
     def tokens(self, n: int) -> list[int]:
         """So many tokens of a text."""
-        return list(islice(cycle(self.ask("POST", "/tokenize", {"content": _TEXT})["tokens"]), n))
+        found = self._ask("/tokenize", {"content": _TEXT}).get("tokens")
+        if not isinstance(found, list) or not found:
+            raise LlamaCppError(f"{self.server.process.name} makes no tokens of a text")
+        return list(islice(cycle(found), n))
 
-    def complete(
-        self, prompt: Sequence[int], n_tokens: int, *, reuse: bool = True
-    ) -> dict[str, float]:
-        """Lets it continue a prompt, and returns its timings.
+    def complete(self, prompt: Sequence[int], n_tokens: int, *, reuse: bool = True) -> _Timings:
+        """Lets the server continue a prompt, and returns its timings.
 
         Args:
             prompt: Tokens.
-            n_tokens: To generate.
+            n_tokens: To generate; with 0 the prompt is put into the cache.
             reuse: Whether tokens that are in the cache need not be processed again.
         """
-        answer = self.ask(
-            "POST",
+        answer = self._ask(
             "/completion",
             {"prompt": list(prompt), "n_predict": n_tokens, "ignore_eos": True, "id_slot": 0}
             | {"temperature": 0, "cache_prompt": reuse},
         )
-        timings: dict[str, float] = answer["timings"]
-        if timings["predicted_n"] < n_tokens:
+        try:
+            timings = _Timings.model_validate(answer.get("timings"))
+        except ValidationError as error:
+            fault = error.errors()[0]
             raise LlamaCppError(
-                f"{self.process.name} generated {timings['predicted_n']} tokens instead of "
+                f"{self.server.process.name} states no timings that are understood: "
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+            ) from error
+        if timings.predicted_n < n_tokens or (n_tokens and timings.predicted_ms <= 0):
+            raise LlamaCppError(
+                f"{self.server.process.name} generated {timings.predicted_n} tokens instead of "
                 f"{n_tokens}: the context is full, or a flag limits answers"
             )
         return timings
 
-
-@contextmanager
-def _serving(
-    llama_cpp: LlamaCpp, gguf: Path, arguments: Sequence[str], deadline: float
-) -> Iterator[_Server]:
-    """Runs llama-server on a model until the block ends."""
-    port = free_port()
-    own = ["-m", str(shard_paths(gguf)[0].resolve()), "--host", ADDRESS, "--port", str(port)]
-    pool = urllib3.HTTPConnectionPool(ADDRESS, port)
-    with running([str(llama_cpp.server), *arguments, *own]) as process, pool:
-        server = _Server(process, pool, deadline)
-        process.wait_until(server.is_ready, deadline - time.monotonic())
-        yield server
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        left_s = self.deadline - time.monotonic()
+        if left_s <= 0:
+            raise LlamaCppError(
+                f"{self.server.process.name} has not finished within the time limit: allow more "
+                "time, or measure fewer tokens or smaller depths"
+            )
+        return self.server.ask(path, body, limit_s=left_s)
