@@ -27,12 +27,20 @@ from quantplan.ftypes import stock_mix
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
 from quantplan.overview import baselines_table, plan_html
-from quantplan.plan_notes import baseline_notes, evidence_notes, imatrix_notes, plan_notes
+from quantplan.plan_notes import (
+    baseline_notes,
+    evidence_notes,
+    imatrix_notes,
+    plan_notes,
+    text_notes,
+)
 from quantplan.planner.baselines import Baseline, baseline_row, baseline_table, find_baselines
 from quantplan.planner.decisions import Open, best_solution
 from quantplan.planner.goal import Goal
+from quantplan.planner.held_out import HeldOutGain, held_out_gain
 from quantplan.planner.linear import solver_name, solver_options
 from quantplan.planner.problem import Problem, build_problem
+from quantplan.planner.resampled import TypeChanges, type_changes
 from quantplan.planner.search import reachable_gap
 from quantplan.planner.solve import DeviceBytes, Solution, Status
 from quantplan.policy import Policy
@@ -74,6 +82,9 @@ class Plan(Frozen):
         assignments: Type and device of every tensor, in file order.
         flags: Flags for llama.cpp, one argument each.
         baselines: What plain answers come to, the best first.
+        held_out: How much of the gain over the best plain answer remains on the chunks that were
+            held out; None where nothing was measured chunk by chunk.
+        type_changes: How plans for resampled chunks differ; None where none were asked for.
         notes: What a person should know about this plan.
         provenance: Where the numbers come from.
     """
@@ -90,6 +101,8 @@ class Plan(Frozen):
     assignments: tuple[RecipeTensor, ...]
     flags: tuple[str, ...]
     baselines: tuple[Baseline, ...] = ()
+    held_out: HeldOutGain | None = None
+    type_changes: TypeChanges | None = None
     notes: tuple[str, ...]
     provenance: Provenance
 
@@ -135,7 +148,7 @@ class Plan(Frozen):
         rows = [
             f"{self.model} on {self.machine.describe()}",
             f"  {self.status}, proven gap {self.gap:.3%}",
-            f"  loss {self.predicted.loss_nats:.4f} nats/token, "
+            f"  loss {self._loss()} nats/token, "
             f"file {gib(self.predicted.file_bytes)} ({self.predicted.bpw:.2f} bpw)",
             *speed_lines(self.speed),
             *self._turn_lines(),
@@ -174,6 +187,10 @@ class Plan(Frozen):
             tensors=self.assignments,
             notes=self.notes,
         )
+
+    def _loss(self) -> str:
+        expected, upper = self.predicted.loss_nats, self.predicted.upper_loss_nats
+        return f"{expected:.4f}" if upper is None else f"{expected:.4f} (upper end {upper:.4f})"
 
     def _turn_lines(self) -> list[str]:
         work, seconds = self.workload, self.predicted.turn_s
@@ -231,6 +248,7 @@ def plan(
     time_limit_s: float = 60.0,
     compute_buffers: Literal["high", "expected"] = "high",
     baselines: bool = True,
+    resamples: int = 0,
 ) -> Plan:
     """Chooses the type and the device of every tensor together.
 
@@ -263,6 +281,8 @@ def plan(
         compute_buffers: Which end of their estimate to reckon with; with ``expected`` about half
             of all plans leave less than the margin free.
         baselines: Whether to work out what plain answers come to.
+        resamples: For how many resamples of the chunks that losses were measured on to plan again,
+            to see which types hang on the text; within another `time_limit_s`.
 
     Raises:
         InputError: A number is out of range, llama.cpp does not load the model's types, or a rule
@@ -300,9 +320,16 @@ def plan(
     placed = {a.tensor: (a.qtype, a.device) for a in assignments if a.device is not None}
     traffic = collect(inventory, placed, solution.layer_devices, problem.output_device.name)
     speed = predict_traffic(traffic, machine, task)
+    expected = LossTable(inventory, evidence and replace(evidence, upper_sds=0.0))
     found: tuple[Baseline, ...] = ()
     if baselines:
-        found = find_baselines(problem, LossTable(inventory, evidence), placed)
+        found = find_baselines(problem, LossTable(inventory, evidence), placed, expected)
+    held_out = held_out_gain(problem, {a.tensor: a.qtype for a in assignments}, found)
+    changes = None
+    if resamples:
+        changes = type_changes(
+            problem, solution, resamples, gap=reachable_gap(problem, gap), time_limit_s=time_limit_s
+        )
     return Plan(
         model=inventory.name,
         machine=machine,
@@ -310,13 +337,16 @@ def plan(
         status=solution.status,
         gap=solution.gap,
         devices=_devices(machine, problem, solution, assignments, flags),
-        predicted=_prediction(problem, solution, assignments, traffic, speed),
+        predicted=_prediction(problem, solution, assignments, traffic, speed, losses=expected),
         speed=speed,
         assignments=assignments,
         flags=flags,
         baselines=found,
+        held_out=held_out,
+        type_changes=changes,
         notes=(
             *baseline_notes(found),
+            *text_notes(held_out, changes),
             *plan_notes(machine, problem, solution),
             *imatrix_notes(assignments, inventory),
             *evidence_notes(evidence),
@@ -446,18 +476,22 @@ def _prediction(
     assignments: tuple[RecipeTensor, ...],
     traffic: Traffic,
     speed: SpeedPrediction,
+    *,
+    losses: LossTable,
 ) -> Prediction:
     inventory, workload = problem.inventory, problem.workload
     prompt_s = prefill_s(traffic, problem.machine, workload, 0)
     turn = workload.prompt_tokens, workload.answer_tokens
     has_room = 0 < sum(turn) <= workload.context
     by_name = inventory.by_name
+    is_upper = problem.evidence is not None and problem.evidence.upper_sds > 0
     file_bytes = sum(pad(by_name[a.tensor].bytes_as(a.qtype), _DATA_ALIGNMENT) for a in assignments)
     return Prediction(
         decode_tps=1 / solution.decode_s,
         prefill_tps=workload.ubatch / prompt_s,
         turn_s=speed.turn_s(*turn).expected if has_room else None,
-        loss_nats=kld_nats(solution.loss_nats),
+        loss_nats=losses.model_kld_nats({a.tensor: a.qtype for a in assignments}),
+        upper_loss_nats=kld_nats(solution.loss_nats) if is_upper else None,
         file_bytes=file_bytes,
         bpw=file_bytes * 8 / inventory.n_weights,
     )
