@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from quantplan.costs.evidence import Evidence, Measurement
+from quantplan.costs.evidence import ByChunk, Evidence, Measurement, can_be_halved
 from quantplan.costs.quality import LossTable, link
+from quantplan.costs.resampling import Half, half_nats, mean_nats, standard_error_nats
 from quantplan.errors import InputError
 from quantplan.formats.sensitivity_tables import (
     SensitivityTable,
@@ -41,6 +42,7 @@ from quantplan.version import __version__
 _EMPTY = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
 # Below this a KLD of half a text is noise.
 _LEAST_KLD_NATS = 1e-6
+_HALVES: tuple[Half, ...] = ("fit", "held out")
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class Setup:
 
     Attributes:
         source: The F32, F16 or BF16 GGUF, or any shard of it.
-        text: What to measure on.
+        texts: What to measure on; several count alike.
         llama_cpp: What runs the models.
         cache: Folder for log probabilities and for the quantized file of a run.
-        chunks: Chunks of the text to measure on.
+        chunks: Chunks of each text to measure on; at least 4 to hold half of them out.
         chunk_tokens: Tokens per chunk.
         imatrix: An importance matrix to quantize with.
         threads: Of the CPU, per run; all by default.
@@ -60,7 +62,7 @@ class Setup:
     """
 
     source: Path
-    text: str
+    texts: tuple[str, ...]
     llama_cpp: LlamaCpp
     cache: Path
     chunks: int = 16
@@ -75,17 +77,30 @@ class Outcome(Frozen):
 
     Attributes:
         job: What was measured.
-        kld_nats: Mean KLD in nats per token.
-        standard_error_nats: Its standard error over chunks of the text.
-        halves_nats: Mean KLD on the even, and on the odd chunks.
+        by_chunk: KLD of every chunk in nats per token, text by text.
         duration_s: Time that the run took.
     """
 
     job: Job
-    kld_nats: float
-    standard_error_nats: float
-    halves_nats: tuple[float, float]
+    by_chunk: ByChunk
     duration_s: float
+
+    @property
+    def kld_nats(self) -> float:
+        """Mean KLD in nats per token; texts count alike."""
+        return mean_nats(self.by_chunk)
+
+    @property
+    def standard_error_nats(self) -> float:
+        """Its standard error over chunks."""
+        return standard_error_nats(self.by_chunk)
+
+    @property
+    def measurement(self) -> Measurement:
+        """The run as evidence."""
+        return Measurement(
+            self.job.tensors, self.job.qtype, self.kld_nats, self.standard_error_nats, self.by_chunk
+        )
 
 
 class Conditions(Frozen):
@@ -96,10 +111,10 @@ class Conditions(Frozen):
         quantplan_version: Version of quantplan.
         source: The model that was quantized.
         source_sha256: Hash of samples of its file.
-        text_sha256: Hash of the text.
+        text_sha256: Hash of the text; of several, joined by ``+``.
         imatrix_sha256: Hash of the importance matrix.
         llama_cpp: The runtime and its build.
-        chunks: Chunks of the text.
+        chunks: Chunks of each text.
         chunk_tokens: Tokens per chunk.
     """
 
@@ -120,7 +135,7 @@ class Conditions(Frozen):
             quantplan_version=__version__,
             source=setup.source.name,
             source_sha256=fingerprint(setup.source),
-            text_sha256=hashlib.sha256(setup.text.encode()).hexdigest(),
+            text_sha256="+".join(hashlib.sha256(t.encode()).hexdigest() for t in setup.texts),
             imatrix_sha256=fingerprint(setup.imatrix) if setup.imatrix else None,
             llama_cpp=str(setup.llama_cpp),
             chunks=setup.chunks,
@@ -151,8 +166,8 @@ def measure_losses(
 
     Args:
         setup: The model, the text and what runs it.
-        table: Where to write the KLDs (``tensor,qtype,kld,standard_error,group``); beside it goes
-            a JSON file with what they were measured with.
+        table: Where to write the KLDs (``tensor,qtype,kld,standard_error,group,chunks``); beside
+            it goes a JSON file with what they were measured with.
         curve: Measure the curve over types only.
         runs: How many runs at most, those of an earlier call not counted.
         limit_s: No run begins after so many seconds.
@@ -166,13 +181,15 @@ def measure_losses(
         All that is in the table.
 
     Raises:
-        InputError: There is no budget, the table exists or was measured differently, or the source
-            is quantized already.
+        InputError: There is no budget or no text, the table exists or was measured differently, or
+            the source is quantized already.
         SourceError: The source or the table cannot be read.
         LlamaCppError: llama.cpp failed; what was measured before is kept.
         QuantizeError: A quantized file could not be written.
     """
     inventory = read_inventory(setup.source)
+    if not setup.texts:
+        raise InputError("no text to measure on")
     _check(inventory, table, curve, runs, limit_s, resume=resume, parallel=parallel)
     _check_conditions(Conditions.of(setup), table.with_name(f"{table.name}.json"), table)
     campaign = _Campaign(inventory, table, curve)
@@ -205,19 +222,16 @@ def measure_losses(
             future.cancel()
 
 
-def survival(
-    inventory: Inventory, table: SensitivityTable, outcomes: Sequence[Outcome]
-) -> float | None:
-    """How much of what groups show on half of the text is there on the other half.
+def survival(inventory: Inventory, table: SensitivityTable) -> float | None:
+    """How much of what groups show on half of the chunks is there on the other half.
 
     What a plan gains by measurements is where they differ from the prior. The share of that which
     is not fitted to the text is the slope of the differences (in ln loss, their mean removed) on
-    the odd chunks over those on the even ones, and the other way round.
+    the held-out chunks over those on the others, and the other way round.
 
     Args:
         inventory: The model.
-        table: The curve over types.
-        outcomes: Runs; those of whole models are left out.
+        table: What was measured of it, chunk by chunk.
 
     Returns:
         The share; 1 where both halves say the same. None with fewer than 3 groups.
@@ -225,14 +239,12 @@ def survival(
     prior = LossTable(inventory, Evidence(curve=table.curve) if table.curve else None)
     rows = [
         [
-            math.log(link().loss(max(half, _LEAST_KLD_NATS)))
-            - math.log(
-                sum(prior.loss_nats(inventory.by_name[n], one.job.qtype) for n in one.job.tensors)
-            )
-            for half in one.halves_nats
+            math.log(link().loss(max(half_nats(one.by_chunk, half), _LEAST_KLD_NATS)))
+            - math.log(sum(prior.loss_nats(inventory.by_name[n], one.qtype) for n in one.tensors))
+            for half in _HALVES
         ]
-        for one in outcomes
-        if one.job.name != WHOLE
+        for one in table.singles
+        if can_be_halved(one.by_chunk)
     ]
     if len(rows) < 3:
         return None
@@ -262,19 +274,17 @@ def run_job(setup: Setup, job: Job) -> Outcome:
             _recipe(inventory, job), setup.source, target, imatrix=setup.imatrix,
             threads=setup.threads,
         )  # fmt: skip
-        found = measure_divergence(
-            setup.llama_cpp, target, setup.text, base=setup.source, cache=setup.cache,
-            chunks=setup.chunks, chunk_tokens=setup.chunk_tokens, threads=setup.threads,
-            gpu_layers=setup.gpu_layers,
+        by_chunk = tuple(
+            tuple(
+                measure_divergence(
+                    setup.llama_cpp, target, text, base=setup.source, cache=setup.cache,
+                    chunks=setup.chunks, chunk_tokens=setup.chunk_tokens, threads=setup.threads,
+                    gpu_layers=setup.gpu_layers,
+                ).kld_by_chunk.tolist()
+            )
+            for text in setup.texts
         )  # fmt: skip
-    kld = found.kld_by_chunk
-    return Outcome(
-        job=job,
-        kld_nats=max(found.kld.value, 0.0),
-        standard_error_nats=found.kld.standard_error,
-        halves_nats=(float(kld[::2].mean()), float(kld[1::2].mean())),
-        duration_s=time.monotonic() - started,
-    )
+    return Outcome(job=job, by_chunk=by_chunk, duration_s=time.monotonic() - started)
 
 
 def _recipe(inventory: Inventory, job: Job) -> Recipe:
@@ -326,7 +336,7 @@ class _Campaign:
     def add(self, outcome: Outcome) -> None:
         """Writes down what a run gave."""
         job = outcome.job
-        found = Measurement(job.tensors, job.qtype, outcome.kld_nats, outcome.standard_error_nats)
+        found = outcome.measurement
         append_measurement(self._table, found, job.name)
         if job.name == WHOLE:
             self._curve[job.qtype] = outcome.kld_nats

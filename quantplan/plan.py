@@ -15,14 +15,22 @@ from quantplan.formats.llama_cpp import server_command
 from quantplan.ftypes import stock_mix
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
-from quantplan.plan_notes import baseline_notes, evidence_notes, imatrix_notes, plan_notes
+from quantplan.plan_notes import (
+    baseline_notes,
+    evidence_notes,
+    imatrix_notes,
+    plan_notes,
+    text_notes,
+)
 from quantplan.planner.baseline_tables import baseline_lines, baseline_row, baseline_table
 from quantplan.planner.baselines import Baseline, find_baselines
 from quantplan.planner.decisions import Open, best_solution
 from quantplan.planner.goal import Goal, Status
+from quantplan.planner.held_out import HeldOutGain, held_out_gain
 from quantplan.planner.linear import solver_name, solver_options
 from quantplan.planner.outcome import Outcome
 from quantplan.planner.problem import Problem, build_problem
+from quantplan.planner.resampled import TypeChanges, type_changes
 from quantplan.planner.search import reachable_gap
 from quantplan.planner.solution import Solution
 from quantplan.policy import Policy
@@ -65,6 +73,9 @@ class Plan(Frozen):
         assignments: Type and device of every tensor, in file order.
         flags: Flags for llama.cpp, one argument each.
         baselines: What plain answers come to, the best first.
+        held_out: How much of the gain over the best plain answer remains on the chunks that were
+            held out; None where nothing was measured chunk by chunk.
+        type_changes: How plans for resampled chunks differ; None where none were asked for.
         notes: What a person should know about this plan.
         provenance: Where the numbers come from.
     """
@@ -81,6 +92,8 @@ class Plan(Frozen):
     assignments: tuple[RecipeTensor, ...]
     flags: tuple[str, ...]
     baselines: tuple[Baseline, ...] = ()
+    held_out: HeldOutGain | None = None
+    type_changes: TypeChanges | None = None
     notes: tuple[str, ...]
     provenance: Provenance
 
@@ -126,7 +139,7 @@ class Plan(Frozen):
         rows = [
             f"{self.model} on {self.machine.describe()}",
             f"  {self.status}, proven gap {self.gap:.3%}",
-            f"  loss {self.predicted.loss_nats:.4f} nats/token, "
+            f"  loss {self._loss()} nats/token, "
             f"file {gib(self.predicted.file_bytes)} ({self.predicted.bpw:.2f} bpw)",
             *speed_lines(self.speed),
             *self._turn_lines(),
@@ -167,6 +180,10 @@ class Plan(Frozen):
             tables.append(shown._repr_html_())
         title = f"{self.model} on {self.machine.describe()}"
         return html_card(title, facts, *tables, types_html(self.assignments), notes=self.notes)
+
+    def _loss(self) -> str:
+        expected, upper = self.predicted.loss_nats, self.predicted.upper_loss_nats
+        return f"{expected:.4f}" if upper is None else f"{expected:.4f} (upper end {upper:.4f})"
 
     def _turn_lines(self) -> list[str]:
         work, seconds = self.workload, self.predicted.turn_s
@@ -210,6 +227,7 @@ def plan(
     time_limit_s: float = 60.0,
     compute_buffers: Literal["high", "expected"] = "high",
     baselines: bool = True,
+    resamples: int = 0,
 ) -> Plan:
     """Chooses the type and the device of every tensor together.
 
@@ -242,6 +260,8 @@ def plan(
         compute_buffers: Which end of their estimate to reckon with; with ``expected`` about half
             of all plans leave less than the margin free.
         baselines: Whether to work out what plain answers come to.
+        resamples: For how many resamples of the chunks that losses were measured on to plan again,
+            to see which types hang on the text; within another `time_limit_s`.
 
     Raises:
         InputError: A number is out of range, llama.cpp does not load the model's types, or a rule
@@ -272,13 +292,26 @@ def plan(
     outcome = Outcome(machine, problem, solution)
     plain: tuple[Baseline, ...] = ()
     if baselines:
-        plain = find_baselines(problem, LossTable(inventory, evidence), outcome.placed)
-    provenance = _provenance(problem, solution, reachable_gap(problem, gap), time_limit_s)
-    return _plan_of(outcome, plain, provenance)
+        plain = find_baselines(
+            problem, LossTable(inventory, evidence), outcome.placed, outcome.expected_losses
+        )
+    gap = reachable_gap(problem, gap)
+    changes = None
+    if resamples:
+        changes = type_changes(problem, solution, resamples, gap=gap, time_limit_s=time_limit_s)
+    provenance = _provenance(problem, solution, gap, time_limit_s)
+    return _plan_of(outcome, plain, changes, provenance)
 
 
-def _plan_of(outcome: Outcome, plain: tuple[Baseline, ...], provenance: Provenance) -> Plan:
+def _plan_of(
+    outcome: Outcome,
+    plain: tuple[Baseline, ...],
+    changes: TypeChanges | None,
+    provenance: Provenance,
+) -> Plan:
     machine, problem, solution = outcome.machine, outcome.problem, outcome.solution
+    types = {t.tensor: t.qtype for t in outcome.tensors}
+    held_out = held_out_gain(problem, types, plain)
     return Plan(
         model=problem.inventory.name,
         machine=machine,
@@ -291,8 +324,11 @@ def _plan_of(outcome: Outcome, plain: tuple[Baseline, ...], provenance: Provenan
         assignments=outcome.tensors,
         flags=outcome.flags,
         baselines=plain,
+        held_out=held_out,
+        type_changes=changes,
         notes=(
             *baseline_notes(plain),
+            *text_notes(held_out, changes),
             *plan_notes(machine, problem, solution),
             *imatrix_notes(outcome.tensors, problem.inventory),
             *evidence_notes(problem.evidence),

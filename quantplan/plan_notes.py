@@ -5,7 +5,9 @@ from quantplan.costs.quality import kld_nats, link
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.planner.baselines import Baseline
+from quantplan.planner.held_out import HeldOutGain
 from quantplan.planner.problem import Problem
+from quantplan.planner.resampled import TypeChanges
 from quantplan.planner.solution import Solution
 from quantplan.qtypes import qtype
 from quantplan.recipe import RecipeTensor
@@ -48,6 +50,11 @@ def baseline_notes(baselines: tuple[Baseline, ...]) -> tuple[str, ...]:
         f"({plain.decode_tps.expected:.1f} tokens/s, loss {plain.loss_nats:.4f}): prefer it, it is "
         f"simpler{floors if plain.below_floor else ''}",
     )
+
+
+def text_notes(held_out: HeldOutGain | None, changes: TypeChanges | None) -> tuple[str, ...]:
+    """Says what of the plan hangs on the text that losses were measured on."""
+    return tuple(found.describe() for found in (held_out, changes) if found)
 
 
 def imatrix_notes(assignments: tuple[RecipeTensor, ...], inventory: Inventory) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ class Prediction(Frozen):
         turn_s: Seconds for the workload's prompt and answer, from an empty context; None where
             both do not fit into the context.
         loss_nats: Mean KL divergence from the unquantized model, nats per token.
+        upper_loss_nats: Upper end of the loss, where the plan was made against that.
         file_bytes: Tensor data of the quantized file.
         bpw: Bits per weight of the file.
     """
@@ -53,6 +54,7 @@ class Prediction(Frozen):
     prefill_tps: float
     turn_s: float | None = None
     loss_nats: float
+    upper_loss_nats: float | None = None
     file_bytes: int
     bpw: float
 

@@ -159,11 +159,13 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "models": sorted(models),
         "ln_sd_why": "scale_*: root mean square error of ln scale for families, and for models of "
-        "known families, left out of the fit; share: robust error of a tensor's sensitivity within "
-        "a model of a family left out, share_by_class the same by class, families counting alike "
-        "and pooled as by two of them; type: robust scatter of the error of a type between models, "
-        "untested_type: robust difference between errors of types on Gaussian rows and in whole "
-        "models; single: scatter of one tensor's sensitivity measured at several types",
+        "known families, left out of the fit, to be multiplied by sqrt((1 + leverage) / "
+        "(1 + usual)) where a model's features x have more than the usual leverage, x inverse x "
+        "(scale_spread); share: robust error of a tensor's sensitivity within a model of a family "
+        "left out, share_by_class the same by class, families counting alike and pooled as by two "
+        "of them; type: robust scatter of the error of a type between models, untested_type: "
+        "robust difference between errors of types on Gaussian rows and in whole models; single: "
+        "scatter of one tensor's sensitivity measured at several types",
     }
     TARGET.write_text(json.dumps({**provenance, **document}, indent=1) + "\n", encoding="utf-8")
     print(f"{len(models)} models; {len(skipped)} left out: {', '.join(skipped)}")

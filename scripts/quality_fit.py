@@ -291,17 +291,54 @@ def by_family(
 
 def fit_scale(models: Mapping[str, Measured], ln_scale: Mapping[str, float]) -> dict[str, float]:
     """Ridge regression of ln scale on the features of models; a family counts as its root."""
-    names = list(ln_scale)
-    rows = [scale_features(models[name].inventory) for name in names]
-    design = np.array([list(row.values()) for row in rows])
-    target = np.array([ln_scale[name] for name in names])
-    size = Counter(models[name].family for name in names)
-    weight = np.array([size[models[name].family] ** -0.5 for name in names])
-    ridge = np.diag([1e-6] + [_SCALE_RIDGE] * (design.shape[1] - 1))
+    design, weight, ridge = _scale_design(models, list(ln_scale))
+    target = np.array(list(ln_scale.values()))
     solved = np.linalg.solve(
         design.T @ (design * weight[:, None]) + ridge, design.T @ (weight * target)
     )
-    return {name: round(float(v), 4) for name, v in zip(rows[0], solved, strict=True)}
+    names = scale_features(models[next(iter(ln_scale))].inventory)
+    return {name: round(float(v), 4) for name, v in zip(names, solved, strict=True)}
+
+
+def scale_spread(models: Mapping[str, Measured], names: Sequence[str]) -> dict[str, Any]:
+    """How the error of a predicted scale grows away from the models that were fitted.
+
+    With `fit_scale`'s normal matrix N, the variance for features x is in proportion to
+    ``1 + x N^-1 x``. Errors of families left out are known at the leverage ``x N^-1 x`` that their
+    models have then, so that is what ``usual`` says: the mean over models.
+
+    Returns:
+        ``inverse``, N^-1 in the order of the features, and ``usual``.
+    """
+    design, weight, ridge = _scale_design(models, names)
+    families = np.array([models[name].family for name in names])
+
+    def inverse(kept: NDArray[np.bool_]) -> NDArray[Any]:
+        own = design[kept]
+        found: NDArray[Any] = np.linalg.inv(own.T @ (own * weight[kept, None]) + ridge)
+        return found
+
+    usual = [
+        float(x @ inverse(families != own) @ x)
+        for x, own in zip(design, families, strict=True)
+        if (families != own).any()
+    ]
+    whole = inverse(np.ones(len(names), dtype=np.bool_))
+    return {
+        "inverse": [[float(f"{v:.5g}") for v in row] for row in whole],
+        "usual": round(fmean(usual), 4) if usual else 0.0,
+    }
+
+
+def _scale_design(
+    models: Mapping[str, Measured], names: Sequence[str]
+) -> tuple[Array, Array, Array]:
+    """Features of models, their weights, and the ridge; the constant has next to none."""
+    rows = [scale_features(models[name].inventory) for name in names]
+    design = np.array([list(row.values()) for row in rows])
+    size = Counter(models[name].family for name in names)
+    weight = np.array([size[models[name].family] ** -0.5 for name in names])
+    return design, weight, np.diag([1e-6] + [_SCALE_RIDGE] * (design.shape[1] - 1))
 
 
 def fit(models: Mapping[str, Measured]) -> dict[str, Any]:
@@ -335,6 +372,7 @@ def fit(models: Mapping[str, Measured]) -> dict[str, Any]:
         },
         "link": {"curvature": round(curves.link.curvature, 4), "valid_kld_nats": VALID_KLD_NATS},
         "scale": scale,
+        "scale_spread": scale_spread(models, list(curves.ln_scale)),
         "coefficients": shares.coefficients(),
         "families": families,
         "floor": {"curve_nats": floors, "depth_share": shares.depth_floor_share()},

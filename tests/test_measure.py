@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from quantplan.formats.sensitivity_tables import (
     read_sensitivity_table,
 )
 from quantplan.inventory.catalog import read_catalog
-from quantplan.measure import Outcome, Setup, measure_losses, survival
+from quantplan.measure import Setup, measure_losses, survival
 from quantplan.measure_groups import Job, curve_jobs, groups, next_group
 from quantplan.runtime import find_llama_cpp
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
@@ -39,7 +39,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
             patch.setenv(key, text)
         yield Setup(
             source=toy_moe(folder / "F16.gguf", "qwen3moe", layers=2),
-            text=TEXT,
+            texts=(TEXT,),
             llama_cpp=find_llama_cpp(packaged_folder()),
             cache=folder / "cache",
             chunks=2,
@@ -76,6 +76,23 @@ def test_measurements_become_evidence(setup: Setup, tmp_path: Path) -> None:
 
 
 @needs_llama_cpp
+def test_texts_are_measured_side_by_side(setup: Setup, tmp_path: Path) -> None:
+    """Each text has its own chunks in the table, and its mean counts alike."""
+    other = "Numbers: 3 1 4 1 5 9 2 6; words are for other texts. " * 8
+    found = measure_losses(
+        replace(setup, texts=(TEXT, other), chunks=4), tmp_path / "kld.csv", runs=2
+    )
+    assert {len(chunks) for chunks in found.curve_by_chunk["Q4_K"]} == {4}
+    means = [sum(chunks) / 4 for chunks in found.curve_by_chunk["Q4_K"]]
+    assert found.curve["Q4_K"] == pytest.approx(sum(means) / 2, rel=1e-4)
+    assert means[0] != pytest.approx(means[1], rel=0.01)
+    fit_half = sum(sum(chunks[::2]) / 2 for chunks in found.curve_by_chunk["Q4_K"]) / 2
+    assert found.evidence.curve["Q4_K"] == pytest.approx(fit_half)
+    with pytest.raises(InputError, match="no text"):
+        measure_losses(replace(setup, texts=()), tmp_path / "none.csv", runs=1)
+
+
+@needs_llama_cpp
 def test_goes_on_with_the_table(setup: Setup, tmp_path: Path) -> None:
     """A table is never overwritten, is gone on with, and takes no other text's results."""
     table = tmp_path / "kld.csv"
@@ -84,7 +101,7 @@ def test_goes_on_with_the_table(setup: Setup, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is there already"):
         measure_losses(setup, table, curve=True)
     with pytest.raises(InputError, match="was measured with text_sha256"):
-        measure_losses(replace(setup, text=TEXT[1:]), table, curve=True, resume=True)
+        measure_losses(replace(setup, texts=(TEXT[1:],)), table, curve=True, resume=True)
     jobs: list[Job] = []
     measure_losses(
         setup, table, curve=True, resume=True,
@@ -199,16 +216,21 @@ def test_the_next_group_removes_the_most_uncertainty() -> None:
 
 
 def test_a_table_keeps_what_was_appended(tmp_path: Path) -> None:
-    """Groups over layers, standard errors and the curve come back as they were written."""
+    """Groups over layers, standard errors, chunks and the curve come back as they were written."""
     path = tmp_path / "kld.csv"
-    group = Measurement(("blk.0.ffn_up.weight", "blk.1.ffn_up.weight"), "Q3_K", 0.0123, 0.0004)
-    append_measurement(path, Measurement((), "Q4_K", 0.05, 0.001), "all")
+    chunks = ((0.01, 0.014), (0.012, 0.013, 0.0125))
+    group = Measurement(
+        ("blk.0.ffn_up.weight", "blk.1.ffn_up.weight"), "Q3_K", 0.0123, 0.0004, chunks
+    )
+    append_measurement(path, Measurement((), "Q4_K", 0.05, 0.001, ((0.04, 0.06),)), "all")
     append_measurement(path, group, "ffn_up 0-1")
     found = read_sensitivity_table(path)
     (single,) = found.singles
     assert (single.tensors, single.qtype) == (group.tensors, group.qtype)
     assert (single.kld_nats, single.standard_error_nats) == pytest.approx((0.0123, 0.0004))
+    assert single.by_chunk == chunks
     assert found.curve == {"Q4_K": pytest.approx(0.05)}
+    assert found.curve_by_chunk == {"Q4_K": ((0.04, 0.06),)}
     with path.open() as file:
         assert len(list(csv.DictReader(file))) == 3
 
@@ -232,25 +254,20 @@ def test_survival_is_the_share_that_both_halves_show() -> None:
     model = inventory("Qwen3-4B-Instruct-2507")
     table = LossTable(model)
 
-    def outcome(name: str, even: float, odd: float) -> Outcome:
-        """A group whose halves are so much, in ln, above what the prior says."""
-        tensors = tuple(t.name for t in groups(model)[name])
-        loss = sum(table.loss_nats(model.by_name[n], "Q4_K") for n in tensors)
-        job = Job(name=name, tensors=tensors, qtype="Q4_K")
-        halves = link().kld(loss * math.exp(even)), link().kld(loss * math.exp(odd))
-        return Outcome(
-            job=job, kld_nats=sum(halves) / 2, standard_error_nats=0.0, halves_nats=halves,
-            duration_s=1.0,
-        )  # fmt: skip
+    def table_of(deviations: Iterable[tuple[float, float]]) -> SensitivityTable:
+        """Groups whose halves are so much, in ln, above what the prior says."""
+        singles = []
+        for tensors, halves in zip(groups(model).values(), deviations, strict=False):
+            names = tuple(t.name for t in tensors)
+            loss = sum(table.loss_nats(model.by_name[n], "Q4_K") for n in names)
+            klds = tuple(link().kld(loss * math.exp(d)) for d in halves)
+            singles.append(Measurement(names, "Q4_K", sum(klds) / 2, by_chunk=(2 * klds,)))
+        return SensitivityTable(singles=tuple(singles), curve={}, n_unmeasured=0)
 
-    none = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
-    names = list(groups(model))[:4]
-    deviations = (0.5, -0.3, 0.2, -0.4)
-    same = [outcome(n, d, d + 0.1) for n, d in zip(names, deviations, strict=True)]
-    assert survival(model, none, same) == pytest.approx(1)
-    swapped = [outcome(n, d, -d) for n, d in zip(names, deviations, strict=True)]
-    assert survival(model, none, swapped) == pytest.approx(-1)
-    half = [outcome(n, d, d if i < 2 else -d) for i, (n, d) in
-            enumerate(zip(names, (0.5, -0.5, 0.5, -0.5), strict=True))]  # fmt: skip
-    assert survival(model, none, half) == pytest.approx(0)
-    assert survival(model, none, same[:2]) is None
+    same = [(d, d + 0.1) for d in (0.5, -0.3, 0.2, -0.4)]
+    assert survival(model, table_of(same)) == pytest.approx(1)
+    swapped = [(d, -d) for d, _ in same]
+    assert survival(model, table_of(swapped)) == pytest.approx(-1)
+    half = [(0.5, 0.5), (-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5)]
+    assert survival(model, table_of(half)) == pytest.approx(0)
+    assert survival(model, table_of(same[:2])) is None

@@ -301,14 +301,14 @@ def test_a_robust_plan_protects_what_is_least_known() -> None:
         types = {a.tensor: a.qtype for a in made.assignments}
         bits.append(QTYPES[types["token_embd.weight"]].bpw)
     assert bits[1] > bits[0]
-    assert "1.28 standard deviations above the median" in " ".join(made.notes)
+    assert "1.28 standard deviations up" in " ".join(made.notes)
 
 
 def test_evidence_says_where_it_comes_from() -> None:
     """The description names what was measured, its files and how it counts."""
     found = Evidence(curve={"Q4_K": 0.1}, files=("kld.csv, sha256 0123",), upper_sds=1.2816)
     assert found.describe() == (
-        "the KLD of 1 types (from kld.csv, sha256 0123), 1.28 standard deviations above the median"
+        "the KLD of 1 types (from kld.csv, sha256 0123), 1.28 standard deviations up"
     )
 
 
@@ -317,4 +317,4 @@ def test_the_command_plans_against_the_upper_end() -> None:
     command = ["plan", "Qwen3.5-0.8B", "--machine", "2GiB@50GB/s", "--robust"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    assert "1.28 standard deviations above the median" in done.output
+    assert "1.28 standard deviations up" in done.output

@@ -12,7 +12,11 @@ def measure(
         Path, typer.Argument(metavar="CSV", help="Where to save the KLDs, for --measured.")
     ],
     text: Annotated[
-        Path, typer.Option(metavar="FILE", help="Text to measure on, such as you will work with.")
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            help="Text to measure on, such as you will work with; repeatable, all count alike.",
+        ),
     ],
     curve: Annotated[
         bool, typer.Option("--curve", help="Only the whole model at a few types.")
@@ -21,7 +25,10 @@ def measure(
         float | None, typer.Option(help="Begin no run after so many minutes.")
     ] = None,
     runs: Annotated[int | None, typer.Option(help="Runs at most.")] = None,
-    chunks: Annotated[int, typer.Option(help="Chunks of 512 tokens to measure on.")] = 16,
+    chunks: Annotated[
+        int,
+        typer.Option(help="Chunks of 512 tokens of each text; half of them are held out."),
+    ] = 16,
     imatrix: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Quantize with this importance matrix."),
@@ -50,13 +57,15 @@ def measure(
     from quantplan.measure_groups import Job  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
 
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{text} cannot be read: {error}") from error
+    texts = []
+    for path in text:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"{path} cannot be read: {error}") from error
     setup = Setup(
         source=source,
-        text=content,
+        texts=tuple(texts),
         llama_cpp=find_llama_cpp(llama_cpp),
         cache=cache or table.with_name(f"{table.name}.cache"),
         chunks=chunks,
@@ -89,7 +98,7 @@ def measure(
             progress=report,
         )
     typer.echo(f"{table}: {found.evidence.describe()}")
-    if (share := survival(read_inventory(source), found, outcomes)) is not None:
+    if (share := survival(read_inventory(source), found)) is not None:
         typer.echo(
             f"of what the groups show on one half of the text, {share:.0%} is there on the other"
         )

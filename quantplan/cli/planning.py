@@ -25,6 +25,9 @@ from quantplan.cli.options import (
 from quantplan.errors import InputError
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD, KVType
 
+# Of measured chunks, that --robust plans again for; each takes as long as a plan.
+_RESAMPLES = 12
+
 
 def plan(
     model: ModelArgument,
@@ -119,6 +122,7 @@ def plan(
         policy=parse_policy(policy, pin or [], allow or []),
         evidence=read_evidence(measured, weights, robust),
         gap=gap,
+        resamples=_RESAMPLES if robust else 0,
     )
     if recipe is not None:
         found.recipe.save(recipe)

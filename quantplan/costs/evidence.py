@@ -17,8 +17,18 @@ from quantplan.errors import InputError
 _LN_SCALES = np.arange(-0.5, 4.0, 0.05)
 _LN_FLOORS = np.arange(-9.0, -2.9, 0.2)
 _FLOOR_PERCENTILE = 5
+# Each text must have so many chunks to hold half of them out: two show a standard error.
+_FEWEST_CHUNKS = 4
 # Fewer measurements than this show no floor, and their sum says nothing of the whole model.
 FEWEST_FOR_A_FLOOR = 20
+
+ByChunk = tuple[tuple[float, ...], ...]
+"""KLD of every chunk, in nats per token, text by text."""
+
+
+def can_be_halved(by_chunk: ByChunk) -> bool:
+    """Whether each text has enough chunks for two halves with standard errors."""
+    return bool(by_chunk) and min(map(len, by_chunk)) >= _FEWEST_CHUNKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +40,14 @@ class Measurement:
         qtype: The type, upper case.
         kld_nats: Mean KLD from the baseline, in nats per token, noise floor included.
         standard_error_nats: Of the mean, over parts of the text; 0 where it is not known.
+        by_chunk: The KLD of each chunk that the mean is over; empty where it is not known.
     """
 
     tensors: tuple[str, ...]
     qtype: str
     kld_nats: float
     standard_error_nats: float = 0.0
+    by_chunk: ByChunk = ()
 
 
 @dataclass(frozen=True)
@@ -44,22 +56,33 @@ class Evidence:
 
     Attributes:
         curve: KLD of the whole model at one type, by type, noise floor included.
+        curve_by_chunk: The same for each chunk of the text, where it is known.
+        curve_ln_sd: What the text leaves unsure of the curve's height, in ln; 0 where not known.
         baseline: Type that the KLDs are relative to, where it is quantized itself.
         singles: KLDs with a few tensors at a low type.
         weight_errors: Error of a type on the real weights over that on Gaussian rows, by tensor
             name and type.
         files: Where the measurements were read from, for provenance.
-        upper_sds: Losses count as so many of their standard deviations above the median. A plan
-            against the upper end prefers what is known well; what is common to all tensors, the
-            scale of the model, is left out.
+        upper_sds: Losses count as so many of their standard deviations above what is expected. A
+            plan against the upper end prefers what is known well. Deviations of what was measured
+            chunk by chunk are those of the mean loss over resamples of the chunks; of all else
+            those of its logarithm, without what is common to all tensors, the model's scale.
     """
 
     curve: Mapping[str, float] = field(default_factory=dict)
+    curve_by_chunk: Mapping[str, ByChunk] = field(default_factory=dict)
+    curve_ln_sd: float = 0.0
     baseline: str | None = None
     singles: tuple[Measurement, ...] = ()
     weight_errors: Mapping[tuple[str, str], float] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     upper_sds: float = 0.0
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether anything was measured in enough chunks to hold half of them out."""
+        own = [*self.curve_by_chunk.values(), *(one.by_chunk for one in self.singles)]
+        return any(map(can_be_halved, own))
 
     def describe(self) -> str:
         """What there is, in a few words."""
@@ -70,10 +93,12 @@ class Evidence:
             f"errors on the weights of {n_tensors} tensors" if n_tensors else "",
         ]
         found = ", ".join(part for part in parts if part) or "metadata alone"
+        if self.holds_out:
+            found += ", with half of the chunks held out"
         if self.files:
             found += f" (from {', '.join(self.files)})"
         if self.upper_sds:
-            found += f", {self.upper_sds:.2f} standard deviations above the median"
+            found += f", {self.upper_sds:.2f} standard deviations up"
         return found
 
 

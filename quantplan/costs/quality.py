@@ -9,23 +9,33 @@ there are any. Fitted numbers are in ``quality.json``, with their provenance and
 predict families that were left out.
 """
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quantplan.costs import load_data
 from quantplan.costs.evidence import (
     FEWEST_FOR_A_FLOOR,
     Evidence,
     Link,
+    can_be_halved,
     fit_curve,
     fit_singles,
 )
+from quantplan.costs.resampling import resamples
 from quantplan.costs.sensitivity import Prior
 from quantplan.inventory import Inventory, Tensor
 from quantplan.schema import Frozen
+
+# Resamples of measured chunks that an upper end is taken from; a standard deviation is then known
+# to a tenth.
+_RESAMPLES = 50
 
 
 class Estimate(Frozen):
@@ -127,22 +137,41 @@ class LossTable:
         """
         data = data or _shipped()
         self._inventory = inventory
-        self._evidence = evidence or Evidence()
         self._link = link(data)
         self._sd: dict[str, Any] = data["ln_sd"]
-        self._errors = type_errors(data)
         self._tested = set(data["type_error"])
         self._prior = Prior(data)
         known = "known_family" if self._prior.is_known(inventory) else "new_family"
-        self._scale_sd = self._sd[f"scale_{known}"]
+        self._scale_sd: float = self._sd[f"scale_{known}"] * self._prior.scale_sd_factor(inventory)
         self._prior_s = self._prior.sensitivities(inventory)
+        self._errors: Mapping[str, float] = type_errors(data)
         self._curve_scale: float | None = None
-        if self._evidence.curve:
+        self._resampled: tuple[LossTable, ...] = ()
+        plain = copy.copy(self)
+        self._use(evidence or Evidence())
+        if self._evidence.upper_sds and self._evidence.holds_out:
+            self._resampled = tuple(
+                plain._with(one) for one in resamples(self._evidence, "fit", _RESAMPLES)
+            )
+
+    def _with(self, evidence: Evidence) -> "LossTable":
+        """The table of the same model with evidence, from one that has none."""
+        other = copy.copy(self)
+        other._use(evidence)
+        return other
+
+    def _use(self, evidence: Evidence) -> None:
+        """Combines the prior with what was measured."""
+        self._evidence = evidence
+        if evidence.curve:
             self._use_curve()
         self._s = dict(self._prior_s)
         self._ln_sd = {n: math.hypot(self._scale_sd, self._share_sd(n)) for n in self._s}
         # Number of tensors measured together, sensitivity by the measurement alone, ln sd.
         self._singles: dict[str, tuple[int, float, float]] = {}
+        self._by_chunk = {
+            n for one in evidence.singles if can_be_halved(one.by_chunk) for n in one.tensors
+        }
         self._use_singles()
 
     def _share_sd(self, name: str) -> float:
@@ -163,13 +192,16 @@ class LossTable:
             self._evidence.curve, self._evidence.baseline, self._errors, self._link,
             self._sd["type"],
         )  # fmt: skip
-        own, prior = self._sd["scale_with_curve"] ** -2, self._scale_sd**-2
+        own_sd = math.hypot(self._sd["scale_with_curve"], self._evidence.curve_ln_sd)
+        own, prior = own_sd**-2, self._scale_sd**-2
         shift = own / (own + prior) * (fit.ln_scale - self._prior.ln_scale(self._inventory))
         self._curve_scale = fit.ln_scale
         self._scale_sd = (own + prior) ** -0.5
         self._prior_s = {n: s * math.exp(shift) for n, s in self._prior_s.items()}
-        for name, deviation in fit.ln_deviation.items():
-            self._errors[name] *= math.exp(deviation)
+        own_errors = {
+            name: self._errors[name] * math.exp(d) for name, d in fit.ln_deviation.items()
+        }
+        self._errors = {**self._errors, **own_errors}
 
     def _use_singles(self) -> None:
         """Combines prior and measured sensitivities, weighted by one over their variances.
@@ -214,8 +246,8 @@ class LossTable:
 
         A tensor that keeps its source type, is not quantizable or is not loaded costs nothing.
         Where the evidence asks for the upper end, the loss is so many standard deviations above
-        the median, those of the sensitivity and of the type; that of the whole model's scale says
-        nothing about which answer is better.
+        what is expected, those of the sensitivity and of the type; that of the whole model's scale
+        says nothing about which answer is better.
 
         Raises:
             KeyError: The error of the type was never measured.
@@ -225,8 +257,19 @@ class LossTable:
         loss = self._s[tensor.name] * self.error(tensor, qtype_name)
         if not self._evidence.upper_sds:
             return loss
+        if self._resampled and tensor.name in self._by_chunk:
+            return self._upper_nats(tensor, qtype_name)
         own = math.hypot(self.own_ln_sd(tensor), self._type_sd(qtype_name))
         return loss * math.exp(self._evidence.upper_sds * own)
+
+    def _upper_nats(self, tensor: Tensor, qtype_name: str) -> float:
+        """Mean over resamples, and so many standard deviations: theirs and those of the model."""
+        losses: NDArray[np.float64] = np.array(
+            [one._s[tensor.name] * one.error(tensor, qtype_name) for one in self._resampled]
+        )
+        mean = float(losses.mean())
+        of_model = mean * math.hypot(self.single_ln_sd, self._type_sd(qtype_name))
+        return mean + self._evidence.upper_sds * math.hypot(float(losses.std()), of_model)
 
     def ln_sd(self, tensor: Tensor, qtype_name: str) -> float:
         """Standard deviation of the logarithm of a loss; 0 where there is none."""
@@ -235,9 +278,19 @@ class LossTable:
         return math.hypot(self._ln_sd[tensor.name], self._type_sd(qtype_name))
 
     def own_ln_sd(self, tensor: Tensor) -> float:
-        """Standard deviation of ln sensitivity without what is common to all tensors."""
-        variance = self._ln_sd.get(tensor.name, 0.0) ** 2 - self._scale_sd**2
+        """Standard deviation of ln sensitivity without what is common to all tensors.
+
+        What a measurement leaves unsure is its own.
+        """
+        if tensor.name in self._singles:
+            return self._ln_sd[tensor.name]
+        variance: float = self._ln_sd.get(tensor.name, 0.0) ** 2 - self._scale_sd**2
         return math.sqrt(max(0.0, variance))
+
+    @property
+    def scale_ln_sd(self) -> float:
+        """Standard deviation of ln of what is common to all tensors: the model's scale."""
+        return self._scale_sd
 
     @property
     def single_ln_sd(self) -> float:

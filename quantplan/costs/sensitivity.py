@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from quantplan.inventory import Inventory, Tensor
 
 Features = dict[str, float]
@@ -98,6 +100,7 @@ class Prior:
         """Takes the document of ``quality.json``, or one of the same form."""
         self._coefficients: dict[str, float] = data["coefficients"]
         self._scale: dict[str, float] = data["scale"]
+        self._spread: dict[str, Any] | None = data.get("scale_spread")
         self._families: dict[str, Any] = data["families"]
 
     def terms(self, tensor: Tensor, inventory: Inventory) -> Features:
@@ -117,6 +120,18 @@ class Prior:
         """Ln S: loss of the whole model in nats per unit of relative squared error."""
         pooled = sum(self._scale[k] * v for k, v in scale_features(inventory).items())
         return pooled + float(self._family(inventory).get("ln_scale", 0.0))
+
+    def scale_sd_factor(self, inventory: Inventory) -> float:
+        """By how much ln S is less sure than for the models that were fitted, at least 1.
+
+        A regression knows least far from its data: a model much smaller than any that was measured
+        is extrapolated to.
+        """
+        if self._spread is None:
+            return 1.0
+        x = np.array([scale_features(inventory)[name] for name in self._scale])
+        leverage = float(x @ np.array(self._spread["inverse"]) @ x)
+        return max(1.0, math.sqrt((1 + leverage) / (1 + self._spread["usual"])))
 
     def is_known(self, inventory: Inventory) -> bool:
         """Whether models of the family were measured."""

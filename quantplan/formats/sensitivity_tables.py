@@ -3,9 +3,10 @@
 Three layouts are understood, plain or gzipped:
 
 - wide, as GGUF-Tool-Suite writes it: a column ``QTYPE``, then one column per tensor or group;
-- plain: ``tensor,qtype,kld``, where ``all`` is the whole model, and where two more columns may
-  follow, as `append_measurement` writes them: ``standard_error``, and ``group``, which names
-  tensors of any layers that were measured together;
+- plain: ``tensor,qtype,kld``, where ``all`` is the whole model, and where three more columns may
+  follow, as `append_measurement` writes them: ``standard_error``; ``group``, which names tensors of
+  any layers that were measured together; and ``chunks``, the KLD of every chunk in the first row
+  of a measurement, with ``|`` between texts;
 - long: ``scope,tensor_or_group,bench_group,qtype,metric,value,flag``, where ``bench_group`` names
   tensors that were measured together and ``scope`` tells single tensors from whole models.
 
@@ -20,12 +21,13 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from quantplan.costs.evidence import Evidence, Measurement
+from quantplan.costs.evidence import ByChunk, Evidence, Measurement
+from quantplan.costs.resampling import on_half
 from quantplan.errors import SourceError
 from quantplan.inventory.roles import split_layer
 from quantplan.qtypes import QTYPES
@@ -35,7 +37,7 @@ _UNMEASURED = {"", "404"}
 _REPACKED = re.compile(r"_R(?:4|8|16)$")
 # A mean over tokens may come out this far below zero where nothing changed.
 _ROUNDING_NATS = 1e-3
-PLAIN_COLUMNS = ("tensor", "qtype", "kld", "standard_error", "group")
+PLAIN_COLUMNS = ("tensor", "qtype", "kld", "standard_error", "group", "chunks")
 _WHOLE = re.compile(r"group\d+|ffn_all|all")
 
 
@@ -47,11 +49,13 @@ class SensitivityTable:
         singles: A few tensors at a low type, everything else at the baseline.
         curve: The whole model at one type, by type.
         n_unmeasured: Entries without a value.
+        curve_by_chunk: The whole model at one type for every chunk of the text, where it is known.
     """
 
     singles: tuple[Measurement, ...]
     curve: dict[str, float]
     n_unmeasured: int
+    curve_by_chunk: dict[str, ByChunk] = field(default_factory=dict)
 
     @property
     def baseline(self) -> str | None:
@@ -61,9 +65,17 @@ class SensitivityTable:
 
     @property
     def evidence(self) -> Evidence:
-        """The measurements as `quantplan.costs.quality.LossTable` takes them."""
+        """The measurements as `quantplan.costs.quality.LossTable` takes them.
+
+        What is known of every chunk of a text counts by one half of the chunks; the other half is
+        held out, to judge what is made of it.
+        """
         curve = {name: kld for name, kld in self.curve.items() if kld > 0}
-        return Evidence(curve=curve, baseline=self.baseline, singles=self.singles)
+        chunks = {name: found for name, found in self.curve_by_chunk.items() if name in curve}
+        whole = Evidence(
+            curve=curve, curve_by_chunk=chunks, baseline=self.baseline, singles=self.singles
+        )
+        return on_half(whole, "fit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +88,7 @@ class _Row:
     is_surely_measured: bool
     error: str = ""
     spans_layers: bool = False
+    chunks: str = ""
 
 
 def plain_type(name: str) -> str:
@@ -109,7 +122,8 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
     faults = [
         f"{path}: {row.name} at {row.qtype}: {row.value!r} is not a KLD"
         for row in rows
-        if row.value not in _UNMEASURED and not (_is_kld(row.value) and _is_kld(row.error or "0"))
+        if row.value not in _UNMEASURED
+        and not all(map(_is_kld, (row.value, row.error or "0", *_chunk_words(row))))
     ]
     if faults:
         raise SourceError(faults)
@@ -118,6 +132,9 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
         singles=tuple(_singles(row for row in found if not row.is_whole)),
         curve=_curve([row for row in found if row.is_whole]),
         n_unmeasured=len(rows) - len(found),
+        curve_by_chunk={
+            row.qtype: _by_chunk(row.chunks) for row in found if row.is_whole and row.chunks
+        },
     )
 
 
@@ -133,7 +150,11 @@ def append_measurement(path: Path, measurement: Measurement, group: str) -> None
     names = [group] if is_whole else list(measurement.tensors)
     value = f"{measurement.kld_nats:.8g},{measurement.standard_error_nats:.4g}"
     shared = "" if is_whole else group
-    rows = [f"{name},{measurement.qtype},{value},{shared}\n" for name in names]
+    chunks = "|".join(" ".join(f"{n:.6g}" for n in text) for text in measurement.by_chunk)
+    rows = [
+        f"{name},{measurement.qtype},{value},{shared},{'' if i else chunks}\n"
+        for i, name in enumerate(names)
+    ]
     with path.open("a", encoding="utf-8", newline="") as file:
         if not file.tell():
             rows.insert(0, ",".join(PLAIN_COLUMNS) + "\n")
@@ -145,6 +166,15 @@ def _is_kld(value: str) -> bool:
         return math.isfinite(float(value)) and float(value) > -_ROUNDING_NATS
     except ValueError:
         return False
+
+
+def _chunk_words(row: _Row) -> list[str]:
+    return row.chunks.replace("|", " ").split()
+
+
+def _by_chunk(text: str) -> ByChunk:
+    """KLDs of chunks as `append_measurement` writes them."""
+    return tuple(tuple(map(float, part.split())) for part in text.split("|")) if text else ()
 
 
 def _rows(columns: list[str], reader: Iterable[dict[str, str]]) -> Iterator[_Row]:
@@ -163,9 +193,11 @@ def _rows(columns: list[str], reader: Iterable[dict[str, str]]) -> Iterator[_Row
         for row in reader:
             name, value = ((row[lower[c]] or "").strip() for c in ("tensor", "kld"))
             whole = bool(_WHOLE.fullmatch(name))
-            group, error = (row.get(column) or "" for column in ("group", "standard_error"))
+            group, error, chunks = (
+                row.get(column) or "" for column in ("group", "standard_error", "chunks")
+            )
             kind = plain_type(row[lower["qtype"]] or "")
-            yield _Row(name, group, kind, value, whole, False, error, spans_layers=True)
+            yield _Row(name, group, kind, value, whole, False, error, True, chunks)
     elif "qtype" in lower:
         for row in reader:
             for name in columns:
@@ -181,6 +213,7 @@ def _singles(rows: Iterable[_Row]) -> Iterator[Measurement]:
     silent = _silent_bundles(found)
     bundles: dict[tuple[str, object], dict[str, list[float]]] = defaultdict(dict)
     errors: dict[tuple[str, object], float] = {}
+    chunks: dict[tuple[str, object], str] = {}
     for row in found:
         layer, role = split_layer(row.name)
         together = silent.get((row.qtype, layer, row.value), frozenset())
@@ -190,9 +223,11 @@ def _singles(rows: Iterable[_Row]) -> Iterator[Measurement]:
             key = (layer, together) if role in together else row.name
         bundles[row.qtype, key].setdefault(row.name, []).append(float(row.value))
         errors[row.qtype, key] = float(row.error or 0)
+        chunks[row.qtype, key] = chunks.get((row.qtype, key)) or row.chunks
     for (kind, key), members in bundles.items():
         kld = _mean([v for vs in members.values() for v in vs])
-        yield Measurement(tuple(members), kind, kld, errors[kind, key])
+        by_chunk = _by_chunk(chunks[kind, key])
+        yield Measurement(tuple(members), kind, kld, errors[kind, key], by_chunk)
 
 
 def _silent_bundles(rows: list[_Row]) -> dict[tuple[str, int | None, str], frozenset[str]]:

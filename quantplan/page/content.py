@@ -153,7 +153,7 @@ def page_content(
         types = {a.tensor: a.qtype for a in each.assignments}
         loss: SpeedEstimate | float = each.predicted.loss_nats
         if inventory is not None and table is not None:
-            loss = loss_interval(table, inventory, types)
+            loss = loss_interval(table, types)
         shown.append(_shown(each, loss, names, places))
     return Content(
         version=__version__,

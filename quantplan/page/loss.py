@@ -3,34 +3,27 @@
 import math
 from collections.abc import Mapping
 
-from quantplan.costs import load_data
 from quantplan.costs.quality import LossTable, kld_nats
-from quantplan.costs.sensitivity import Prior
 from quantplan.costs.speed import Z80, SpeedEstimate
-from quantplan.inventory import Inventory
 
 
-def loss_interval(
-    table: LossTable, inventory: Inventory, qtypes: Mapping[str, str]
-) -> SpeedEstimate:
+def loss_interval(table: LossTable, qtypes: Mapping[str, str]) -> SpeedEstimate:
     """Predicted KLD of the model in some types, in nats per token, with its 80 % interval.
 
-    The scale of the model is uncertain as for models of its family that the fit had not seen; the
+    The scale of the model is uncertain as for models of its family that the fit had not seen, more
+    for models unlike those that were fitted, and less where a curve over types was measured; the
     sensitivities of a class of tensors and the errors of a type each as far as they are not common
     to all (`LossTable.difference_nats`, the careful end). All are taken as log-normal and
-    independent. Measurements of this very model narrow the classes and types, not the scale.
+    independent.
 
     Args:
         table: Losses by tensor and type.
-        inventory: The model.
         qtypes: Type by full tensor name.
     """
-    data = load_data("quality.json")
-    known = "known" if Prior(data).is_known(inventory) else "new"
     summed, sd = table.difference_nats(qtypes, {})
     if summed <= 0:
         return SpeedEstimate(low=0.0, expected=0.0, high=0.0)
-    ln_sd = math.hypot(data["ln_sd"][f"scale_{known}_family"], sd / summed)
+    ln_sd = math.hypot(table.scale_ln_sd, sd / summed)
     return SpeedEstimate(
         low=kld_nats(summed * math.exp(-Z80 * ln_sd)),
         expected=kld_nats(summed),

@@ -71,6 +71,8 @@ def why_not(made: Plan, inventory: Inventory, policy: Policy, evidence: Evidence
             f"the plan was made with the policy {made.provenance.policy}; give the same --policy, "
             "--pin and --allow"
         )
+    if made.predicted.upper_loss_nats is not None and not (evidence and evidence.upper_sds):
+        return "the plan was made against the upper end of losses (--robust)"
     types = {a.tensor: a.qtype for a in made.assignments}
     now = LossTable(inventory, evidence).model_kld_nats(types)
     if not math.isclose(now, made.predicted.loss_nats, rel_tol=_ROUNDING, abs_tol=1e-12):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantplan.costs.quality import LossTable, kld_nats, type_errors
+from quantplan.costs.quality import LossTable, type_errors
 from quantplan.costs.speed import Z80, SpeedEstimate, difference_s, interval, predict_traffic
 from quantplan.costs.traffic import Where, collect
 from quantplan.errors import InputError
@@ -88,6 +88,7 @@ class _TypeSet:
 
     name: str
     summed_loss_nats: float
+    expected_nats: float
     file_bytes: int
     below_floor: tuple[RoleClass, ...]
 
@@ -123,7 +124,10 @@ class _Placed:
 
 
 def find_baselines(
-    problem: Problem, losses: LossTable, chosen: Mapping[str, tuple[str, str]]
+    problem: Problem,
+    losses: LossTable,
+    chosen: Mapping[str, tuple[str, str]],
+    expected: LossTable | None = None,
 ) -> tuple[Baseline, ...]:
     """Every plain answer, the best first.
 
@@ -131,6 +135,7 @@ def find_baselines(
         problem: Model, machine, workload, policy, speed target and layers of the plan.
         losses: The loss table that the plan was made with.
         chosen: The plan's type and device name of each loaded tensor.
+        expected: The table of expected losses, where the plan was made against their upper end.
 
     Returns:
         Answers that fit and are fast enough first, by the plan's objective, then by speed.
@@ -145,9 +150,10 @@ def find_baselines(
     types = {name: kind for name, (kind, _) in chosen.items()}
     plan_s = _plan_seconds(problem, costs, chosen)
     found = []
-    for name, qtypes in _type_sets(inventory).items():
-        typed = _typed(problem, costs, losses, name, qtypes)
-        difference, sd = losses.difference_nats(types, qtypes)
+    expected = expected or losses
+    for name, qtypes in type_sets(inventory).items():
+        typed = _typed(problem, costs, losses, name, qtypes, expected=expected)
+        difference, sd = expected.difference_nats(types, qtypes)
         has_less_loss = difference < -Z80 * sd
         for placed in _placements(TypedModel(costs, qtypes)):
             made = _baseline(problem, typed, placed)
@@ -182,7 +188,7 @@ def _is_faster(
     return -difference > max(Z80 * sd, _NOTICEABLE * sum(seconds.values()))
 
 
-def _type_sets(inventory: Inventory) -> dict[str, dict[str, str]]:
+def type_sets(inventory: Inventory) -> dict[str, dict[str, str]]:
     """Types by full tensor name, by the name of the mix; equal ones once."""
     changeable = [t for t in inventory.tensors if t.is_quantizable and qtype(t.qtype).is_float]
     sets: dict[str, dict[str, str]] = {AS_IT_IS: {}}
@@ -263,12 +269,15 @@ def _typed(
     losses: LossTable,
     name: str,
     qtypes: Mapping[str, str],
+    *,
+    expected: LossTable,
 ) -> _TypeSet:
     inventory = problem.inventory
     by_name = inventory.by_name
     return _TypeSet(
         name=name,
         summed_loss_nats=sum(losses.loss_nats(by_name[t], kind) for t, kind in qtypes.items()),
+        expected_nats=expected.model_kld_nats(qtypes),
         # A file aligns tensors as a buffer in RAM does.
         file_bytes=sum(
             costs.price(t, qtypes.get(t.name, t.qtype)).n_bytes for t in inventory.tensors
@@ -294,7 +303,7 @@ def _baseline(problem: Problem, typed: _TypeSet, placed: _Placed) -> Baseline:
         vram_bytes=sum(used[:-1]),
         ram_bytes=used[-1],
         decode_tps=interval("decode", placed.where, problem.machine, 1 / decode_s),
-        loss_nats=kld_nats(typed.summed_loss_nats),
+        loss_nats=typed.expected_nats,
         flags=(*placed.flags, *workload_flags(problem.workload)),
     )
 

@@ -1,12 +1,12 @@
 """What a solution comes to: types and places of tensors, flags, memory, speed and loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from quantplan.configuration import resolve
 from quantplan.costs.memory import pad
 from quantplan.costs.prefill import prefill_s
-from quantplan.costs.quality import kld_nats
+from quantplan.costs.quality import LossTable, kld_nats
 from quantplan.costs.speed import SpeedPrediction, predict_traffic
 from quantplan.costs.traffic import Traffic, collect
 from quantplan.formats.llama_cpp import buffer_types, placement_flags, rpc_flags, workload_flags
@@ -113,6 +113,12 @@ class Outcome:
         return tuple(uses)
 
     @cached_property
+    def expected_losses(self) -> LossTable:
+        """The losses to expect, also where the plan was made against their upper end."""
+        evidence = self.problem.evidence
+        return LossTable(self.problem.inventory, evidence and replace(evidence, upper_sds=0.0))
+
+    @cached_property
     def _traffic(self) -> Traffic:
         problem, layers = self.problem, self.solution.layer_devices
         return collect(problem.inventory, self.placed, layers, problem.output_device.name)
@@ -133,11 +139,15 @@ class Outcome:
             pad(tensor.bytes_as(entry.qtype), _DATA_ALIGNMENT)
             for tensor, entry in zip(inventory.tensors, self.tensors, strict=True)
         )
+        evidence = self.problem.evidence
+        is_upper = evidence is not None and evidence.upper_sds > 0
+        types = {entry.tensor: entry.qtype for entry in self.tensors}
         return Prediction(
             decode_tps=1 / self.solution.decode_s,
             prefill_tps=work.ubatch / prompt_s,
             turn_s=self.speed.turn_s(*turn).expected if has_room else None,
-            loss_nats=kld_nats(self.solution.loss_nats),
+            loss_nats=self.expected_losses.model_kld_nats(types),
+            upper_loss_nats=kld_nats(self.solution.loss_nats) if is_upper else None,
             file_bytes=file_bytes,
             bpw=file_bytes * 8 / inventory.n_weights,
         )
