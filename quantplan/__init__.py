@@ -26,7 +26,7 @@ from quantplan.plan import Plan, plan
 from quantplan.planner.baselines import Baseline
 from quantplan.policy import Policy, policy
 from quantplan.predict import MemoryPrediction, predict
-from quantplan.prices import Price, prices
+from quantplan.prices import Price, Prices, prices
 from quantplan.quantize import quantize
 from quantplan.recipe import Recipe
 from quantplan.verification import Verification
@@ -50,6 +50,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Price",
+    "Prices",
     "QuantizeError",
     "QuantplanError",
     "Recipe",

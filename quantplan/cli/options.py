@@ -1,12 +1,14 @@
 """Options that several commands have, and what they mean."""
 
 import contextlib
+import shutil
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from quantplan.cli.progress import working
 from quantplan.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,9 +16,10 @@ if TYPE_CHECKING:
     from quantplan.hardware import Machine
     from quantplan.inventory import Inventory
     from quantplan.policy import Policy
+    from quantplan.schema import Frozen
 
 _ROBUST_QUANTILE = 0.9
-_WIDTH = 80
+_WIDEST, _NARROWEST = 80, 40
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -45,7 +48,19 @@ MarginOption = Annotated[
         help="Memory to leave free on every GPU, such as 2GiB for a desktop; 10 %, at most 1 GiB.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+PolicyOption = Annotated[
+    str, typer.Option(help="Rules about types and places: quality, compact, free or hq4k.")
+]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX=TYPE,...", help="Types for the tensors whose names match; repeatable."
+    ),
+]
+PinOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX=TYPE", help="One type, ahead of --allow; repeatable."),
+]
 MeasuredOption = Annotated[
     Path | None,
     typer.Option(
@@ -70,6 +85,15 @@ ModelArgument = Annotated[
 ]
 
 
+def json_option(*schemas: str) -> Any:
+    """The option that prints JSON instead of text.
+
+    Args:
+        schemas: Names of the JSON Schemas (`quantplan.schemas`) one of which it then follows.
+    """
+    return typer.Option("--json", help=f"Print it as JSON (schema {' or '.join(schemas)}).")
+
+
 def parse_machine(
     text: str | None, margin: str | None, inventory: "Inventory | None" = None
 ) -> "Machine":
@@ -91,7 +115,8 @@ def parse_machine(
         return given if inventory is None else for_model(given, inventory.architecture)
     from quantplan.detect import detect  # noqa: PLC0415
 
-    found = detect(margin_bytes=margin_bytes)
+    with working("looking at this machine"):
+        found = detect(margin_bytes=margin_bytes)
     typer.echo(
         f"No --machine, so this one: {found.summary()}\n"
         "To measure it only once: quantplan machine --save FILE.json, then --machine FILE.json\n",
@@ -156,11 +181,26 @@ def read_evidence(
     return replace(found, files=files, upper_sds=upper_sds)
 
 
+def tell(value: "Frozen", text: str, as_json: bool) -> None:
+    """Prints what a command has found.
+
+    Args:
+        value: It.
+        text: It, for people.
+        as_json: Whether it goes to a program.
+    """
+    if as_json:
+        typer.echo(value.model_dump_json(indent=1))
+    else:
+        say(text)
+
+
 def say(text: str) -> None:
-    """Prints text for people: lines wider than a terminal are folded, with an indent.
+    """Prints text for people: lines wider than the terminal, or 80 columns, are folded.
 
     Flags stay in one line, because people copy them.
     """
+    width = max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 0)).columns))
     for line in text.split("\n"):
         if line.lstrip().startswith("flags"):
             typer.echo(line)
@@ -168,7 +208,7 @@ def say(text: str) -> None:
         indent = " " * (len(line) - len(line.lstrip()))
         folded = textwrap.wrap(
             line,
-            _WIDTH,
+            width,
             initial_indent=indent,
             subsequent_indent=indent + "    ",
             break_long_words=False,

@@ -240,6 +240,12 @@ class LossTable:
         return math.sqrt(max(0.0, variance))
 
     @property
+    def scale_ln_sd(self) -> float:
+        """Standard deviation of the logarithm of what all losses of the model share."""
+        found: float = self._scale_sd
+        return found
+
+    @property
     def single_ln_sd(self) -> float:
         """Standard deviation of ln loss of one measurement, far above the noise."""
         found: float = self._sd["single"]
