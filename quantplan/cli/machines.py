@@ -8,11 +8,14 @@ import typer
 from quantplan.cli.options import (
     MachineOption,
     ModelArgument,
+    check_targets,
     json_option,
     parse_machine,
+    read_model,
+    read_text,
     tell,
 )
-from quantplan.cli.progress import read_model, working
+from quantplan.cli.progress import working
 from quantplan.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ def machine(
     """Describe this machine: GPUs, CPU, RAM and how fast it is read."""
     from quantplan.detect import detect  # noqa: PLC0415
 
+    check_targets(save)
     with working("looking at this machine"):
         found = detect(measure=measure)
     if save is not None:
@@ -66,20 +70,14 @@ def calibrate(
 
     if bench is not None and llama_cpp is not None:
         raise InputError("give --bench or --llama-cpp, not both: one reads what the other measures")
+    check_targets(save)
     described, inventory = parse_machine(machine, None), read_model(model)
     if bench is not None:
-        found = calibrate_machine(described, inventory, _read(bench), flags or ())
+        found = calibrate_machine(described, inventory, read_text(bench), flags or ())
     else:
         found = _run(described, inventory, llama_cpp, flags or [])
     found.save(save)
     tell(found, found.summary(), json_output)
-
-
-def _read(bench: Path) -> str:
-    try:
-        return bench.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{bench} cannot be read: {error}") from error
 
 
 def _run(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli.options import json_option, say
+from quantplan.cli.options import json_option, read_text, say
 from quantplan.cli.progress import working
 
 
@@ -46,20 +46,15 @@ def measure(
     """Measure the KLD of a model at low types on your own text, on a budget."""
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
-    from quantplan.errors import SourceError  # noqa: PLC0415
     from quantplan.inventory.sources import read_inventory  # noqa: PLC0415
     from quantplan.measure import Outcome, Setup, measure_losses, survival  # noqa: PLC0415
     from quantplan.measure_groups import Job  # noqa: PLC0415
     from quantplan.printed import MeasuredLosses  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
 
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{text} cannot be read: {error}") from error
     setup = Setup(
         source=source,
-        text=content,
+        text=read_text(text),
         llama_cpp=find_llama_cpp(llama_cpp),
         cache=cache or table.with_name(f"{table.name}.cache"),
         chunks=chunks,

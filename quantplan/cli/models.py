@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantplan.cli.options import json_option, tell
-from quantplan.cli.progress import read_model
+from quantplan.cli.options import json_option, read_model, tell
 
 if TYPE_CHECKING:
     from quantplan.inventory import Inventory

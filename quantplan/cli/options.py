@@ -94,6 +94,45 @@ def json_option(*schemas: str) -> Any:
     return typer.Option("--json", help=f"Print it as JSON (schema {' or '.join(schemas)}).")
 
 
+def read_model(source: str) -> "Inventory":
+    """Reads a model's header; one that is not on this machine may take a while."""
+    import quantplan as qp  # noqa: PLC0415
+
+    wanted = "a GGUF file, its URL, hf:OWNER/REPOSITORY/FILE.gguf, or a name of `quantplan models`"
+    if not source:
+        raise InputError(f"the model is an empty text: give {wanted}")
+    if is_recipe(source) and Path(source).is_file():
+        raise InputError(
+            f"{source} is JSON, such as a recipe or a profile, no model: give {wanted}"
+        )
+    if "://" not in source and not source.startswith("hf:"):
+        return qp.read_inventory(source)
+    with working(f"reading the header of {source.rpartition('/')[2]}"):
+        return qp.read_inventory(source)
+
+
+def check_targets(*paths: Path | None) -> None:
+    """Refuses files that cannot be written, before anything is computed for them."""
+    faults = []
+    for path in filter(None, paths):
+        if path.is_dir():
+            faults.append(f"{path} cannot be written: it is a directory; name a file")
+        elif not path.absolute().parent.is_dir():
+            faults.append(f"{path} cannot be written: there is no directory {path.parent}")
+    if faults:
+        raise InputError(faults)
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8: {error}") from error
+
+
 def parse_machine(
     text: str | None, margin: str | None, inventory: "Inventory | None" = None
 ) -> "Machine":
@@ -111,7 +150,13 @@ def parse_machine(
     if text is not None:
         from quantplan.costs.calibration import for_model  # noqa: PLC0415
 
-        given = qp.Machine.parse(text, margin_bytes=margin_bytes)
+        try:
+            given = qp.Machine.parse(text, margin_bytes=margin_bytes)
+        except InputError as error:
+            if not text.endswith(".json"):
+                raise
+            advice = "A profile is what `quantplan machine --save FILE.json` writes."
+            raise InputError((*error.faults, advice)) from error
         return given if inventory is None else for_model(given, inventory.architecture)
     from quantplan.detect import detect  # noqa: PLC0415
 

@@ -1,8 +1,9 @@
 """Commands that plan, predict and explain."""
 
+import difflib
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast, get_args
 
 import typer
 
@@ -18,14 +19,16 @@ from quantplan.cli.options import (
     PolicyOption,
     RobustOption,
     WeightsOption,
+    check_targets,
     is_recipe,
     json_option,
     parse_machine,
     parse_policy,
     read_evidence,
+    read_model,
     tell,
 )
-from quantplan.cli.progress import read_model, working
+from quantplan.cli.progress import working
 from quantplan.errors import InputError
 from quantplan.workload import NEWEST_KNOWN_BUILD, KVType
 
@@ -88,13 +91,15 @@ def plan(
 
     context = 4096 if ctx == "max" else _tokens("--ctx", ctx, "max")
     physical = 512 if ubatch == "auto" else _tokens("--ubatch", ubatch, "auto")
+    kv_type = _kv_type(kv)
+    check_targets(recipe, tensor_types)
     inventory = read_model(model)
     described = parse_machine(machine, margin, inventory)
     rules = parse_policy(policy, pin or [], allow or [])
     evidence = read_evidence(measured, weights, robust)
     task = qp.Workload(
         context=context,
-        kv_type="f16" if kv == "auto" else kv,
+        kv_type=kv_type or "f16",
         slots=slots,
         batch=max(physical, 2048),
         ubatch=physical,
@@ -112,7 +117,7 @@ def plan(
             max_loss_nats=max_loss,
             no_worse_than=no_worse_than,
             context="max" if ctx == "max" else None,
-            kv_type="auto" if kv == "auto" else None,
+            kv_type=None if kv_type else "auto",
             ubatch="auto" if ubatch == "auto" else None,
             n_gpus="auto" if gpus == "auto" else None,
             policy=rules,
@@ -133,7 +138,21 @@ def _tokens(option: str, text: str, word: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise InputError(f"{option} {text}: give a number of tokens, or {word}") from error
+        raise InputError(
+            f"{option} {text}: give a number of tokens, such as 32768, or {word}"
+        ) from error
+
+
+def _kv_type(text: str) -> KVType | None:
+    """A type of the KV cache from the command line; None for one that is to be chosen."""
+    known = get_args(KVType)
+    if text.lower() in known:
+        return cast(KVType, text.lower())
+    if text.lower() == "auto":
+        return None
+    near = difflib.get_close_matches(text.lower(), known, n=2)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}, auto"
+    raise InputError(f"--kv {text}: there is no such type of KV cache; {hint}")
 
 
 def frontier(

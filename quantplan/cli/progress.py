@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from quantplan.inventory import Inventory
     from quantplan.quantize import Progress as Written
 
 
@@ -104,13 +103,3 @@ def writing() -> Iterator["Callable[[Written], None]"]:
     finally:
         if bar.live.is_started:
             bar.stop()
-
-
-def read_model(source: str) -> "Inventory":
-    """Reads a model's header; one that is not on this machine may take a while."""
-    import quantplan as qp  # noqa: PLC0415
-
-    if "://" not in source and not source.startswith("hf:"):
-        return qp.read_inventory(source)
-    with working(f"reading the header of {source.rpartition('/')[2]}"):
-        return qp.read_inventory(source)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from quantplan.cli.options import json_option, parse_size, tell
+from quantplan.cli.options import check_targets, json_option, parse_size, tell
 from quantplan.cli.progress import working, writing
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def measure_weights(
     from quantplan.quantize.weights import measure_weights as measure  # noqa: PLC0415
     from quantplan.recipe import write_whole  # noqa: PLC0415
 
+    check_targets(output)
     importance = None if imatrix is None else read_imatrix(imatrix)
     with working("quantizing a sample of each tensor") as shown:
         found = measure(

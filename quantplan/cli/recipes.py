@@ -5,8 +5,15 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli.options import EngineName, ModelArgument, json_option, tell, unchecked
-from quantplan.cli.progress import read_model
+from quantplan.cli.options import (
+    EngineName,
+    ModelArgument,
+    check_targets,
+    json_option,
+    read_model,
+    tell,
+    unchecked,
+)
 
 
 def diff(
@@ -74,6 +81,7 @@ def import_(
     import quantplan as qp  # noqa: PLC0415
     from quantplan.report import recipe_text  # noqa: PLC0415
 
+    check_targets(recipe)
     found = qp.import_recipe(
         read_model(model),
         source,

@@ -5,8 +5,16 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli.options import MeasuredOption, WeightsOption, parse_policy, read_evidence, say
-from quantplan.cli.progress import read_model, working
+from quantplan.cli.options import (
+    MeasuredOption,
+    WeightsOption,
+    check_targets,
+    parse_policy,
+    read_evidence,
+    read_model,
+    say,
+)
+from quantplan.cli.progress import working
 from quantplan.errors import InputError
 
 
@@ -46,6 +54,7 @@ def report(
     from quantplan.page.others import other_plans, read_plan, why_not  # noqa: PLC0415
     from quantplan.recipe import write_whole  # noqa: PLC0415
 
+    check_targets(output)
     made = read_plan(plan)
     preset = policy or (made.provenance.policy or "").split(",")[0]
     rules, evidence = parse_policy(preset, pin or [], allow or []), read_evidence(measured, weights)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from quantplan.cli.exits import BROKEN, FAILED
-from quantplan.cli.options import json_option, tell
+from quantplan.cli.options import check_targets, json_option, read_text, tell
 from quantplan.cli.progress import working, writing
 from quantplan.errors import InputError
 
@@ -90,11 +90,12 @@ def verify(
 
     if (kld is None) != (text is None):
         raise InputError("--kld BASE and --text FILE belong together")
+    check_targets(output, learn)
     promise = qp.Recipe.load(recipe)
     here = promise.provenance.machine if machine is None else qp.Machine.parse(machine)
     if learn is not None and learn.exists() and machine is None:
         here = qp.Machine.load(learn)
-    content = None if text is None else _read(text)
+    content = None if text is None else read_text(text)
     with working(f"running {Path(gguf).name}"):
         found = qp.verify(
             promise,
@@ -118,13 +119,6 @@ def verify(
         typer.echo(f"{learn}: the machine as it is known now{kept}", err=True)
     if not found.held:
         raise typer.Exit(BROKEN)
-
-
-def _read(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{text} cannot be read: {error}") from error
 
 
 def run(

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from quantplan.costs import load_data
 from quantplan.errors import InputError, QuantizeError, SourceError
@@ -50,8 +51,14 @@ class WeightErrors(Frozen):
         """
         try:
             return cls.model_validate_json(Path(path).read_bytes())
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{path} holds no errors of weights: {error}") from error
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise SourceError(
+                f"{path} holds no errors of weights: {'.'.join(map(str, fault['loc']))}: "
+                f"{fault['msg']}; measure them with quantplan measure-weights"
+            ) from error
 
     def ratios(self) -> dict[tuple[str, str], float]:
         """Errors over those on Gaussian rows, as `Evidence` takes them."""
