@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from quantplan.planner.baselines import Baseline
     from quantplan.policy import Policy, policy
     from quantplan.predict import MemoryPrediction, predict
-    from quantplan.prices import Price, prices
+    from quantplan.prices import Price, Prices, prices
     from quantplan.quantize import quantize
     from quantplan.recipe import Recipe
     from quantplan.verification import Verification
@@ -56,6 +56,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Price",
+    "Prices",
     "QuantizeError",
     "QuantplanError",
     "Recipe",
@@ -113,7 +114,7 @@ _NAMES = {
     "planner.baselines": ("Baseline",),
     "policy": ("Policy", "policy"),
     "predict": ("MemoryPrediction", "predict"),
-    "prices": ("Price", "prices"),
+    "prices": ("Price", "Prices", "prices"),
     "quantize": ("quantize",),
     "recipe": ("Recipe",),
     "verification": ("Verification",),

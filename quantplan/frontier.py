@@ -1,7 +1,7 @@
 """Quality against speed, size or context: what each costs in terms of the other."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -119,6 +119,7 @@ def frontier(
     evidence: Evidence | None = None,
     gap: float = 1e-2,
     time_limit_s: float = 60.0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Frontier:
     """Traces the least loss against speed, size or context.
 
@@ -137,6 +138,7 @@ def frontier(
         evidence: What was measured of the model's losses.
         gap: Relative gap at which the search of a point may stop.
         time_limit_s: Time for all points, in seconds.
+        progress: Is told after each limit how many are done, and how many there are.
 
     Raises:
         InputError: A number is out of range.
@@ -163,8 +165,9 @@ def frontier(
     if fastest is None or best is None:
         raise no_plan(problem, time_limit_s)
     limits = _limits_between(problem, fastest, best, over, points)
-    found = list(_trace(problem, limits, over, gap, deadline))[::-1]
-    return Frontier(model=inventory.name, over=over, points=tuple(_undominated(found)))
+    traced = _trace(problem, limits, over, gap=gap, deadline=deadline, progress=progress)
+    points_found = tuple(_undominated(list(traced)[::-1]))
+    return Frontier(model=inventory.name, over=over, points=points_found)
 
 
 def _limits_between(
@@ -195,7 +198,13 @@ def _at(problem: Problem, over: Over, limit: float) -> Problem:
 
 
 def _trace(
-    problem: Problem, limits: list[float], over: Over, gap: float, deadline: float
+    problem: Problem,
+    limits: list[float],
+    over: Over,
+    *,
+    gap: float,
+    deadline: float,
+    progress: Callable[[int, int], None] | None,
 ) -> Iterator[FrontierPoint]:
     """Points from the hardest limit to the easiest; limits without a plan are left out."""
     known: Solution | None = None
@@ -208,6 +217,8 @@ def _trace(
         if found is not None:
             known = found
             yield _point(at, limit, found)
+        if progress is not None:
+            progress(n + 1, len(limits))
 
 
 def _point(problem: Problem, limit: float, solution: Solution) -> FrontierPoint:

@@ -1,9 +1,12 @@
 """What a little more of each resource would buy, found by planning again with it."""
 
 import time
+from collections.abc import Callable
+from typing import Any, Literal
 
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import kld_nats
+from quantplan.display import Table
 from quantplan.errors import InputError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
@@ -20,6 +23,11 @@ from quantplan.schema import Frozen
 _GIB = 2**30
 _MORE_BANDWIDTH = 1.1
 _MIB_PER_GIB = 1024
+_OBJECTIVES = {
+    "loss": "the summed loss of the tensors",
+    "loss and time": "the summed loss of the tensors, and time at the policy's price",
+    "time": "time at the policy's price",
+}
 
 
 class Price(Frozen):
@@ -46,6 +54,80 @@ class Price(Frozen):
     dual_nats: float | None
 
 
+class Prices(Frozen):
+    """What a little more of each resource would buy.
+
+    Attributes:
+        schema_version: Version of this format.
+        model: Name of the model.
+        machine: The machine as it is, for people.
+        objective: What a plan is judged by: ``loss``, ``loss and time``, or ``time``.
+        decode_tps: Tokens per second of the plan without more.
+        loss_nats: Its predicted loss, in nats per token.
+        resources: What more of each would buy; empty where no plan was found in time.
+    """
+
+    schema_version: Literal[1] = 1
+    model: str
+    machine: str
+    objective: Literal["loss", "loss and time", "time"]
+    decode_tps: float
+    loss_nats: float
+    resources: tuple[Price, ...]
+
+    def summary(self) -> str:
+        """A table of at most 80 columns."""
+        rows = [
+            f"{self.model} on {self.machine}",
+            f"  now: {self.decode_tps:.2f} tokens/s, loss {self.loss_nats:.5f} nats/token",
+            f"  {'with more':22} {'tokens/s':>8} {'loss nats':>10}  objective (interval), nats",
+        ]
+        rows += [
+            f"  {p.resource:22} {p.decode_tps:+8.2f} {-p.loss_nats:+10.5f}  {_objective_text(p)}"
+            for p in self.resources
+        ]
+        if not self.resources:
+            rows.append("  no plan was found in time")
+        rows.append(
+            f"  The objective is {_OBJECTIVES[self.objective]}. Both plans are proven to a gap, so "
+            "what is gained has an interval; from 0 on, it may be nothing."
+        )
+        return "\n".join(rows)
+
+    def _table(self) -> Table:
+        found = self.resources
+        return Table(
+            f"{self.model} on {self.machine}: what a little more would buy",
+            {
+                "resource": [p.resource for p in found],
+                "decode_tps": [p.decode_tps for p in found],
+                "loss_nats": [-p.loss_nats for p in found],
+                "objective_nats": [-p.objective_nats for p in found],
+                "objective_low_nats": [-p.high_nats for p in found],
+                "objective_high_nats": [-p.low_nats for p in found],
+            },
+        )
+
+    def to_frame(self) -> Any:
+        """The changes as a pandas data frame (or polars where only that is installed).
+
+        Raises:
+            MissingPackageError: Neither is installed.
+        """
+        return self._table().to_frame()
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+
+def _objective_text(price: Price) -> str:
+    """What happens to the objective: less is better."""
+    expected, low, high = (
+        f"{-n:+.2g}" if n else "0" for n in (price.objective_nats, price.high_nats, price.low_nats)
+    )
+    return f"{expected} ({low} to {high})"
+
+
 def prices(
     plan: Plan,
     inventory: Inventory,
@@ -54,7 +136,8 @@ def prices(
     evidence: Evidence | None = None,
     gap: float = 1e-3,
     time_limit_s: float = 30.0,
-) -> tuple[Price, ...]:
+    progress: Callable[[int, int], None] | None = None,
+) -> Prices:
     """Says what one more GiB of VRAM or RAM, or 10 % more RAM bandwidth, would buy.
 
     Args:
@@ -64,6 +147,7 @@ def prices(
         evidence: What it was made with.
         gap: Relative gap at which each search may stop.
         time_limit_s: Time for all searches together, in seconds.
+        progress: Is told before each resource how many are done, and how many there are.
 
     Raises:
         InputError: The plan is for another model.
@@ -78,31 +162,50 @@ def prices(
     def problem_on(machine: Machine) -> Problem:
         return build_problem(inventory, machine, plan.workload, rules, goal, evidence=evidence)
 
-    machine = plan.machine
+    here = problem_on(plan.machine)
+    base = solve(here, Limits(gap, deadline, gap / 2))
+    found = []
+    if base is not None:
+        duals = _duals(here, base)
+        changed = _with_more(plan.machine)
+        for n, (resource, better) in enumerate(changed.items()):
+            if progress is not None:
+                progress(n, len(changed))
+            new = solve(problem_on(better), Limits(gap, deadline, gap / 2), [base.layer_devices])
+            if new is not None:
+                found.append(_price(resource, base, new, duals.get(resource)))
+    return Prices(
+        model=plan.model,
+        machine=plan.machine.describe(),
+        objective=_objective(here),
+        decode_tps=plan.predicted.decode_tps,
+        loss_nats=plan.predicted.loss_nats,
+        resources=tuple(found),
+    )
+
+
+def _with_more(machine: Machine) -> dict[str, Machine]:
+    """The machine with more of each resource that it has."""
     gpus = tuple(
         gpu.model_copy(update={"capacity_bytes": gpu.capacity_bytes + _GIB}) for gpu in machine.gpus
     )
     more_ram = {"capacity_bytes": machine.ram.capacity_bytes + _GIB}
     faster = {"bandwidth_bytes_per_s": machine.ram.bandwidth_bytes_per_s * _MORE_BANDWIDTH}
     changed = {
-        "1 GiB of VRAM": machine.model_copy(update={"gpus": gpus}),
         "1 GiB of RAM": machine.model_copy(update={"ram": machine.ram.model_copy(update=more_ram)}),
         "10 % of RAM bandwidth": machine.model_copy(
             update={"ram": machine.ram.model_copy(update=faster)}
         ),
     }
     if not machine.gpus:
-        del changed["1 GiB of VRAM"]
-    base = solve(problem_on(machine), Limits(gap, deadline, gap / 2))
-    if base is None:
-        return ()
-    duals = _duals(problem_on(machine), base)
-    found = []
-    for resource, better in changed.items():
-        new = solve(problem_on(better), Limits(gap, deadline, gap / 2), [base.layer_devices])
-        if new is not None:
-            found.append(_price(resource, base, new, duals.get(resource)))
-    return tuple(found)
+        return changed
+    return {"1 GiB of VRAM": machine.model_copy(update={"gpus": gpus}), **changed}
+
+
+def _objective(problem: Problem) -> Literal["loss", "loss and time", "time"]:
+    if not problem.loss_weight:
+        return "time"
+    return "loss and time" if problem.decode_price_nats_per_s else "loss"
 
 
 def _price(resource: str, base: Solution, new: Solution, dual: float | None) -> Price:

@@ -3,6 +3,8 @@
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from quantplan.costs.quality import Explanation
 from quantplan.difference import RecipeDifference
 from quantplan.errors import InputError
@@ -11,22 +13,35 @@ from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.plan import Plan
 from quantplan.predict import MemoryPrediction
+from quantplan.prices import Prices
+from quantplan.printed import DryRun, ListedModel, MeasuredLosses, WrittenFile
+from quantplan.quantize.weights import WeightErrors
 from quantplan.recipe import Recipe
-from quantplan.schema import Frozen
+from quantplan.runtime.doctor import Diagnosis
+from quantplan.verification import Verification
 
-SCHEMAS = MappingProxyType[str, type[Frozen]](
+SCHEMAS = MappingProxyType[str, Any](
     {
         "plan": Plan,
         "recipe": Recipe,
         "prediction": MemoryPrediction,
         "frontier": Frontier,
+        "prices": Prices,
         "machine": Machine,
         "inventory": Inventory,
         "difference": RecipeDifference,
         "explanation": Explanation,
+        "weight-errors": WeightErrors,
+        "measured-losses": MeasuredLosses,
+        "written-file": WrittenFile,
+        "diagnosis": Diagnosis,
+        "verification": Verification,
+        "dry-run": DryRun,
+        "model": ListedModel,
+        "models": tuple[ListedModel, ...],
     }
 )
-"""Values by the name of their schema."""
+"""Types of values by the name of their schema."""
 
 
 def json_schema(name: str) -> dict[str, Any]:
@@ -40,5 +55,5 @@ def json_schema(name: str) -> dict[str, Any]:
     """
     if name not in SCHEMAS:
         raise InputError(f"there is no schema {name!r}; known are {', '.join(SCHEMAS)}")
-    schema = SCHEMAS[name].model_json_schema(mode="serialization")
+    schema = TypeAdapter(SCHEMAS[name]).json_schema(mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-from quantplan.cli import app
+from quantplan.cli import WITHOUT_JSON, app
+from quantplan.cli.exits import MEANINGS
 from quantplan.schemas import SCHEMAS, json_schema
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
@@ -52,11 +53,31 @@ def command_line_page() -> str:
     """
     parts = [
         "# The command line",
-        "Made by `python -m scripts.build_reference`. What a command prints with `--json` is "
-        "described by the JSON Schemas in this folder; `quantplan schema NAME` prints one.",
+        "Made by `python -m scripts.build_reference`.",
+        *_conventions(),
         *_commands(app, "quantplan"),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _conventions() -> Iterator[str]:
+    """What holds for all commands."""
+    yield "## Exit codes"
+    yield "\n".join(f"- {code}: {meaning}" for code, meaning in MEANINGS.items())
+    yield "`quantplan run` ends with the exit code of llama-server where it started that."
+    yield "## What is printed where"
+    yield (
+        "Answers go to standard output; progress, remarks and errors go to standard error. With "
+        "`--json`, standard output has one JSON document and nothing else. Its schema is the one "
+        "that the option names: it is in this folder, and `quantplan schema NAME` prints it. "
+        "These commands have no `--json`:"
+    )
+    yield "\n".join(f"- `quantplan {name}`: {reason}." for name, reason in WITHOUT_JSON.items())
+    yield (
+        "Progress is shown on a terminal only. Colour is for terminals too; `NO_COLOR` and "
+        "`TERM=dumb` switch it off. Text is folded at the width of the terminal, and at 80 "
+        "columns at most."
+    )
 
 
 def _commands(group: typer.Typer, prefix: str) -> Iterator[str]:

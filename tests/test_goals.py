@@ -360,7 +360,7 @@ def test_prices_are_what_planning_again_gives(glm: Inventory) -> None:
     """The price of a GiB of VRAM is the difference to the plan with it; duals agree."""
     machine = Machine.parse(GLM)
     made = plan(glm, machine, WORK, min_decode_tps=12.0)
-    found = {price.resource: price for price in prices(made, glm)}
+    found = {price.resource: price for price in prices(made, glm).resources}
     assert set(found) == {"1 GiB of VRAM", "1 GiB of RAM", "10 % of RAM bandwidth"}
     gpu = machine.gpus[0]
     more = gpu.model_copy(update={"capacity_bytes": gpu.capacity_bytes + 2**30})

@@ -270,11 +270,11 @@ def test_the_interval_of_the_loss_holds_the_prediction(
     made, _ = plans
     inventory = qp.read_inventory(MODEL)
     types = {a.tensor: a.qtype for a in made.assignments}
-    known = loss_interval(LossTable(inventory), types)
+    known = loss_interval(LossTable(inventory), inventory, types)
     assert known.expected == pytest.approx(made.predicted.loss_nats, rel=1e-9)
     assert 0 < known.low < known.expected < known.high
     kept = {t.name: t.qtype for t in inventory.tensors}
-    assert loss_interval(LossTable(inventory), kept).high == 0
+    assert loss_interval(LossTable(inventory), inventory, kept).high == 0
 
 
 def test_a_plan_is_read_back_and_a_recipe_is_told_apart(

@@ -3,17 +3,23 @@
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import jsonschema
 import pytest
 
 import quantplan as qp
+from quantplan.inventory.catalog import add_to_catalog, remove_from_catalog
 from quantplan.schemas import SCHEMAS, json_schema
 from scripts.build_reference import FOLDER, reference
+from tests.support.models import toy_moe
 
 MODEL, MACHINE = "Qwen3-4B-Instruct-2507", "2x 4GiB + 16GiB@60GB/s"
 _COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:[39][0-7]|4[0-8]|38)(?:;\d+)*m")
@@ -59,29 +65,6 @@ def test_every_option_of_every_command_is_on_its_help_page() -> None:
         assert missing == set(), command
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("plan", ["plan", MODEL, "--machine", MACHINE]),
-        ("prediction", ["predict", MODEL, "--machine", MACHINE, "--recipe", "RECIPE"]),
-        ("recipe", ["show", "RECIPE"]),
-        ("inventory", ["show", MODEL]),
-        ("difference", ["diff", "RECIPE", "RECIPE"]),
-        ("explanation", ["explain", MODEL, "blk.1.ffn_down.weight"]),
-        ("frontier", ["frontier", MODEL, "--machine", MACHINE, "--points", "2"]),
-    ],
-)
-def test_json_follows_its_schema(name: str, arguments: Sequence[str], recipe: Path) -> None:
-    """What --json prints is valid under the schema in the documentation, and says its fields."""
-    words = [str(recipe) if word == "RECIPE" else word for word in arguments]
-    printed = json.loads(run(*words, "--json"))
-    schema = json.loads((FOLDER / f"{name}.schema.json").read_text(encoding="utf-8"))
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(printed, schema)
-    assert schema["additionalProperties"] is False
-    assert printed.keys() == schema["properties"].keys()
-
-
 def test_the_profile_of_a_machine_follows_its_schema() -> None:
     """Profiles can be written by other programs."""
     profile = json.loads(qp.Machine.parse(MACHINE).model_dump_json())
@@ -98,46 +81,114 @@ def test_the_schema_command_prints_what_is_documented() -> None:
         json_schema("recipes")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["plan", MODEL, "--machine", MACHINE],
-        ["frontier", MODEL, "--machine", MACHINE, "--points", "2"],
-        ["predict", MODEL, "--machine", MACHINE, "--recipe", "RECIPE"],
-        ["show", "RECIPE"],
-        ["show", "GLM-4.5-Air"],
-        ["diff", "RECIPE", "RECIPE"],
-        ["explain", MODEL, "blk.1.ffn_down.weight"],
-    ],
-    ids=lambda arguments: " ".join(arguments[:2]),
-)
-def test_text_fits_80_columns(arguments: Sequence[str], recipe: Path) -> None:
-    """Nothing is wider than a terminal, except commands and flags to paste."""
-    words = [str(recipe) if word == "RECIPE" else word for word in arguments]
-    lines = run(*words).splitlines()
-    pasted = ("llama-server ", "  flags: ", "  flags -")
-    assert [line for line in lines if len(line) > 80 and not line.startswith(pasted)] == []
+NARROW = {
+    "plan": ["plan", "LONG", "--machine", "MANY", "--ctx", "1024"],
+    "frontier": ["frontier", "LONG", "--machine", "MANY", "--points", "2", "--ctx", "1024"],
+    "prices": ["prices", "LONG", "--machine", "MANY", "--ctx", "1024"],
+    "predict": ["predict", "LONG", "--machine", "MANY", "--", "-ngl", "99", "-c", "1024"],
+    "show recipe": ["show", "RECIPE"],
+    "show model": ["show", "LONG"],
+    "diff": ["diff", "RECIPE", "RECIPE"],
+    "explain": ["explain", "LONG", "blk.0.ffn_down_exps.weight"],
+    "machine": ["machine"],
+    "models": ["models"],
+    "doctor": ["doctor"],
+}
+LONG = "A-Mixture-of-Experts-with-a-Name-this-Long"
+MANY = "8x RTX PRO 6000 Blackwell + 1TiB@400GB/s"
+# People copy these as they are.
+_PASTED = ("llama-server ", "  flags: ", "  flags -")
+
+
+@pytest.fixture(scope="module")
+def long_name(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A small model of the user's own catalog whose name is long."""
+    source = toy_moe(tmp_path_factory.mktemp("long") / "toy.gguf")
+    add_to_catalog(qp.read_inventory(source), LONG)
+    yield LONG
+    remove_from_catalog(LONG)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+@pytest.mark.parametrize("columns", [80, 60])
+@pytest.mark.parametrize("name", NARROW)
+def test_text_fits_the_terminal(name: str, columns: int, recipe: Path, long_name: str) -> None:
+    """Whatever the names and however many GPUs, only commands and single words are wider."""
+    words = {"RECIPE": str(recipe), "LONG": long_name, "MANY": MANY}
+    shown = on_terminal([words.get(word, word) for word in NARROW[name]], columns)
+    lines = [line for line in shown.splitlines() if not line.startswith(_PASTED)]
+    assert lines
+    assert [line for line in lines if len(line) > columns and " " in line.strip()] == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 def test_colour_is_for_terminals_that_want_it() -> None:
-    """Help is coloured on a terminal, not in a pipe, and not with NO_COLOR."""
-    assert not _COLOUR.search(run("plan", "--help"))
-    assert _COLOUR.search(_on_terminal({"TERM": "xterm-256color"}))
-    assert not _COLOUR.search(_on_terminal({"TERM": "xterm-256color", "NO_COLOR": "1"}))
+    """Help is coloured on a terminal, not in a pipe, not with NO_COLOR, not on a dumb one."""
+    asked = ["plan", "--help"]
+    assert not _COLOUR.search(run(*asked))
+    assert _COLOUR.search(on_terminal(asked))
+    assert not _COLOUR.search(on_terminal(asked, NO_COLOR="1"))
+    assert not _COLOUR.search(on_terminal(asked, TERM="dumb"))
 
 
-def _on_terminal(environment: dict[str, str]) -> str:
-    import pty  # noqa: PLC0415 (not on Windows)
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_progress_is_for_terminals_that_can_move_their_cursor() -> None:
+    """While a plan is made a terminal says so; pipes, files and dumb terminals stay clean."""
+    asked = ["plan", MODEL, "--machine", MACHINE, "--json"]
+    shown = on_terminal(asked, stream="stderr")
+    assert "planning" in shown
+    assert _COLOUR.search(shown)
+    plain = on_terminal(asked, stream="stderr", NO_COLOR="1")
+    assert "planning" in plain
+    assert not _COLOUR.search(plain)
+    assert on_terminal(asked, stream="stderr", TERM="dumb") == ""
+    done = start(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    printed, said = done.communicate()
+    assert said == b""
+    assert json.loads(printed)["model"] == MODEL
+
+
+def test_planning_in_a_thread_swallows_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """What other threads print while the solver runs arrives, whatever that does to its banner."""
+    inventory, machine = qp.read_inventory(MODEL), qp.Machine.parse(MACHINE)
+    qp.plan(inventory, machine, baselines=False)  # the banner of the first run
+    planning = threading.Thread(target=lambda: qp.plan(inventory, machine, baselines=False))
+    planning.start()
+    n_lines = 0
+    while planning.is_alive():
+        print("a line", flush=True)
+        n_lines += 1
+        time.sleep(0.001)
+    assert capfd.readouterr().out.splitlines() == ["a line"] * n_lines
+
+
+def start(
+    arguments: Sequence[str], environment: Mapping[str, str] | None = None, **streams: Any
+) -> subprocess.Popen[bytes]:
+    """A command that has begun."""
+    command = [sys.executable, "-m", "quantplan.cli", *arguments]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, **streams)
+
+
+def on_terminal(
+    arguments: Sequence[str],
+    columns: int = 80,
+    stream: Literal["stdout", "stderr"] = "stdout",
+    **environment: str,
+) -> str:
+    """What a command writes to a terminal that is one of its two streams."""
+    import fcntl  # noqa: PLC0415 (not on Windows)
+    import pty  # noqa: PLC0415
+    import termios  # noqa: PLC0415
 
     ours, theirs = pty.openpty()
-    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "CI")}
-    with subprocess.Popen(
-        [sys.executable, "-m", "quantplan.cli", "plan", "--help"],
-        stdout=theirs, stderr=theirs, stdin=theirs, env={**kept, **environment},
-    ):  # fmt: skip
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    unwanted = {"NO_COLOR", "FORCE_COLOR", "CI", "COLUMNS", "TERM"}
+    kept = {k: v for k, v in os.environ.items() if k not in unwanted}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: theirs}
+    parts = []
+    with start(arguments, {**kept, "TERM": "xterm-256color", **environment}, **streams):
         os.close(theirs)
-        parts = []
         try:
             while part := os.read(ours, 65536):
                 parts.append(part)

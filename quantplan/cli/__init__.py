@@ -1,8 +1,11 @@
 """The command line: parses, calls the API, prints."""
 
+import os
 import signal
 import sys
-from typing import Annotated
+from io import TextIOWrapper
+from types import MappingProxyType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -16,6 +19,7 @@ from quantplan.cli import (
     reporting,
     running,
 )
+from quantplan.cli.exits import FAILED, INTERNAL, SIGNALLED, UNUSABLE
 from quantplan.errors import InputError, QuantplanError
 from quantplan.version import __version__
 
@@ -29,6 +33,18 @@ app = typer.Typer(
 )
 
 _SHOWN_FAULTS = 10
+_TRACEBACK = "QUANTPLAN_TRACEBACK"
+
+WITHOUT_JSON = MappingProxyType(
+    {
+        "export": "what it prints is in another program's format already",
+        "report": "it writes a page for people; PLAN, which it takes, is the plan as JSON",
+        "ui": "it serves a page for people until it is interrupted",
+        "schema": "what it prints is JSON",
+        "catalog remove": "it prints the name that it was given, and its exit code says the rest",
+    }
+)
+"""Commands without ``--json``, each with the reason."""
 
 
 def _print_version(value: bool) -> None:
@@ -53,6 +69,7 @@ def _main(
 for _command in (
     planning.plan,
     planning.frontier,
+    planning.prices,
     planning.predict,
     machines.machine,
     machines.calibrate,
@@ -81,24 +98,37 @@ def _exit_on_signals() -> None:
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, nohup ignores it
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, lambda received, _: sys.exit(128 + received))
+            signal.signal(number, lambda received, _: sys.exit(SIGNALLED + received))
 
 
 def main() -> None:
-    """Runs the command line; quantplan's errors become one message and an exit code.
-
-    Exit codes: 2 for input that cannot be used, 1 where there is no plan or writing failed, 128 and
-    the signal's number where a signal ended it.
-    """
+    """Runs the command line; errors become one message and an exit code (`quantplan.cli.exits`)."""
     _exit_on_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # which may speak less than Unicode
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except InputError as error:
         faults = list(error.faults[:_SHOWN_FAULTS])
         if len(error.faults) > _SHOWN_FAULTS:
             faults.append(f"… and {len(error.faults) - _SHOWN_FAULTS} more")
-        typer.echo("quantplan: " + "\n".join(faults), err=True)
-        sys.exit(2)
+        _end("\n".join(faults), UNUSABLE)
     except QuantplanError as error:
-        typer.echo(f"quantplan: {error}", err=True)
-        sys.exit(1)
+        _end(str(error), FAILED)
+    except OSError as error:  # such as a full disk under what is printed
+        _end(str(error), FAILED)
+    except Exception as error:
+        if os.environ.get(_TRACEBACK):
+            raise
+        _end(
+            f"this is a fault of quantplan, not of what it was given: "
+            f"{type(error).__name__}: {error}\nPlease report it with what the same command says "
+            f"where {_TRACEBACK}=1 is set.",
+            INTERNAL,
+        )
+
+
+def _end(message: str, code: int) -> NoReturn:
+    typer.echo(f"quantplan: {message}", err=True)
+    sys.exit(code)

@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantplan.cli.options import JsonOption, MachineOption, ModelArgument, parse_machine, say
+from quantplan.cli.options import (
+    MachineOption,
+    ModelArgument,
+    check_targets,
+    json_option,
+    parse_machine,
+    read_model,
+    read_text,
+    tell,
+)
+from quantplan.cli.progress import working
 from quantplan.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,18 +30,17 @@ def machine(
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save it as a profile for --machine.")
     ] = None,
-    json_output: JsonOption = False,
+    json_output: Annotated[bool, json_option("machine")] = False,
 ) -> None:
     """Describe this machine: GPUs, CPU, RAM and how fast it is read."""
     from quantplan.detect import detect  # noqa: PLC0415
 
-    found = detect(measure=measure)
+    check_targets(save)
+    with working("looking at this machine"):
+        found = detect(measure=measure)
     if save is not None:
         found.save(save)
-    if json_output:
-        typer.echo(found.model_dump_json(indent=1))
-    else:
-        say(found.summary())
+    tell(found, found.summary(), json_output)
 
 
 def calibrate(
@@ -54,27 +63,21 @@ def calibrate(
         list[str] | None,
         typer.Argument(metavar="-- FLAGS", help="Flags that it ran or is to run with, after --."),
     ] = None,
+    json_output: Annotated[bool, json_option("machine")] = False,
 ) -> None:
     """Narrow a machine's speed factors by what is measured on it."""
-    import quantplan as qp  # noqa: PLC0415
     from quantplan.calibrate import calibrate_machine  # noqa: PLC0415
 
     if bench is not None and llama_cpp is not None:
         raise InputError("give --bench or --llama-cpp, not both: one reads what the other measures")
-    described, inventory = parse_machine(machine, None), qp.read_inventory(model)
+    check_targets(save)
+    described, inventory = parse_machine(machine, None), read_model(model)
     if bench is not None:
-        found = calibrate_machine(described, inventory, _read(bench), flags or ())
+        found = calibrate_machine(described, inventory, read_text(bench), flags or ())
     else:
         found = _run(described, inventory, llama_cpp, flags or [])
     found.save(save)
-    say(found.summary())
-
-
-def _read(bench: Path) -> str:
-    try:
-        return bench.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{bench} cannot be read: {error}") from error
+    tell(found, found.summary(), json_output)
 
 
 def _run(
@@ -95,7 +98,8 @@ def _run(
             f"{llama_cpp.server} has {listed} here, but the machine has {len(machine.gpus)}: "
             "calibrate on the machine itself, or give what was measured there with --bench"
         )
-    measured = measure_with_any(llama_cpp, path, flags)
+    with working(f"running {path.name}"):
+        measured = measure_with_any(llama_cpp, path, flags)
     typer.echo(measured.summary(), err=True)
     tool = f"{measured.tool}, {llama_cpp}"
     return calibrate_machine(machine, inventory, measured.results, flags, tool=tool)

@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from quantplan.cli.options import json_option, read_text, say
+from quantplan.cli.progress import working
+
 
 def measure(
     source: Annotated[Path, typer.Argument(help="The F32, F16 or BF16 GGUF (any shard).")],
@@ -45,27 +48,20 @@ def measure(
     llama_cpp: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The llama.cpp in this folder.")
     ] = None,
+    json_output: Annotated[bool, json_option("measured-losses")] = False,
 ) -> None:
     """Measure the KLD of a model at low types on your own text, on a budget."""
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
-    from rich.console import Console  # noqa: PLC0415
-
-    from quantplan.errors import SourceError  # noqa: PLC0415
     from quantplan.inventory.sources import read_inventory  # noqa: PLC0415
     from quantplan.measure import Outcome, Setup, measure_losses, survival  # noqa: PLC0415
     from quantplan.measure_groups import Job  # noqa: PLC0415
+    from quantplan.printed import MeasuredLosses  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
 
-    texts = []
-    for path in text:
-        try:
-            texts.append(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(f"{path} cannot be read: {error}") from error
     setup = Setup(
         source=source,
-        texts=tuple(texts),
+        texts=tuple(read_text(path) for path in text),
         llama_cpp=find_llama_cpp(llama_cpp),
         cache=cache or table.with_name(f"{table.name}.cache"),
         chunks=chunks,
@@ -73,17 +69,17 @@ def measure(
         threads=threads,
     )
     outcomes: list[Outcome] = []
-    console = Console(stderr=True)
-    with console.status("") as status, ThreadPoolExecutor(max(parallel, 1)) as pool:
+    with working("measuring") as shown, ThreadPoolExecutor(max(parallel, 1)) as pool:
 
         def report(job: Job, outcome: Outcome | None) -> None:
             if outcome is None:
-                status.update(f"{len(outcomes)} done, measuring {job}")
+                shown.now(f"{len(outcomes)} done, measuring {job}")
                 return
             outcomes.append(outcome)
-            console.print(
+            typer.echo(
                 f"{job}: KLD {outcome.kld_nats:.5f} ± {outcome.standard_error_nats:.5f} "
-                f"({outcome.duration_s:.0f} s)"
+                f"({outcome.duration_s:.0f} s)",
+                err=True,
             )
 
         found = measure_losses(
@@ -97,8 +93,17 @@ def measure(
             parallel=parallel,
             progress=report,
         )
-    typer.echo(f"{table}: {found.evidence.describe()}")
-    if (share := survival(read_inventory(source), found)) is not None:
-        typer.echo(
-            f"of what the groups show on one half of the text, {share:.0%} is there on the other"
+    share = survival(read_inventory(source), found)
+    if json_output:
+        printed = MeasuredLosses(
+            table=table,
+            curve=found.curve,
+            n_groups=len(found.singles),
+            runs=tuple(outcomes),
+            surviving_share=share,
         )
+        typer.echo(printed.model_dump_json(indent=1))
+        return
+    say(f"{table}: {found.evidence.describe()}")
+    if share is not None:
+        say(f"of what the groups show on one half of the text, {share:.0%} is there on the other")

@@ -1,12 +1,14 @@
 """Options that several commands have, and what they mean."""
 
 import contextlib
+import shutil
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from quantplan.cli.progress import working
 from quantplan.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,9 +16,10 @@ if TYPE_CHECKING:
     from quantplan.hardware import Machine
     from quantplan.inventory import Inventory
     from quantplan.policy import Policy
+    from quantplan.schema import Frozen
 
 _ROBUST_QUANTILE = 0.9
-_WIDTH = 80
+_WIDEST, _NARROWEST = 80, 40
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -45,7 +48,19 @@ MarginOption = Annotated[
         help="Memory to leave free on every GPU, such as 2GiB for a desktop; 10 %, at most 1 GiB.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+PolicyOption = Annotated[
+    str, typer.Option(help="Rules about types and places: quality, compact, free or hq4k.")
+]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX=TYPE,...", help="Types for the tensors whose names match; repeatable."
+    ),
+]
+PinOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX=TYPE", help="One type, ahead of --allow; repeatable."),
+]
 MeasuredOption = Annotated[
     Path | None,
     typer.Option(
@@ -70,6 +85,54 @@ ModelArgument = Annotated[
 ]
 
 
+def json_option(*schemas: str) -> Any:
+    """The option that prints JSON instead of text.
+
+    Args:
+        schemas: Names of the JSON Schemas (`quantplan.schemas`) one of which it then follows.
+    """
+    return typer.Option("--json", help=f"Print it as JSON (schema {' or '.join(schemas)}).")
+
+
+def read_model(source: str) -> "Inventory":
+    """Reads a model's header; one that is not on this machine may take a while."""
+    import quantplan as qp  # noqa: PLC0415
+
+    wanted = "a GGUF file, its URL, hf:OWNER/REPOSITORY/FILE.gguf, or a name of `quantplan models`"
+    if not source:
+        raise InputError(f"the model is an empty text: give {wanted}")
+    if is_recipe(source) and Path(source).is_file():
+        raise InputError(
+            f"{source} is JSON, such as a recipe or a profile, no model: give {wanted}"
+        )
+    if "://" not in source and not source.startswith("hf:"):
+        return qp.read_inventory(source)
+    with working(f"reading the header of {source.rpartition('/')[2]}"):
+        return qp.read_inventory(source)
+
+
+def check_targets(*paths: Path | None) -> None:
+    """Refuses files that cannot be written, before anything is computed for them."""
+    faults = []
+    for path in filter(None, paths):
+        if path.is_dir():
+            faults.append(f"{path} cannot be written: it is a directory; name a file")
+        elif not path.absolute().parent.is_dir():
+            faults.append(f"{path} cannot be written: there is no directory {path.parent}")
+    if faults:
+        raise InputError(faults)
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8: {error}") from error
+
+
 def parse_machine(
     text: str | None, margin: str | None, inventory: "Inventory | None" = None
 ) -> "Machine":
@@ -87,11 +150,18 @@ def parse_machine(
     if text is not None:
         from quantplan.costs.calibration import for_model  # noqa: PLC0415
 
-        given = qp.Machine.parse(text, margin_bytes=margin_bytes)
+        try:
+            given = qp.Machine.parse(text, margin_bytes=margin_bytes)
+        except InputError as error:
+            if not text.endswith(".json"):
+                raise
+            advice = "A profile is what `quantplan machine --save FILE.json` writes."
+            raise InputError((*error.faults, advice)) from error
         return given if inventory is None else for_model(given, inventory.architecture)
     from quantplan.detect import detect  # noqa: PLC0415
 
-    found = detect(margin_bytes=margin_bytes)
+    with working("looking at this machine"):
+        found = detect(margin_bytes=margin_bytes)
     typer.echo(
         f"No --machine, so this one: {found.summary()}\n"
         "To measure it only once: quantplan machine --save FILE.json, then --machine FILE.json\n",
@@ -156,11 +226,26 @@ def read_evidence(
     return replace(found, files=files, upper_sds=upper_sds)
 
 
+def tell(value: "Frozen", text: str, as_json: bool) -> None:
+    """Prints what a command has found.
+
+    Args:
+        value: It.
+        text: It, for people.
+        as_json: Whether it goes to a program.
+    """
+    if as_json:
+        typer.echo(value.model_dump_json(indent=1))
+    else:
+        say(text)
+
+
 def say(text: str) -> None:
-    """Prints text for people: lines wider than a terminal are folded, with an indent.
+    """Prints text for people: lines wider than the terminal, or 80 columns, are folded.
 
     Flags stay in one line, because people copy them.
     """
+    width = max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 0)).columns))
     for line in text.split("\n"):
         if line.lstrip().startswith("flags"):
             typer.echo(line)
@@ -168,7 +253,7 @@ def say(text: str) -> None:
         indent = " " * (len(line) - len(line.lstrip()))
         folded = textwrap.wrap(
             line,
-            _WIDTH,
+            width,
             initial_indent=indent,
             subsequent_indent=indent + "    ",
             break_long_words=False,

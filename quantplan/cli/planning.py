@@ -1,27 +1,34 @@
 """Commands that plan, predict and explain."""
 
+import difflib
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast, get_args
 
 import typer
 
 from quantplan.cli.options import (
+    AllowOption,
     EngineName,
-    JsonOption,
     LlamaBuildOption,
     MachineOption,
     MarginOption,
     MeasuredOption,
     ModelArgument,
+    PinOption,
+    PolicyOption,
     RobustOption,
     WeightsOption,
+    check_targets,
     is_recipe,
+    json_option,
     parse_machine,
     parse_policy,
     read_evidence,
-    say,
+    read_model,
+    tell,
 )
+from quantplan.cli.progress import working
 from quantplan.errors import InputError
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD, KVType
 
@@ -60,19 +67,9 @@ def plan(
     no_worse_than: Annotated[
         str | None, typer.Option(metavar="MIX", help="The same, as large as that of 'Q4_K_M'.")
     ] = None,
-    policy: Annotated[
-        str, typer.Option(help="Rules about types and places: quality, compact, free or hq4k.")
-    ] = "quality",
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="REGEX=TYPE,...", help="Types for the tensors whose names match; repeatable."
-        ),
-    ] = None,
-    pin: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REGEX=TYPE", help="One type, ahead of --allow; repeatable."),
-    ] = None,
+    policy: PolicyOption = "quality",
+    allow: AllowOption = None,
+    pin: PinOption = None,
     measured: MeasuredOption = None,
     weights: WeightsOption = None,
     robust: RobustOption = False,
@@ -89,7 +86,7 @@ def plan(
     gguf_name: Annotated[
         str, typer.Option(metavar="FILE", help="Name of the quantized GGUF in the command shown.")
     ] = "model.gguf",
-    json_output: JsonOption = False,
+    json_output: Annotated[bool, json_option("plan")] = False,
 ) -> None:
     """Choose types and places, and print the flags for llama.cpp."""
     import quantplan as qp  # noqa: PLC0415 (help pages must not wait for the solver)
@@ -97,41 +94,46 @@ def plan(
 
     context = 4096 if ctx == "max" else _tokens("--ctx", ctx, "max")
     physical = 512 if ubatch == "auto" else _tokens("--ubatch", ubatch, "auto")
-    inventory = qp.read_inventory(model)
-    found = qp.plan(
-        inventory,
-        parse_machine(machine, margin, inventory),
-        qp.Workload(
-            context=context,
-            kv_type="f16" if kv == "auto" else kv,
-            slots=slots,
-            batch=max(physical, 2048),
-            ubatch=physical,
-            prompt_tokens=prompt,
-            answer_tokens=answer,
-            llama_cpp_build=llama_build,
-        ),
-        min_decode_tps=min_tps,
-        max_turn_s=max_turn,
-        max_loss_nats=max_loss,
-        no_worse_than=no_worse_than,
-        context="max" if ctx == "max" else None,
-        kv_type="auto" if kv == "auto" else None,
-        ubatch="auto" if ubatch == "auto" else None,
-        n_gpus="auto" if gpus == "auto" else None,
-        policy=parse_policy(policy, pin or [], allow or []),
-        evidence=read_evidence(measured, weights, robust),
-        gap=gap,
-        resamples=_RESAMPLES if robust else 0,
+    kv_type = _kv_type(kv)
+    check_targets(recipe, tensor_types)
+    inventory = read_model(model)
+    described = parse_machine(machine, margin, inventory)
+    rules = parse_policy(policy, pin or [], allow or [])
+    evidence = read_evidence(measured, weights, robust)
+    task = qp.Workload(
+        context=context,
+        kv_type=kv_type or "f16",
+        slots=slots,
+        batch=max(physical, 2048),
+        ubatch=physical,
+        prompt_tokens=prompt,
+        answer_tokens=answer,
+        llama_cpp_build=llama_build,
     )
+    with working("planning"):
+        found = qp.plan(
+            inventory,
+            described,
+            task,
+            min_decode_tps=min_tps,
+            max_turn_s=max_turn,
+            max_loss_nats=max_loss,
+            no_worse_than=no_worse_than,
+            context="max" if ctx == "max" else None,
+            kv_type=None if kv_type else "auto",
+            ubatch="auto" if ubatch == "auto" else None,
+            n_gpus="auto" if gpus == "auto" else None,
+            policy=rules,
+            evidence=evidence,
+            gap=gap,
+            resamples=_RESAMPLES if robust else 0,
+        )
     if recipe is not None:
         found.recipe.save(recipe)
     if tensor_types is not None:
         write_whole(tensor_types, found.recipe.tensor_type_file())
-    if json_output:
-        typer.echo(found.model_dump_json(indent=1))
-    else:
-        say(found.summary())
+    tell(found, found.summary(), json_output)
+    if not json_output:
         typer.echo(f"\n{found.llama_server_command(gguf_name)}")
 
 
@@ -140,7 +142,21 @@ def _tokens(option: str, text: str, word: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise InputError(f"{option} {text}: give a number of tokens, or {word}") from error
+        raise InputError(
+            f"{option} {text}: give a number of tokens, such as 32768, or {word}"
+        ) from error
+
+
+def _kv_type(text: str) -> KVType | None:
+    """A type of the KV cache from the command line; None for one that is to be chosen."""
+    known = get_args(KVType)
+    if text.lower() in known:
+        return cast(KVType, text.lower())
+    if text.lower() == "auto":
+        return None
+    near = difflib.get_close_matches(text.lower(), known, n=2)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}, auto"
+    raise InputError(f"--kv {text}: there is no such type of KV cache; {hint}")
 
 
 def frontier(
@@ -155,29 +171,75 @@ def frontier(
     min_tps: Annotated[
         float | None, typer.Option(help="Least decode speed in tokens/s of all points.")
     ] = None,
-    policy: Annotated[
-        str, typer.Option(help="Rules about types and places: quality, compact, free or hq4k.")
-    ] = "quality",
+    policy: PolicyOption = "quality",
+    allow: AllowOption = None,
+    pin: PinOption = None,
+    measured: MeasuredOption = None,
+    weights: WeightsOption = None,
     margin: MarginOption = None,
-    json_output: JsonOption = False,
+    json_output: Annotated[bool, json_option("frontier")] = False,
 ) -> None:
     """Show what more speed, less size or more context costs in quality."""
     import quantplan as qp  # noqa: PLC0415
 
-    inventory = qp.read_inventory(model)
-    found = qp.frontier(
-        inventory,
-        parse_machine(machine, margin, inventory),
-        qp.Workload(context=ctx, kv_type=kv),
-        over=over,
-        points=points,
-        min_decode_tps=min_tps,
-        policy=policy,
-    )
-    if json_output:
-        typer.echo(found.model_dump_json(indent=1))
-    else:
-        say(found.summary())
+    inventory = read_model(model)
+    described = parse_machine(machine, margin, inventory)
+    rules = parse_policy(policy, pin or [], allow or [])
+    evidence = read_evidence(measured, weights)
+    with working("tracing the frontier") as shown:
+        found = qp.frontier(
+            inventory,
+            described,
+            qp.Workload(context=ctx, kv_type=kv),
+            over=over,
+            points=points,
+            min_decode_tps=min_tps,
+            policy=rules,
+            evidence=evidence,
+            progress=shown.count,
+        )
+    tell(found, found.summary(), json_output)
+
+
+def prices(
+    model: ModelArgument,
+    machine: MachineOption = None,
+    ctx: Annotated[int, typer.Option(help="Tokens of context, all slots together.")] = 4096,
+    kv: Annotated[KVType, typer.Option(help="Type of the KV cache.")] = "f16",
+    min_tps: Annotated[
+        float | None, typer.Option(help="Least decode speed in tokens/s, context full.")
+    ] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Largest loss in nats/token, at the best speed.")
+    ] = None,
+    policy: PolicyOption = "quality",
+    allow: AllowOption = None,
+    pin: PinOption = None,
+    measured: MeasuredOption = None,
+    weights: WeightsOption = None,
+    margin: MarginOption = None,
+    json_output: Annotated[bool, json_option("prices")] = False,
+) -> None:
+    """Say what one more GiB of VRAM or RAM, or a tenth more bandwidth, would buy."""
+    import quantplan as qp  # noqa: PLC0415
+
+    inventory = read_model(model)
+    described = parse_machine(machine, margin, inventory)
+    rules = parse_policy(policy, pin or [], allow or [])
+    evidence = read_evidence(measured, weights)
+    with working("planning with a little more of each") as shown:
+        made = qp.plan(
+            inventory,
+            described,
+            qp.Workload(context=ctx, kv_type=kv),
+            min_decode_tps=min_tps,
+            max_loss_nats=max_loss,
+            policy=rules,
+            evidence=evidence,
+            baselines=False,
+        )
+        found = qp.prices(made, inventory, policy=rules, evidence=evidence, progress=shown.count)
+    tell(found, found.summary(), json_output)
 
 
 def predict(
@@ -208,7 +270,7 @@ def predict(
         typer.Option(metavar="DIR", help="Calibrate with the llama.cpp in this folder."),
     ] = None,
     margin: MarginOption = None,
-    json_output: JsonOption = False,
+    json_output: Annotated[bool, json_option("prediction")] = False,
 ) -> None:
     """Say how much memory a model takes with given flags or a recipe, and whether that fits."""
     import quantplan as qp  # noqa: PLC0415
@@ -219,10 +281,11 @@ def predict(
     calibrate = calibrate or llama_cpp is not None
     if calibrate and (recipe is not None or engine != "llama.cpp"):
         raise InputError("--calibrate asks llama.cpp about flags: give no recipe, no other engine")
-    inventory = qp.read_inventory(model)
+    inventory = read_model(model)
     described = parse_machine(machine, margin, inventory)
     if calibrate:
-        found = predict_calibrated(inventory, flags or [], described, find_llama_cpp(llama_cpp))
+        with working("asking llama.cpp"):
+            found = predict_calibrated(inventory, flags or [], described, find_llama_cpp(llama_cpp))
     else:
         found = qp.predict(
             inventory,
@@ -232,10 +295,7 @@ def predict(
             engine_date=engine_date.date() if engine_date else None,
             llama_cpp_build=llama_build,
         )
-    if json_output:
-        typer.echo(found.model_dump_json(indent=1))
-    else:
-        say(found.summary())
+    tell(found, found.summary(), json_output)
 
 
 def explain(
@@ -244,14 +304,13 @@ def explain(
     qtype: Annotated[str, typer.Option(help="Type to explain the loss of.")] = "Q4_K",
     measured: MeasuredOption = None,
     weights: WeightsOption = None,
-    json_output: JsonOption = False,
+    json_output: Annotated[bool, json_option("explanation")] = False,
 ) -> None:
     """Say which evidence gives the predicted loss of a tensor at a type."""
-    import quantplan as qp  # noqa: PLC0415
     from quantplan.costs.quality import LossTable, type_errors  # noqa: PLC0415
     from quantplan.report import explanation_text  # noqa: PLC0415
 
-    inventory = qp.read_inventory(model)
+    inventory = read_model(model)
     faults = []
     if tensor not in inventory.by_name:
         faults.append(f"{inventory.name} has no tensor {tensor}; quantplan show lists them")
@@ -261,10 +320,7 @@ def explain(
         raise InputError(faults)
     table = LossTable(inventory, read_evidence(measured, weights))
     found = table.explain(inventory.by_name[tensor], qtype.upper())
-    if json_output:
-        typer.echo(found.model_dump_json(indent=1))
-    else:
-        say(explanation_text(found))
+    tell(found, explanation_text(found), json_output)
 
 
 def show(
@@ -279,26 +335,21 @@ def show(
     imatrix: Annotated[
         bool, typer.Option("--imatrix", help="With an importance matrix, which changes some types.")
     ] = False,
-    json_output: JsonOption = False,
+    json_output: Annotated[bool, json_option("recipe", "inventory")] = False,
 ) -> None:
     """Show what is in a recipe or in a model."""
     import quantplan as qp  # noqa: PLC0415
     from quantplan.report import inventory_text, recipe_text  # noqa: PLC0415
 
-    found: qp.Recipe | qp.Inventory
     if is_recipe(source):
         if ftype is not None:
             raise InputError(
                 f"{source} is a recipe, which has its own types; --ftype needs a model"
             )
-        found = qp.Recipe.load(source)
-    else:
-        found = qp.read_inventory(source)
-        if ftype is not None:
-            found = found.with_qtypes(qp.stock_mix(found, ftype, has_imatrix=imatrix))
-    if json_output:
-        typer.echo(found.model_dump_json(indent=1))
-    elif isinstance(found, qp.Recipe):
-        say(recipe_text(found))
-    else:
-        say(inventory_text(found))
+        recipe = qp.Recipe.load(source)
+        tell(recipe, recipe_text(recipe), json_output)
+        return
+    inventory = read_model(source)
+    if ftype is not None:
+        inventory = inventory.with_qtypes(qp.stock_mix(inventory, ftype, has_imatrix=imatrix))
+    tell(inventory, inventory_text(inventory), json_output)

@@ -1,12 +1,12 @@
 """Commands that read and write weights."""
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from quantplan.cli.options import parse_size, say
+from quantplan.cli.options import check_targets, json_option, parse_size, tell
+from quantplan.cli.progress import working, writing
 
 if TYPE_CHECKING:
     from quantplan.quantize import Backend, LlamaQuantize
@@ -24,20 +24,25 @@ def measure_weights(
         Path | None, typer.Option(metavar="FILE", help="Importance matrix, GGUF or .dat.")
     ] = None,
     rows: Annotated[int, typer.Option(help="Rows to sample from each tensor.")] = 64,
+    json_output: Annotated[bool, json_option("weight-errors")] = False,
 ) -> None:
     """Measure the error that each type makes on a model's real weights."""
     from quantplan.quantize.imatrix import read_imatrix  # noqa: PLC0415
     from quantplan.quantize.weights import measure_weights as measure  # noqa: PLC0415
     from quantplan.recipe import write_whole  # noqa: PLC0415
 
-    found = measure(
-        source,
-        [name.strip() for name in types.split(",")],
-        imatrix=None if imatrix is None else read_imatrix(imatrix),
-        rows_per_tensor=rows,
-    )
+    check_targets(output)
+    importance = None if imatrix is None else read_imatrix(imatrix)
+    with working("quantizing a sample of each tensor") as shown:
+        found = measure(
+            source,
+            [name.strip() for name in types.split(",")],
+            imatrix=importance,
+            rows_per_tensor=rows,
+            progress=shown.count,
+        )
     write_whole(output, found.model_dump_json(indent=1))
-    typer.echo(f"{output}: errors of {len(found.errors)} tensors")
+    tell(found, f"{output}: errors of {len(found.errors)} tensors", json_output)
 
 
 def quantize(
@@ -75,36 +80,14 @@ def quantize(
             "(llama.cpp's or ik_llama.cpp's, in LLAMA_CPP_DIR or on PATH).",
         ),
     ] = "ggml",
+    json_output: Annotated[bool, json_option("written-file")] = False,
 ) -> None:
     """Write a GGUF with the types of a recipe, and check it."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import (  # noqa: PLC0415
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
     import quantplan as qp  # noqa: PLC0415
-    from quantplan.quantize import Progress as Step  # noqa: PLC0415
+    from quantplan.printed import WrittenFile  # noqa: PLC0415
 
-    bar = Progress(
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    task = bar.add_task("quantize", total=None)
-    with contextlib.ExitStack() as shown:
-
-        def report(step: Step) -> None:
-            if not bar.live.is_started:
-                shown.enter_context(bar)
-            bar.update(task, completed=step.done_bytes, total=step.total_bytes)
-
-        try:
+    try:
+        with writing() as report:
             result = qp.quantize(
                 qp.Recipe.load(recipe),
                 source,
@@ -118,14 +101,14 @@ def quantize(
                 threads=threads,
                 progress=report,
             )
-        except KeyboardInterrupt:
-            shown.close()
-            if backend != "llama-quantize":
-                typer.echo("Interrupted. The same command with --resume goes on.", err=True)
-            raise
-    typer.echo(f"{result.path}: {result.n_bytes} bytes in {result.duration_s:.1f} s, checked")
+    except KeyboardInterrupt:
+        if backend != "llama-quantize":
+            typer.echo("Interrupted. The same command with --resume goes on.", err=True)
+        raise
+    text = f"{result.path}: {result.n_bytes} bytes in {result.duration_s:.1f} s, checked"
     if result.verification is not None:
-        say(result.verification.summary())
+        text += "\n" + result.verification.summary()
+    tell(WrittenFile.of(result), text, json_output)
 
 
 def _backend(name: BackendName) -> "Backend | LlamaQuantize | None":

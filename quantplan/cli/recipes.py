@@ -5,22 +5,27 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli.options import EngineName, JsonOption, ModelArgument, say, unchecked
+from quantplan.cli.options import (
+    EngineName,
+    ModelArgument,
+    check_targets,
+    json_option,
+    read_model,
+    tell,
+    unchecked,
+)
 
 
 def diff(
     first: Annotated[Path, typer.Argument(help="A recipe.")],
     second: Annotated[Path, typer.Argument(help="Another one.")],
-    json_output: JsonOption = False,
+    json_output: Annotated[bool, json_option("difference")] = False,
 ) -> None:
     """Show what differs between two recipes: types, places, bytes, predictions."""
     import quantplan as qp  # noqa: PLC0415
 
     found = qp.diff_recipes(qp.Recipe.load(first), qp.Recipe.load(second))
-    if json_output:
-        typer.echo(found.model_dump_json(indent=1))
-    else:
-        say(found.summary())
+    tell(found, found.summary(), json_output)
 
 
 def export(
@@ -66,6 +71,7 @@ def import_(
         str | None,
         typer.Option(metavar="TEXT", help="Whose devices imported flags put tensors on."),
     ] = None,
+    json_output: Annotated[bool, json_option("recipe")] = False,
 ) -> None:
     """Make a recipe from a quantized GGUF, or from rules or commands of other programs.
 
@@ -75,12 +81,13 @@ def import_(
     import quantplan as qp  # noqa: PLC0415
     from quantplan.report import recipe_text  # noqa: PLC0415
 
+    check_targets(recipe)
     found = qp.import_recipe(
-        qp.read_inventory(model),
+        read_model(model),
         source,
         source_format=unchecked(source_format),
         engine="llama.cpp" if engine == "llama.cpp" else "ik_llama.cpp",
         machine=None if machine is None else qp.Machine.parse(machine),
     )
     found.save(recipe)
-    say(recipe_text(found))
+    tell(found, recipe_text(found), json_output)

@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli.options import MeasuredOption, WeightsOption, parse_policy, read_evidence
+from quantplan.cli.options import (
+    MeasuredOption,
+    WeightsOption,
+    check_targets,
+    parse_policy,
+    read_evidence,
+    read_model,
+    say,
+)
+from quantplan.cli.progress import working
 from quantplan.errors import InputError
 
 
@@ -40,18 +49,18 @@ def report(
     It has the command, the memory, the frontier with a slider, all tensors, the plain answers and
     what the numbers rest on.
     """
-    from quantplan.inventory.sources import read_inventory  # noqa: PLC0415
     from quantplan.page.content import page_content  # noqa: PLC0415
     from quantplan.page.document import report_html  # noqa: PLC0415
     from quantplan.page.others import other_plans, read_plan, why_not  # noqa: PLC0415
     from quantplan.recipe import write_whole  # noqa: PLC0415
 
+    check_targets(output)
     made = read_plan(plan)
     preset = policy or (made.provenance.policy or "").split(",")[0]
     rules, evidence = parse_policy(preset, pin or [], allow or []), read_evidence(measured, weights)
     inventory, reason = None, "the frontier was not asked for (--points 0)" if points == 0 else ""
     try:
-        inventory = read_inventory(model or made.provenance.source.removeprefix("catalog:"))
+        inventory = read_model(model or made.provenance.source.removeprefix("catalog:"))
     except InputError as error:
         reason = f"the model cannot be read, give it with --model: {error}"
     if inventory is not None:
@@ -59,7 +68,15 @@ def report(
         inventory, reason = (None, mismatch) if mismatch else (inventory, reason)
     others = []
     if inventory is not None and points > 0:
-        others = other_plans(made, inventory, policy=rules, evidence=evidence, points=points)
+        with working("tracing the frontier") as shown:
+            others = other_plans(
+                made,
+                inventory,
+                policy=rules,
+                evidence=evidence,
+                points=points,
+                progress=shown.count,
+            )
         reason = "" if others else "no other plan is as good at another speed"
     content = page_content(
         made,
@@ -69,7 +86,7 @@ def report(
         without_frontier=f"There is no frontier: {reason}." if reason else None,
     )
     write_whole(output, report_html(content))
-    typer.echo(f"{output}: {made.model}, {len(content.plans)} plans to choose from")
+    say(f"{output}: {made.model}, {len(content.plans)} plans to choose from")
     if reason:
         typer.echo(f"note: no frontier: {reason}", err=True)
 

@@ -1,17 +1,17 @@
 """Commands that run llama.cpp."""
 
 import contextlib
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quantplan.cli.options import JsonOption
+from quantplan.cli.exits import BROKEN, FAILED
+from quantplan.cli.options import check_targets, json_option, read_text, tell
+from quantplan.cli.progress import working, writing
 from quantplan.errors import InputError
-
-BROKEN = 3
-"""Exit code of `verify` where a promise was not kept."""
 
 LlamaCppOption = Annotated[
     Path | None,
@@ -26,17 +26,21 @@ FlagsArgument = Annotated[
 ]
 
 
-def doctor(llama_cpp: LlamaCppOption = None, json_output: JsonOption = False) -> None:
+def doctor(
+    llama_cpp: LlamaCppOption = None,
+    json_output: Annotated[bool, json_option("diagnosis")] = False,
+) -> None:
     """Say which llama.cpp is here, what it can do, and what is missing.
 
     Exit code 1 where no llama-server runs.
     """
     from quantplan.runtime.doctor import diagnose  # noqa: PLC0415
 
-    found = diagnose(llama_cpp)
-    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+    with working("asking every llama.cpp"):
+        found = diagnose(llama_cpp)
+    tell(found, found.summary(), json_output)
     if not found.is_usable:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def verify(
@@ -72,7 +76,7 @@ def verify(
     limit: Annotated[
         float, typer.Option(metavar="SECONDS", help="Time to load, and again to measure speeds.")
     ] = 600.0,
-    json_output: JsonOption = False,
+    json_output: Annotated[bool, json_option("verification")] = False,
 ) -> None:
     """Run a quantized model with its recipe's flags and compare with what was promised.
 
@@ -86,39 +90,35 @@ def verify(
 
     if (kld is None) != (text is None):
         raise InputError("--kld BASE and --text FILE belong together")
+    check_targets(output, learn)
     promise = qp.Recipe.load(recipe)
     here = promise.provenance.machine if machine is None else qp.Machine.parse(machine)
     if learn is not None and learn.exists() and machine is None:
         here = qp.Machine.load(learn)
-    found = qp.verify(
-        promise,
-        gguf,
-        llama_cpp=find_llama_cpp(llama_cpp),
-        machine=here,
-        extra_flags=flags or (),
-        speed=speed,
-        base=kld,
-        text=None if text is None else _read(text),
-        chunks=chunks,
-        cache=output.with_name("quantplan-kld"),
-        limit_s=limit,
-        log=output.with_suffix(".log"),
-    )
+    content = None if text is None else read_text(text)
+    with working(f"running {Path(gguf).name}"):
+        found = qp.verify(
+            promise,
+            gguf,
+            llama_cpp=find_llama_cpp(llama_cpp),
+            machine=here,
+            extra_flags=flags or (),
+            speed=speed,
+            base=kld,
+            text=content,
+            chunks=chunks,
+            cache=output.with_name("quantplan-kld"),
+            limit_s=limit,
+            log=output.with_suffix(".log"),
+        )
     found.save(output)
-    typer.echo(found.model_dump_json(indent=1) if json_output else found.summary())
+    tell(found, found.summary(), json_output)
     if learn is not None and here is not None:
         before = save_profile(learned(here, qp.read_inventory(gguf), found), learn)
         kept = f"; the one of before is {before}" if before else ""
         typer.echo(f"{learn}: the machine as it is known now{kept}", err=True)
     if not found.held:
         raise typer.Exit(BROKEN)
-
-
-def _read(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{text} cannot be read: {error}") from error
 
 
 def run(
@@ -140,12 +140,16 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command instead of running it.")
     ] = False,
+    json_output: Annotated[bool, json_option("dry-run")] = False,
 ) -> None:
     """Serve a model with its recipe's flags; quantize it first where that was not done."""
     import quantplan as qp  # noqa: PLC0415
+    from quantplan.printed import DryRun  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
     from quantplan.serve import prepare, serve  # noqa: PLC0415
 
+    if json_output and not dry_run:
+        raise InputError("--json says what --dry-run would do: give both, or neither")
     promise = qp.Recipe.load(recipe)
     service = prepare(
         promise,
@@ -157,12 +161,15 @@ def run(
         extra_flags=flags or (),
     )
     if dry_run:
-        if not service.is_written:
-            typer.echo(f"quantplan quantize {recipe} {source} {service.gguf}")
-        typer.echo(str(service))
+        printed = DryRun.of(service, recipe, source)
+        if json_output:
+            typer.echo(printed.model_dump_json(indent=1))
+        else:
+            typer.echo("\n".join(map(shlex.join, filter(None, (printed.quantize, printed.serve)))))
         return
     if not service.is_written:
         typer.echo(f"quantizing to {service.gguf}", err=True)
-        qp.quantize(promise, source, service.gguf, imatrix=imatrix)
+        with writing() as report:
+            qp.quantize(promise, source, service.gguf, imatrix=imatrix, progress=report)
     with contextlib.suppress(KeyboardInterrupt):
         sys.exit(serve(service, host, port))

@@ -289,7 +289,7 @@ class LossTable:
 
     @property
     def scale_ln_sd(self) -> float:
-        """Standard deviation of ln of what is common to all tensors: the model's scale."""
+        """Standard deviation of the logarithm of what all losses of the model share."""
         return self._scale_sd
 
     @property

@@ -110,7 +110,8 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise SourceError(f"{path} cannot be read: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise SourceError(f"{path} cannot be read: {why}") from error
     reader = csv.DictReader(io.StringIO(text))
     columns = list(reader.fieldnames or ())
     rows = list(_rows(columns, reader))

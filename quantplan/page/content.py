@@ -8,7 +8,7 @@ from quantplan.costs.quality import LossTable
 from quantplan.costs.speed import SpeedEstimate
 from quantplan.inventory import Inventory
 from quantplan.page.assumptions import Assumption, assumptions
-from quantplan.page.loss import loss_interval
+from quantplan.page.loss import LossInterval, loss_interval
 from quantplan.plan import Plan
 from quantplan.planner.baselines import Baseline
 from quantplan.qtypes import qtype
@@ -61,7 +61,7 @@ class ShownPlan(Frozen):
     context: int
     file_bytes: int
     bpw: float
-    loss_nats: SpeedEstimate | float
+    loss_nats: LossInterval | float
     speed: tuple[ShownDepth, ...]
     devices: tuple[ShownDevice, ...]
     types: tuple[int, ...]
@@ -151,9 +151,9 @@ def page_content(
     shown = []
     for each in plans:
         types = {a.tensor: a.qtype for a in each.assignments}
-        loss: SpeedEstimate | float = each.predicted.loss_nats
+        loss: LossInterval | float = each.predicted.loss_nats
         if inventory is not None and table is not None:
-            loss = loss_interval(table, types)
+            loss = loss_interval(table, inventory, types)
         shown.append(_shown(each, loss, names, places))
     return Content(
         version=__version__,
@@ -188,7 +188,7 @@ def _by_size(name: str) -> tuple[float, str]:
 
 
 def _shown(
-    plan: Plan, loss: SpeedEstimate | float, names: Sequence[str], places: Sequence[str]
+    plan: Plan, loss: LossInterval | float, names: Sequence[str], places: Sequence[str]
 ) -> ShownPlan:
     of_type = {name: i for i, name in enumerate(names)}
     of_place = {name: i for i, name in enumerate(places)}

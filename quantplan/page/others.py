@@ -92,6 +92,7 @@ def other_plans(
     points: int = 12,
     time_limit_s: float = 60.0,
     is_wanted: Callable[[], bool] = lambda: True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Plan]:
     """Plans at other speeds, for the model, machine and workload of one that is there.
 
@@ -103,6 +104,7 @@ def other_plans(
         points: How many points of the frontier to work out; equal ones are left out.
         time_limit_s: Time for each search, in seconds.
         is_wanted: Asked before every point; once it says no, what was found is returned.
+        progress: Is told before every point how many are done, and how many there are.
     """
     if not is_wanted():
         return []
@@ -111,9 +113,12 @@ def other_plans(
         gap=_GAP, time_limit_s=time_limit_s,
     )  # fmt: skip
     known, found = {_numbers(made)}, []
-    for limit in _between(ends.points[0].limit, ends.points[-1].limit, points):
+    limits = _between(ends.points[0].limit, ends.points[-1].limit, points)
+    for n, limit in enumerate(limits):
         if not is_wanted():
             break
+        if progress is not None:
+            progress(n, len(limits))
         try:
             other = plan(
                 inventory, made.machine, made.workload, min_decode_tps=limit, policy=policy,

@@ -4,13 +4,14 @@ PuLP gives a model to HiGHS anew for every run. Here one model is solved many ti
 bounds of a few variables, so PuLP builds the solver's model once, and the bounds are changed there.
 """
 
-import contextlib
 import importlib.metadata
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import highspy
@@ -112,9 +113,8 @@ class LinearProgram:
         Raises:
             SolverError: HiGHS failed.
         """
-        with _quiet_stdout():
-            highs = self._built(solver_options(gap, time_limit_s), is_mixed=True)
-            return self._run(highs, fixed or {}, is_mixed=bool(self.lp.isMIP()))
+        highs = self._built(solver_options(gap, time_limit_s), is_mixed=True)
+        return self._run(highs, fixed or {}, is_mixed=bool(self.lp.isMIP()))
 
     def relax(self, settings: Sequence[Terms] = ({},)) -> list[Answer]:
         """Solves the program without integers, once for each setting of some variables.
@@ -128,11 +128,12 @@ class LinearProgram:
         Raises:
             SolverError: HiGHS failed.
         """
-        with _quiet_stdout():
-            highs = self._built(solver_options(0.0, math.inf), is_mixed=False)
-            return [self._run(highs, fixed, is_mixed=False) for fixed in settings]
+        highs = self._built(solver_options(0.0, math.inf), is_mixed=False)
+        return [self._run(highs, fixed, is_mixed=False) for fixed in settings]
 
     def _built(self, options: Mapping[str, Any], *, is_mixed: bool) -> Any:
+        with _GREETING:
+            _greet()
         solver = pulp.HiGHS(mip=is_mixed, msg=False, **options)
         solver.createAndConfigureSolver(self.lp)
         solver.buildSolverModel(self.lp)
@@ -160,16 +161,23 @@ class LinearProgram:
         raise SolverError(f"HiGHS failed: {status.name}; please report this")
 
 
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """Keeps the banner that HiGHS prints to file descriptor 1 out of ``--json`` output."""
+_GREETING = threading.Lock()
+
+
+@cache
+def _greet() -> None:
+    """Makes a solver, whose first one prints a banner to file descriptor 1, out of sight.
+
+    That would spoil ``--json`` output. Only once, and briefly: while the descriptor leads nowhere,
+    nothing that any thread prints arrives.
+    """
     if sys.stdout is not None:
         sys.stdout.flush()
     saved = os.dup(1)
     try:
         with open(os.devnull, "wb") as null:  # noqa: PTH123 (a descriptor is needed)
             os.dup2(null.fileno(), 1)
-            yield
+            highspy.Highs()
     finally:
         os.dup2(saved, 1)
         os.close(saved)

@@ -1,12 +1,13 @@
 """Measures what each type does to the real weights, on a sample of rows."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from quantplan.costs import load_data
 from quantplan.errors import InputError, QuantizeError, SourceError
@@ -50,8 +51,14 @@ class WeightErrors(Frozen):
         """
         try:
             return cls.model_validate_json(Path(path).read_bytes())
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{path} holds no errors of weights: {error}") from error
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise SourceError(
+                f"{path} holds no errors of weights: {'.'.join(map(str, fault['loc']))}: "
+                f"{fault['msg']}; measure them with quantplan measure-weights"
+            ) from error
 
     def ratios(self) -> dict[tuple[str, str], float]:
         """Errors over those on Gaussian rows, as `quantplan.costs.evidence.Evidence` takes them."""
@@ -70,6 +77,7 @@ def measure_weights(
     *,
     imatrix: Importance | None = None,
     rows_per_tensor: int = 64,
+    progress: Callable[[int, int], None] | None = None,
 ) -> WeightErrors:
     """Quantizes a sample of each tensor's rows to each type, with ggml's own kernels.
 
@@ -84,6 +92,7 @@ def measure_weights(
         types: Wanted types.
         imatrix: Importance of columns by tensor name.
         rows_per_tensor: Rows to sample.
+        progress: Is told after each tensor how many are done, and how many there are.
 
     Raises:
         InputError: A type is unknown, needs an importance matrix that is not given, or the number
@@ -103,7 +112,10 @@ def measure_weights(
     if faults:
         raise InputError(faults)
     errors: dict[str, dict[str, float]] = {}
-    for path, header in read_headers(Path(source)):
+    files = read_headers(Path(source))
+    n_tensors = sum(len(header.tensors) for _, header in files)
+    n_done = 0
+    for path, header in files:
         content = np.memmap(path, dtype=np.uint8, mode="r")
         for entry in header.tensors:
             if is_quantizable(entry.name, entry.shape_ne) and entry.qtype.is_float:
@@ -111,6 +123,9 @@ def measure_weights(
                 weights = (imatrix or {}).get(entry.name)
                 is_weighted = split_layer(entry.name)[0] is not None
                 errors[entry.name] = _errors(rows, which, wanted, weights, is_weighted)
+            n_done += 1
+            if progress is not None:
+                progress(n_done, n_tensors)
     return WeightErrors(
         source=str(source),
         library=f"ggml {ggml().version}",
