@@ -252,7 +252,7 @@ def say(text: str) -> None:
             continue
         indent = " " * (len(line) - len(line.lstrip()))
         folded = textwrap.wrap(
-            line,
+            line.lstrip(),  # the indent would be there twice
             width,
             initial_indent=indent,
             subsequent_indent=indent + "    ",

@@ -44,7 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         raw = path.read_bytes()
-        begin, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        wanted = self.headers["Range"] or f"bytes=0-{len(raw) - 1}"
+        begin, end = map(int, wanted.removeprefix("bytes=").split("-"))
         cls = type(self)
         cls.requests.append((begin, end))
         fault = ""
@@ -58,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send_on(f"{self.path}?moved")
             return
         part = raw[begin : end + 1]
-        if fault == "whole":
+        if fault == "whole" or self.headers["Range"] is None:
             self.send_response(200)
             part = raw
         else:

@@ -126,7 +126,7 @@ def rpc_server(threads: int = 1, folder: Path | None = None) -> Iterator[str]:
     program = folder / "ggml-rpc-server" if folder else _RPC_SERVER
     command = [str(program), "-d", "CPU", "-H", ADDRESS, "-p", str(port), "-t", str(threads)]
     with _running(command) as process:
-        process.wait_until(lambda: _accepts(port), _START_LIMIT_S)
+        process.wait_until(lambda: accepts(port), _START_LIMIT_S)
         yield f"{ADDRESS}:{port}"
 
 
@@ -170,7 +170,7 @@ def _running(command: Sequence[str]) -> Iterator[Process]:
             yield process
 
 
-def _accepts(port: int) -> bool:
+def accepts(port: int) -> bool:
     """Tell whether something listens on `port`."""
     with socket.socket() as probe:
         return probe.connect_ex((ADDRESS, port)) == 0
