@@ -17,11 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
-
-from quantplan.costs.evidence import ByChunk, Evidence, Measurement, can_be_halved
-from quantplan.costs.quality import LossTable, link
-from quantplan.costs.resampling import Half, half_nats, mean_nats, standard_error_nats
+from quantplan.costs.evidence import ByChunk, Evidence, Measurement
+from quantplan.costs.resampling import mean_nats, standard_error_nats
 from quantplan.errors import InputError
 from quantplan.formats.sensitivity_tables import (
     SensitivityTable,
@@ -40,9 +37,6 @@ from quantplan.schema import Frozen
 from quantplan.version import __version__
 
 _EMPTY = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
-# Below this a KLD of half a text is noise.
-_LEAST_KLD_NATS = 1e-6
-_HALVES: tuple[Half, ...] = ("fit", "held out")
 
 
 @dataclass(frozen=True)
@@ -193,64 +187,10 @@ def measure_losses(
     _check(inventory, table, curve, runs, limit_s, resume=resume, parallel=parallel)
     _check_conditions(Conditions.of(setup), table.with_name(f"{table.name}.json"), table)
     campaign = _Campaign(inventory, table, curve)
-    started = time.monotonic()
-    pending: dict[Future[Outcome], Job] = {}
-    n_begun, width = 0, 1  # the first run leaves the base's log probabilities for the others
     pool = executor or _Inline()
-    try:
-        while True:
-            while len(pending) < width and (runs is None or n_begun < runs):
-                job = campaign.next(pending.values())
-                is_late = limit_s is not None and time.monotonic() - started >= limit_s
-                if job is None or is_late:
-                    break
-                if progress is not None:
-                    progress(job, None)
-                pending[pool.submit(run_job, setup, job)] = job
-                n_begun += 1
-            if not pending:
-                return read_sensitivity_table(table) if table.exists() else _EMPTY
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                outcome = future.result()
-                campaign.add(outcome)
-                del pending[future]
-                width = parallel
-                if progress is not None:
-                    progress(outcome.job, outcome)
-    finally:
-        for future in pending:
-            future.cancel()
-
-
-def survival(inventory: Inventory, table: SensitivityTable) -> float | None:
-    """How much of what groups show on half of the chunks is there on the other half.
-
-    What a plan gains by measurements is where they differ from the prior. The share of that which
-    is not fitted to the text is the slope of the differences (in ln loss, their mean removed) on
-    the held-out chunks over those on the others, and the other way round.
-
-    Args:
-        inventory: The model.
-        table: What was measured of it, chunk by chunk.
-
-    Returns:
-        The share; 1 where both halves say the same. None with fewer than 3 groups.
-    """
-    prior = LossTable(inventory, Evidence(curve=table.curve) if table.curve else None)
-    rows = [
-        [
-            math.log(link().loss(max(half_nats(one.by_chunk, half), _LEAST_KLD_NATS)))
-            - math.log(sum(prior.loss_nats(inventory.by_name[n], one.qtype) for n in one.tensors))
-            for half in _HALVES
-        ]
-        for one in table.singles
-        if can_be_halved(one.by_chunk)
-    ]
-    if len(rows) < 3:
-        return None
-    differences = np.array(rows) - np.mean(rows, axis=0)
-    product = float((differences[:, 0] * differences[:, 1]).sum())
-    return 2 * product / float((differences**2).sum())
+    budget = _Budget(runs, math.inf if limit_s is None else time.monotonic() + limit_s)
+    _run(campaign, budget, lambda job: pool.submit(run_job, setup, job), parallel, progress)
+    return read_sensitivity_table(table) if table.exists() else _EMPTY
 
 
 def run_job(setup: Setup, job: Job) -> Outcome:
@@ -342,6 +282,52 @@ class _Campaign:
             self._curve[job.qtype] = outcome.kld_nats
         else:
             self._singles.append(found)
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """At most so many runs, and none that begins after a time of `time.monotonic`."""
+
+    runs: int | None
+    ends_s: float
+
+    def allows(self, n_begun: int) -> bool:
+        """Whether another run may begin."""
+        return (self.runs is None or n_begun < self.runs) and time.monotonic() < self.ends_s
+
+
+def _run(
+    campaign: _Campaign,
+    budget: _Budget,
+    submit: Callable[[Job], Future[Outcome]],
+    parallel: int,
+    progress: Progress | None,
+) -> None:
+    """Runs jobs, so many at a time, until the budget is spent or nothing is left to measure."""
+    pending: dict[Future[Outcome], Job] = {}
+    n_begun, width = 0, 1  # the first run leaves the base's log probabilities for the others
+    try:
+        while True:
+            while len(pending) < width and budget.allows(n_begun):
+                job = campaign.next(pending.values())
+                if job is None:
+                    break
+                if progress is not None:
+                    progress(job, None)
+                pending[submit(job)] = job
+                n_begun += 1
+            if not pending:
+                return
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                outcome = future.result()
+                campaign.add(outcome)
+                del pending[future]
+                width = parallel
+                if progress is not None:
+                    progress(outcome.job, outcome)
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 class _Inline(Executor):

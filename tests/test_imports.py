@@ -147,6 +147,7 @@ ORDER = [
     "learn",
     "serve",
     "measure_groups",
+    "measure_halves",
     "measure",
     "report",
     "printed",

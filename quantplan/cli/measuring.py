@@ -54,8 +54,9 @@ def measure(
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
     from quantplan.inventory.sources import read_inventory  # noqa: PLC0415
-    from quantplan.measure import Outcome, Setup, measure_losses, survival  # noqa: PLC0415
+    from quantplan.measure import Outcome, Setup, measure_losses  # noqa: PLC0415
     from quantplan.measure_groups import Job  # noqa: PLC0415
+    from quantplan.measure_halves import survival  # noqa: PLC0415
     from quantplan.printed import MeasuredLosses  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
 
