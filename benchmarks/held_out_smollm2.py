@@ -10,7 +10,8 @@ mixes, are measured on two other texts: the topics between, and source code of t
 Ratios of mean KLDs have 95 % intervals of the paired bootstrap over chunks.
 
 Printed beside it is what each plan was predicted to gain over the mix, by the half that losses were
-fitted on and by the held-out half.
+fitted on and by the held-out half, and how many of its types change between resamples of the
+chunks.
 """
 
 import argparse
@@ -38,7 +39,8 @@ from benchmarks.quality_smollm2 import (
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable
 from quantplan.costs.resampling import Half, on_half, resamples
-from quantplan.measure import Setup, measure_losses, survival
+from quantplan.measure import Setup, measure_losses
+from quantplan.measure_halves import survival
 from quantplan.runtime import Divergence, LlamaCpp, find_llama_cpp, measure_divergence
 from tests.support.llama_cpp import packaged_folder, portable_cpu
 from tests.support.models import smollm2_f16
@@ -46,6 +48,7 @@ from tests.support.quantizer import llama_quantize_mix
 
 MIXES = ("Q3_K_M", "Q4_K_M")
 ROBUST_SDS = NormalDist().inv_cdf(0.9)
+RESAMPLED_PLANS = 12
 
 
 def source_code() -> str:
@@ -124,7 +127,7 @@ def run_mix(judge: Judge, mix: str, evidence: Evidence) -> None:
     results = {}
     mixed = qp.stock_mix(inventory, mix)
     for way, known in ways.items():
-        made = plan_of_size(inventory, n_bytes, known)
+        made = plan_of_size(inventory, n_bytes, known, RESAMPLED_PLANS)
         qp.quantize(made.recipe, judge.source, target, threads=1)
         size = qp.read_inventory(target).n_bytes / n_bytes
         if not 1 - SAME_SIZE <= size <= 1 + SAME_SIZE:
@@ -134,6 +137,8 @@ def run_mix(judge: Judge, mix: str, evidence: Evidence) -> None:
         print(f"  {way}: {size:.4f} of the size, predicted KLD {made.predicted.loss_nats:.4f}")
         predicted = ", ".join(gains(inventory, evidence, types, mixed))
         print(f"    predicted ratio to llama.cpp's KLD: {predicted}")
+        if made.type_changes is not None:
+            print(f"    {made.type_changes.describe()}")
         for name, found in results[way].items():
             print(f"    on {name}: {found.summary()}")
             for other, theirs in (("llama.cpp", stock), *results.items()):

@@ -67,7 +67,9 @@ def free_policy() -> Policy:
     )
 
 
-def plan_of_size(inventory: qp.Inventory, n_bytes: int, evidence: Evidence | None) -> qp.Plan:
+def plan_of_size(
+    inventory: qp.Inventory, n_bytes: int, evidence: Evidence | None, resamples: int = 0
+) -> qp.Plan:
     """The plan with the least predicted loss whose weights take at most some bytes."""
     roomy = qp.Machine.parse("4GiB@50GB/s")
     task = qp.Workload(context=512)
@@ -76,7 +78,7 @@ def plan_of_size(inventory: qp.Inventory, n_bytes: int, evidence: Evidence | Non
     ram = roomy.ram.model_copy(update={"capacity_bytes": other + n_bytes})
     return qp.plan(
         inventory, qp.Machine(gpus=(), ram=ram), task, policy=free_policy(), evidence=evidence,
-        gap=1e-6, baselines=False,
+        gap=1e-6, baselines=False, resamples=resamples,
     )  # fmt: skip
 
 
