@@ -185,25 +185,40 @@ def test_noisier_texts_change_more_types() -> None:
     assert 0 <= many.excess < few.excess < 0.2
 
 
-def test_the_command_reports_on_the_held_out_half(tmp_path: Path) -> None:
-    """`quantplan plan --measured` and `--robust` say what hangs on the text."""
-    source = toy_moe(tmp_path / "F16.gguf", "qwen3moe", layers=4)
+def said_of(folder: Path, n_chunks: int) -> str:
+    """What `plan --measured --robust` says with a table of so many chunks; of none where 0."""
+    source = toy_moe(folder / "F16.gguf", "qwen3moe", layers=4)
     model = qp.read_inventory(source)
     prior, rng = LossTable(model), np.random.default_rng(6)
-    path = tmp_path / "kld.csv"
+    path = folder / "kld.csv"
     for name, tensors in groups(model).items():
         true = kld_nats(sum(prior.loss_nats(t, "Q4_K") for t in tensors))
-        chunks = tuple((true * rng.lognormal(0, 0.2, 12)).tolist())
+        chunks = tuple((true * rng.lognormal(0, 0.2, n_chunks)).tolist())
         names = tuple(t.name for t in tensors)
-        found = Measurement(names, "Q4_K", float(np.mean(chunks)), 0.001, (chunks,))
-        append_measurement(path, found, name)
-    assert read_sensitivity_table(path).evidence.holds_out
+        found = Measurement(names, "Q4_K", float(np.mean(chunks or true)), 0.001)
+        append_measurement(path, replace(found, by_chunk=(chunks,) if chunks else ()), name)
+    assert read_sensitivity_table(path).evidence.holds_out == (n_chunks > 0)
     command = ["plan", str(source), "--machine", "12MiB@20GB/s", "--policy", "free"]
     command += ["--ctx", "256", "--ubatch", "32", "--measured", str(path), "--robust"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    said = " ".join(done.output.split())
+    return " ".join(done.output.split())
+
+
+def test_the_command_reports_on_the_held_out_half(tmp_path: Path) -> None:
+    """`quantplan plan --measured` and `--robust` say what hangs on the text."""
+    said = said_of(tmp_path, 12)
     assert "with half of the chunks held out" in said
     assert "on the held-out half of the text" in said
     assert "change between resamples of the text" in said
     assert "upper end" in said
+
+
+def test_the_command_does_not_speak_of_chunks_that_are_not_there(tmp_path: Path) -> None:
+    """With a table of means alone nothing is said of halves or resamples, only of the upper end."""
+    said = said_of(tmp_path, 0)
+    assert "measurements of tensors" in said
+    assert "upper end" in said
+    assert "held out" not in said
+    assert "held-out" not in said
+    assert "resamples" not in said
