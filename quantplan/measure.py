@@ -32,7 +32,7 @@ from quantplan.qtypes import qtype
 from quantplan.quantize.apply import quantize
 from quantplan.recipe import Provenance, Recipe, RecipeTensor, write_whole
 from quantplan.runtime.find import LlamaCpp
-from quantplan.runtime.perplexity import fingerprint, measure_divergence
+from quantplan.runtime.perplexity import chunk_faults, fingerprint, measure_divergence
 from quantplan.schema import Frozen
 from quantplan.version import __version__
 
@@ -175,16 +175,17 @@ def measure_losses(
         All that is in the table.
 
     Raises:
-        InputError: There is no budget or no text, the table exists or was measured differently, or
-            the source is quantized already.
+        InputError: There is no budget or no text, chunks are too few or too short, the table exists
+            or was measured differently, or the source is quantized already.
         SourceError: The source or the table cannot be read.
         LlamaCppError: llama.cpp failed; what was measured before is kept.
         QuantizeError: A quantized file could not be written.
     """
     inventory = read_inventory(setup.source)
-    if not setup.texts:
-        raise InputError("no text to measure on")
-    _check(inventory, table, curve, runs, limit_s, resume=resume, parallel=parallel)
+    _check(
+        setup, inventory, table,
+        curve=curve, runs=runs, limit_s=limit_s, resume=resume, parallel=parallel,
+    )  # fmt: skip
     _check_conditions(Conditions.of(setup), table.with_name(f"{table.name}.json"), table)
     campaign = _Campaign(inventory, table, curve)
     pool = executor or _Inline()
@@ -340,16 +341,19 @@ class _Inline(Executor):
 
 
 def _check(
+    setup: Setup,
     inventory: Inventory,
     table: Path,
+    *,
     curve: bool,
     runs: int | None,
     limit_s: float | None,
-    *,
     resume: bool,
     parallel: int,
 ) -> None:
-    faults = []
+    faults = chunk_faults(setup.chunks, setup.chunk_tokens)
+    if not setup.texts:
+        faults.append("no text to measure on")
     if not curve and runs is None and limit_s is None:
         faults.append("no budget: say how many runs or minutes, or measure the curve only")
     if runs is not None and runs < 1:

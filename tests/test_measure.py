@@ -25,6 +25,7 @@ from quantplan.measure import Setup, measure_losses
 from quantplan.measure_groups import Job, curve_jobs, groups, next_group
 from quantplan.measure_halves import survival
 from quantplan.runtime import find_llama_cpp
+from quantplan.runtime.sparse import write_sparse
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
 from tests.support.models import toy_moe
 
@@ -157,7 +158,7 @@ def test_the_command_measures(setup: Setup, tmp_path: Path) -> None:
          "--chunks", "2", "--llama-cpp", str(packaged_folder())],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "the KLD of 1 types" in done.output
+    assert "the KLD of 1 types" in " ".join(done.output.split())
     explained = CliRunner().invoke(
         app, ["explain", str(setup.source), "blk.0.attn_q.weight", "--measured", str(table)]
     )
@@ -165,12 +166,22 @@ def test_the_command_measures(setup: Setup, tmp_path: Path) -> None:
 
 
 def test_a_budget_is_needed(setup: Setup, tmp_path: Path) -> None:
-    """Without a budget, and for a quantized model, nothing is begun."""
+    """Without a budget, with too few chunks, or for a quantized model nothing is begun."""
     with pytest.raises(InputError, match="no budget"):
         measure_losses(setup, tmp_path / "kld.csv")
     with pytest.raises(InputError, match="0 runs"):
         measure_losses(setup, tmp_path / "kld.csv", runs=0)
-    assert not (tmp_path / "kld.csv").exists()
+    with pytest.raises(InputError, match=r"(?s)1 chunks; at least 2.*chunks of 4 tokens") as caught:
+        measure_losses(replace(setup, chunks=1, chunk_tokens=4), tmp_path / "kld.csv")
+    assert "no budget" in str(caught.value)
+    quantized = qp.read_inventory(setup.source)
+    quantized = quantized.with_qtypes(
+        {t.name: "Q8_0" for t in quantized.tensors if t.is_quantizable}
+    )
+    write_sparse(quantized, tmp_path / "Q8_0.gguf")
+    with pytest.raises(InputError, match="quantized already"):
+        measure_losses(replace(setup, source=tmp_path / "Q8_0.gguf"), tmp_path / "kld.csv", runs=1)
+    assert not list(tmp_path.glob("kld*"))
 
 
 def test_the_curve_has_types_that_fit() -> None:

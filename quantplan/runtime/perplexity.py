@@ -185,12 +185,19 @@ def _check(model: Path, base: Path, chunks: int | None, chunk_tokens: int) -> No
         for path in dict.fromkeys((model, base))
         if not path.is_file()
     ]
+    faults += chunk_faults(chunks, chunk_tokens)
+    if faults:
+        raise InputError(faults)
+
+
+def chunk_faults(chunks: int | None, chunk_tokens: int) -> list[str]:
+    """What is wrong with a number of chunks and their tokens, one sentence each."""
+    faults = []
     if chunks is not None and chunks < 2:
         faults.append(f"{chunks} chunks; at least 2 are needed for a standard error")
     if chunk_tokens < 8:
         faults.append(f"chunks of {chunk_tokens} tokens; they must have at least 8")
-    if faults:
-        raise InputError(faults)
+    return faults
 
 
 @dataclass(frozen=True, slots=True)
