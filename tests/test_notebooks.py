@@ -140,6 +140,8 @@ def test_sensitivities_and_the_trap_are_measured(
     klds = numbers(r"(?:code|prose) ([\d.]+) ±", printed)
     assert len(klds) == 4
     assert min(klds) > 0
+    assert len(numbers(r"on the held-out half of the text (-?\d+)% of the gain", printed)) == 2
+    assert len(numbers(r"of \d+ type decisions (\d+) change between resamples", printed)) == 2
     winners = re.findall(
         r"best on (code|prose): mix \d, better by ([\d.]+)% .* by (-?[\d.]+)%", printed
     )
