@@ -226,7 +226,7 @@ def speed_tests(workload: Workload, depths: Sequence[int] | None = None) -> Spee
     cells = workload.context // workload.n_streams
     if depths is None:
         deep = min(cells // 2, _DEEPEST)
-        depths = (0, deep) if deep + SpeedTests(n_prompt=1).n_cells <= cells else (0,)
+        depths = (0, deep) if SpeedTests(depths=(deep,), n_prompt=1).n_cells <= cells else (0,)
     room = cells - SPARE_CELLS - max(depths, default=0)
     return SpeedTests(depths=tuple(depths), n_prompt=max(1, min(workload.ubatch, room)))
 

@@ -13,6 +13,7 @@ from quantplan.costs import load_data
 from quantplan.costs.calibration import Measurement, calibrate, for_model
 from quantplan.costs.decode import decode_s
 from quantplan.costs.traffic import Traffic, collect
+from quantplan.formats.llama_args import parse_flags
 from quantplan.formats.llama_bench import parse_bench
 from quantplan.runtime.bench import bench_flags
 from tests.support.models import toy_moe
@@ -139,6 +140,24 @@ def test_every_output_of_the_tools_is_read(text: str) -> None:
     found = {(r.n_prompt, r.n_generated): r.tps for r in parse_bench(text)}
     assert found == {(512, 0): 300.0, (0, 128): 9.0}
     assert {r.depth for r in parse_bench(text) if r.n_generated} == {4096}
+
+
+def test_the_real_output_is_read() -> None:
+    """What llama-bench of November 2026 (0.5.0-dev, commit 0c1e570, from the sources in
+    llama-cpp-python 0.3.36) printed with ``-o json`` gives every speed, its repetitions and flags
+    that are understood.
+    """
+    text = (Path(__file__).parent / "data" / "llama_bench.json").read_text(encoding="utf-8")
+    rows, found = json.loads(text), parse_bench(text)
+    assert {row["build_commit"] for row in rows} == {"0c1e570"}
+    assert [(r.n_prompt, r.n_generated, r.depth) for r in found] == [
+        (32, 0, 0), (0, 8, 0), (32, 0, 64), (0, 8, 64)
+    ]  # fmt: skip
+    assert [list(r.samples_tps) for r in found] == [row["samples_ts"] for row in rows]
+    assert [r.tps for r in found] == [row["avg_ts"] for row in rows]
+    flags = "-ngl -1 -b 2048 -ub 512 -ctk f16 -ctv f16"
+    assert {" ".join(r.flags) for r in found} == {flags}
+    assert parse_flags(flags, AIR).n_gpu_layers is None  # all that fit
 
 
 @pytest.mark.parametrize("text", ["", "nothing", "[1]", "{", '{"avg_ts": 1}', "| test | t/s |"])

@@ -193,7 +193,7 @@ def test_goes_on_where_it_was_ended(
 def test_nothing_runs_on_after_a_kill(
     llama_cpp: LlamaCpp, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Where the measuring process is killed, its children end before the text does."""
+    """Where the measuring process is killed, what it has started ends before the text does."""
     text, cache = tmp_path / "text", tmp_path / "cache"
     text.write_text(TEXT * 400)
     program = (
@@ -207,10 +207,10 @@ def test_nothing_runs_on_after_a_kill(
         deadline = time.monotonic() + 60
         while not list(cache.rglob("[0-9]*.npy")) and time.monotonic() < deadline:
             time.sleep(0.05)
-        children = psutil.Process(parent.pid).children()  # the worker, and what ends it
+        started = psutil.Process(parent.pid).children(recursive=True)
         parent.kill()
-    assert children
-    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert started
+    assert psutil.wait_procs(started, timeout=30)[1] == []
     assert (
         len(list(cache.rglob("[0-9]*.npy")))
         < json.loads(next(cache.rglob("text.json")).read_text())["n_chunks"]

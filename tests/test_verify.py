@@ -18,7 +18,7 @@ from quantplan.runtime import find_llama_cpp
 from quantplan.runtime.memory import read_loaded
 from quantplan.runtime.server import serving
 from quantplan.verification import Check, Verification
-from quantplan.verify import memory_checks
+from quantplan.verify import memory_checks, speed_tests
 from tests.support.buffers import BUILD
 from tests.support.llama_cpp import (
     needs_llama_cpp,
@@ -300,6 +300,22 @@ def test_loss_is_measured_beside_the_unquantized_model(moe: Quantized, tmp_path:
     assert losses[0].kld_nats > 0
     assert losses[0].n_chunks == 2
     assert json.loads(saved.read_text())["loss"]["kld_nats"] == losses[0].kld_nats
+
+
+@pytest.mark.parametrize(
+    ("context", "slots", "depths", "n_prompt"),
+    [(64, 1, (0,), 56), (512, 1, (0, 256), 248), (1024, 2, (0, 256), 248),
+     (32768, 1, (0, 8192), 512)],
+)  # fmt: skip
+def test_speeds_are_measured_where_a_slot_has_room(
+    context: int, slots: int, depths: tuple[int, ...], n_prompt: int
+) -> None:
+    """Half of a slot's context, at most 8192 tokens, is the second depth, unless it is too short;
+    the prompt is a ubatch where there is room for one behind that.
+    """
+    work = qp.Workload(context=context, slots=slots, kv_unified=False)
+    tests = speed_tests(work)
+    assert (tests.depths, tests.n_prompt) == (depths, n_prompt)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from quantplan.errors import LlamaCppError
 from quantplan.qtypes import Runtime
 from quantplan.runtime.log import MIB
-from quantplan.runtime.process import ending, failure, isolated_environment, not_started
+from quantplan.runtime.process import ending, failure, running
 from quantplan.schema import Frozen
 
 _PROGRAM = "llama-server"
@@ -211,7 +212,7 @@ def build_options(server: Path) -> tuple[str, ...]:
     """
     loud = ["-lv", "4"] if "-lv" in known_options(server) else []
     with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
-        log = _run([str(server), "-m", str(Path(folder, "none.gguf")), *loud], folder)[1]
+        log = _run([str(server), "-m", str(Path(folder, "none.gguf")), *loud])[1]
     found = _SYSTEM_INFO.search(log)
     return tuple(part.strip() for part in found[1].split("|")) if found else ()
 
@@ -242,25 +243,18 @@ def _package_build(server: Path) -> int | None:
 
 def _ask(program: Path, option: str) -> str:
     """What a program prints, on either stream, when it is given one option."""
-    with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
-        code, text = _run([str(program), option], folder)
+    code, text = _run([str(program), option])
     if code:
         raise failure(f"{program} {option}", ending(code), text)
     return text
 
 
-def _run(command: list[str], folder: str) -> tuple[int, str]:
+def _run(command: list[str]) -> tuple[int, str]:
     """Exit code and all output of a program that ends by itself."""
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            env=isolated_environment(Path(folder)),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=_TIME_LIMIT_S,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise not_started(command[0], error) from error
-    return done.returncode, done.stdout.decode(errors="replace")
+    with running(command) as process:
+        try:
+            return process.popen.wait(_TIME_LIMIT_S), process.log
+        except subprocess.TimeoutExpired as error:
+            raise failure(
+                shlex.join(command), f"has not ended within {_TIME_LIMIT_S:.0f} s", process.log
+            ) from error

@@ -21,6 +21,8 @@ _ROW = re.compile(
     r"memory_breakdown_print: \| +- (?P<name>\w+)(?: \((?P<description>.*)\))? *\|"
     r"(?: +\d+ = +\d+ \+ \()? *\d+ = +(?P<model>\d+) \+ +(?P<context>\d+) \+ +(?P<compute>\d+)"
 )
+# Of builds before and since November 2026.
+_RESERVED = ("graph splits", "graph: nodes = ")
 _END_OF_FIT = ("fit params to free", "while trying to fit")
 HOST = "Host"
 """What llama.cpp's table calls RAM."""
@@ -114,7 +116,7 @@ def has_laid_out(log: str) -> bool:
 
 def has_reserved(log: str) -> bool:
     """Whether a context has all its buffers; what follows computes."""
-    return "graph splits" in log
+    return any(sign in log for sign in _RESERVED)
 
 
 def is_idle(log: str) -> bool:

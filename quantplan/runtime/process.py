@@ -28,6 +28,14 @@ PORT_TAKEN = "another program listens on the port"
 
 # A program that prints more than this, in bytes, has gone wrong.
 _MAX_LOG_BYTES = 64 * 2**20
+_DEVICE_FULL = (
+    "a device is full: shorten the context (-c), put fewer weights there, or plan again with a "
+    "larger --margin"
+)
+_RAM_FULL = (
+    "the RAM that it may take is full, for which ulimit -v and the limits of a container count "
+    "too: shorten the context (-c), or plan for less RAM"
+)
 # What a program's last lines mean; the first that is found is told.
 _CAUSES = {
     "unknown model architecture": "this llama.cpp is too old for the model",
@@ -38,10 +46,14 @@ _CAUSES = {
     "not within the file bounds": "the model's file is incomplete: copy or quantize it again",
     "invalid magic": "the model's file is no GGUF",
     "invalid ggml type": "this llama.cpp does not know a type of the model's tensors",
+    "failed to map segment from shared object": _RAM_FULL,
     "error while loading shared libraries": "a library that it needs is missing",
-    "out of memory": "a device is full",
-    "unable to allocate": "a device is full",
-    "failed to allocate": "a device is full",
+    "insufficient memory": _RAM_FULL,
+    "bad_alloc": _RAM_FULL,
+    "Cannot allocate memory": _RAM_FULL,
+    "out of memory": _DEVICE_FULL,
+    "unable to allocate": _DEVICE_FULL,
+    "failed to allocate": _DEVICE_FULL,
 }
 _FOREIGN = (
     "it is compiled for instructions that this processor does not have, quantplan doctor names "
@@ -241,19 +253,18 @@ def _guard() -> Iterator[int | None]:
                 os.killpg(guard.pid, signal.SIGKILL)
 
 
-def not_started(program: str, error: Exception) -> LlamaCppError:
+def not_started(program: str, error: OSError) -> LlamaCppError:
     """Says why a program could not be run at all.
 
     Args:
         program: Its path.
-        error: What the system, or the time limit, said.
+        error: What the system said.
     """
-    number = getattr(error, "errno", None)
     hint = {
         errno.ENOENT: "there is no such file, or the loader that it names is not here",
         errno.EACCES: "the file is not executable: chmod +x it",
         errno.ENOEXEC: "it is no program for this system",
-    }.get(number or 0, "")
+    }.get(error.errno or 0, "")
     return LlamaCppError(f"{program} does not run: {error}{f' ({hint})' if hint else ''}")
 
 
