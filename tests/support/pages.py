@@ -306,7 +306,7 @@ def _answers(port: int, path: str) -> bool:
 
 def _only_speeds_are_broken(printed: str) -> bool:
     """Tell whether a verification found nothing but speeds that a busy machine did not reach."""
-    broken = [line.split()[0] for line in printed.splitlines() if "BROKEN: promised" in line]
+    broken = [line.split()[0] for line in printed.splitlines() if "BROKEN:" in line]
     return bool(broken) and set(broken) <= {"decode", "prefill"}
 
 
