@@ -12,7 +12,8 @@ A page is a session at a terminal. Its blocks run in one folder:
 
 What a machine for tests cannot do is done in its place: lines that install are held against
 `pyproject.toml`, ports are free ones, Hugging Face is a server on the loopback interface, llama.cpp
-is on the path wherever ``export LLAMA_CPP_DIR`` says that it is, and ``--minutes`` are tenths of seconds.
+is on the path wherever ``export LLAMA_CPP_DIR`` says that it is, and ``--minutes``
+are tenths of seconds.
 """
 
 from __future__ import annotations
