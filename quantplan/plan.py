@@ -261,7 +261,7 @@ def plan(
             of all plans leave less than the margin free.
         baselines: Whether to work out what plain answers come to.
         resamples: For how many resamples of the chunks that losses were measured on to plan again,
-            to see which types hang on the text; within another `time_limit_s`.
+            to see which types hang on the text; within another ``time_limit_s``.
 
     Raises:
         InputError: A number is out of range, llama.cpp does not load the model's types, or a rule

@@ -79,7 +79,7 @@ def held_out_gain(
 
     expected = replace(evidence, upper_sds=0.0)
     gain = gain_nats(on_half(expected, "fit"))
-    if gain < _LEAST_GAIN * best.loss_nats:
+    if gain <= _LEAST_GAIN * best.loss_nats:  # both are 0 where nothing is quantized
         return None
     drawn = [gain_nats(one) for one in resamples(expected, "held out", _RESAMPLES)]
     low, high = np.percentile(drawn, _ENDS)
