@@ -14,6 +14,7 @@ from quantplan.frontier import frontier
 from quantplan.inventory import Inventory
 from quantplan.plan import Plan, plan
 from quantplan.policy import Policy
+from quantplan.schema import faults_of
 
 # Relative difference of two predictions of one loss that rounding explains.
 _ROUNDING = 1e-6
@@ -48,9 +49,8 @@ def read_plan(path: Path) -> Plan:
     except ValidationError as error:
         raise InputError(
             [
-                f"{path} is no plan that this version reads: "
-                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}; {again}"
-                for fault in error.errors()[:3]
+                f"{path} is no plan that this version reads: {fault}; {again}"
+                for fault in faults_of(error)[:3]
             ]
         ) from error
 
