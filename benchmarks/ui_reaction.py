@@ -34,7 +34,7 @@ step => new Promise(resolve => {
 
 
 def main() -> None:
-    """Prints the times, and fails where the median at rest is above 1 s."""
+    """Prints the times, and fails where a median is above 1 s."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="GLM-4.5-Air")
     parser.add_argument("--machine", default="RTX 4090 + 64GiB@80GB/s")
@@ -68,7 +68,7 @@ def main() -> None:
     finally:
         server.should_exit = True
         thread.join()
-    sys.exit(len(medians) < 2 or medians[True] > _LIMIT_S)
+    sys.exit(len(medians) < 2 or max(medians.values()) > _LIMIT_S)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from quantplan.device import Device, MachineValue, fault_text
+from quantplan.device import Device, MachineValue
 from quantplan.display import Table, html_card
 from quantplan.errors import MachineError
 from quantplan.hardware_text import parse_text
-from quantplan.schema import Frozen
+from quantplan.schema import Frozen, faults_of
 from quantplan.units import gb_per_s, gib
 
 # llama.cpp takes no more (LLAMA_MAX_DEVICES).
@@ -163,10 +163,10 @@ class Machine(MachineValue):
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise MachineError(f"the machine profile {path} cannot be read: {error}") from error
+        except MachineError as error:
+            raise MachineError(f"{path}: {fault}" for fault in error.faults) from error
         except ValidationError as error:
-            raise MachineError(
-                f"{path}: {fault_text(fault)}" for fault in error.errors()
-            ) from error
+            raise MachineError(f"{path}: {fault}" for fault in faults_of(error)) from error
 
     def with_margin(self, margin_bytes: int) -> Self:
         """The machine with so much memory left free on every GPU."""

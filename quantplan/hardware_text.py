@@ -138,6 +138,8 @@ def _known(what: str, text: str, names: tuple[str, ...], numbers: str) -> str:
     by_key = {key(n): n for n in names}
     by_key.update({k.replace("gib", "gb"): n for k, n in by_key.items() if n.endswith("GiB")})
     known = by_key.get(key(text))
+    if text.lstrip().startswith("-"):  # which names are compared without
+        raise MachineError(f"{text.strip()!r} is below 0, or has a '-' too many: leave it out")
     if known is None:
         near = difflib.get_close_matches(key(text), by_key, n=3, cutoff=0.6)
         similar = " or ".join(dict.fromkeys(by_key[k] for k in near))

@@ -114,7 +114,7 @@ class Policy(Frozen):
             InputError: The pattern is no regular expression, or a type is unknown.
         """
         named = tuple(name.strip().upper() for name in qtypes)
-        faults = [fault for name in named if (fault := _type_fault(name))]
+        faults = [fault for name in dict.fromkeys(named) if (fault := _type_fault(name))]
         if not named:
             faults.append("no type is given")
         try:
@@ -235,6 +235,8 @@ def _may_change(tensor: Tensor) -> bool:
 def _type_fault(name: str) -> str | None:
     if name == SOURCE or (name in QTYPES and QTYPES[name].is_file_target):
         return None
+    if not name:
+        return "a type is missing: leave out a comma, or write the type beside it"
     known = [known for known, kind in QTYPES.items() if kind.is_file_target]
     near = difflib.get_close_matches(name, known, n=_NAMED)
     hint = f"; similar are {', '.join(near)}" if near else ""

@@ -23,6 +23,8 @@ from quantplan.workload import Workload
 
 # Speeds from here on are shown without a decimal.
 _WHOLE_TPS = 100
+# Of a line of text behind its indent, so that it fits 80 columns.
+_MAX_WIDTH = 78
 
 
 class DeviceUse(Frozen):
@@ -151,10 +153,12 @@ def device_line(use: DeviceUse) -> str:
         f"{n_bytes / 2**30:.2f}"
         for n_bytes in (use.weights_bytes, use.kv_bytes, use.free_bytes, use.capacity_bytes)
     )
-    return (
-        f"  {use.name:5} weights {weights:>6}, KV {kv:>5}, compute {_compute_text(use)}, "
+    words = (
+        f"{use.name:5} weights {weights:>6}, KV {kv:>5}, compute {_compute_text(use)}, "
         f"free {free:>6} of {capacity} GiB"
     )
+    # Of a machine with a lot of RAM it would be wider than a terminal.
+    return f"  {words if len(words) <= _MAX_WIDTH else ' '.join(words.split())}"
 
 
 def speed_lines(speed: SpeedPrediction) -> list[str]:

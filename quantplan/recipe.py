@@ -17,7 +17,7 @@ from quantplan.formats.llama_cpp import tensor_type_file
 from quantplan.hardware import Machine
 from quantplan.inventory import Tensor
 from quantplan.planner.goal import Status
-from quantplan.schema import Frozen
+from quantplan.schema import Frozen, faults_of
 from quantplan.workload import Workload
 
 
@@ -188,9 +188,8 @@ class Recipe(Frozen):
             raise RecipeError(f"{os.fspath(path)}: {fault}" for fault in error.faults) from error
         except ValidationError as error:
             raise RecipeError(
-                f"{os.fspath(path)} is no recipe that this version reads: "
-                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-                for fault in error.errors()
+                f"{os.fspath(path)} is no recipe that this version reads: {fault}"
+                for fault in faults_of(error)
             ) from error
 
     def tensor_type_file(self) -> str:

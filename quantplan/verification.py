@@ -13,7 +13,7 @@ from quantplan.recipe import write_whole
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.perplexity import Divergence
 from quantplan.runtime.speed import SpeedMeasurement
-from quantplan.schema import Frozen
+from quantplan.schema import Frozen, faults_of
 from quantplan.version import __version__
 
 _MIB = 2**20
@@ -194,8 +194,7 @@ class Verification(Frozen):
         except OSError as error:
             raise InputError(f"{os.fspath(path)}: {error.strerror or error}") from error
         except ValidationError as error:
-            fault = error.errors()[0]
             raise InputError(
                 f"{os.fspath(path)} is no verification that this version reads: "
-                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+                f"{faults_of(error)[0]}"
             ) from error

@@ -192,6 +192,67 @@ def test_usage_errors_exit_with_2_and_say_what_to_do(arguments: list[str], says:
     assert done.stdout == ""
 
 
+_ON = ["--machine", "RTX 4090 + 64GiB@80GB/s"]
+MISTAKES = {
+    "unknown model": (["plan", "GLM-4.5-Ayr", *_ON], ["GLM-4.5-Ayr", "GLM-4.5-Air"]),
+    "missing file": (["plan", "nothing.gguf", *_ON], ["nothing.gguf"]),
+    "recipe as model": (["plan", "bad.json", *_ON], ["bad.json", "give a GGUF file"]),
+    "size below 0": (["plan", "GLM-4.5-Air", "--machine", "-8GiB + 32GiB@60GB/s"],
+                     ["'-8GiB'", "leave it out"]),
+    "no bandwidth": (["plan", "GLM-4.5-Air", "--machine", "24GiB + 64GiB"],
+                     ["'64GiB'", "64GiB@80GB/s"]),
+    "no unit": (["plan", "GLM-4.5-Air", "--machine", "RTX 4090 + 64@80GB/s"], ["64GiB"]),
+    "context in k": ([*AIR[:-1], "32k"], ["--ctx 32k", "32768"]),
+    "doubled comma": ([*AIR, "--allow", "exps=Q4_K,,"], ["exps=Q4_K,,", "leave out a comma"]),
+    "unknown type": ([*AIR, "--pin", "exps=Q4K"], ["'Q4K'", "Q4_K"]),
+    "weights are something else": ([*AIR, "--weights", "bad.json"],
+                                   ["bad.json", "quantplan measure-weights"]),
+    "weights are no JSON": ([*AIR, "--weights", "no.json"],
+                            ["no.json", "quantplan measure-weights"]),
+    "measured is missing": ([*AIR, "--measured", "no.csv"], ["no.csv"]),
+    "profile is no JSON": (["plan", "GLM-4.5-Air", "--machine", "no.json"],
+                           ["no.json", "quantplan machine --save"]),
+    "unwritable recipe": ([*AIR, "--recipe", "no/a.json"], ["no/a.json", "no directory no"]),
+    "flag with a wrong value": (["predict", "GLM-4.5-Air", *_ON, "--", "-c", "32k"], ["32k"]),
+    "recipe that is none": (["show", "bad.json"], ["bad.json", "plan MODEL --recipe"]),
+    "recipe that is no JSON": (["diff", "no.json", "no.json"], ["no.json", "plan MODEL --recipe"]),
+    "unknown format": (["export", "bad.json", "ollama"], ["bad.json", "plan MODEL --recipe"]),
+    "plan that is none": (["report", "bad.json"], ["bad.json", "--json > plan.json"]),
+    "unknown tensor": (["explain", "GLM-4.5-Air", "blk.0.nope"], ["blk.0.nope", "quantplan show"]),
+    "unknown option": ([*AIR, "--context", "4096"], ["--context"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_likely_mistakes_are_named_with_what_to_do(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message has the value and what to give, each once; the exit code is 2."""
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text('{"a": 1}')
+    Path("no.json").write_text("[1")
+    arguments, says = MISTAKES[mistake]
+    done = quantplan(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert [text for text in says if text not in done.stderr] == []
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(set(lines)) == len(lines)
+    assert not re.search(r"Traceback|pydantic|: : ", done.stderr)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is full")
+@pytest.mark.parametrize("arguments", [["show", "GLM-4.5-Air"], ["models", "--json"], ["--help"]])
+def test_output_that_cannot_be_written_is_one_message(arguments: list[str]) -> None:
+    """A full disk under what is printed ends with exit code 1 and says so."""
+    command = [sys.executable, "-m", "quantplan.cli", *arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "quantplan: what is printed cannot be written: No space left on device; print elsewhere"
+    ]
+
+
 def test_without_machine_this_one_is_described(tmp_path: Path) -> None:
     """Without --machine the present machine is planned for; stderr says what it is."""
     source = toy_moe(tmp_path / "toy.gguf")

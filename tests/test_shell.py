@@ -122,6 +122,22 @@ def test_text_fits_the_terminal(name: str, columns: int, recipe: Path, long_name
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+@pytest.mark.parametrize(
+    "machine", [MANY, "8x RTX PRO 6000 Blackwell + 2TiB@400GB/s", "4GiB@9GB/s"]
+)
+def test_rows_of_tables_are_not_folded_at_80_columns(machine: str, long_name: str) -> None:
+    """Every device and every plain answer has one line, whatever the sizes."""
+    shown = on_terminal(["plan", long_name, "--machine", machine, "--ctx", "1024"])
+    head, _, rest = shown.partition("beside plain answers")
+    devices = re.findall(r"^  (?:GPU\d|CPU) .*GiB\r$", head, re.M)
+    assert len(devices) == machine.startswith("8x") * 8 + 1
+    table = rest.partition("types and places")[0].splitlines()[1:]
+    rows = [line for line in table if not re.match(r"  note:|      \w", line)]
+    assert rows[0].split()[-1] == "loss"
+    assert [row for row in rows if row.strip() and len(row.split()) < 6] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 def test_colour_is_for_terminals_that_want_it() -> None:
     """Help is coloured on a terminal, not in a pipe, not with NO_COLOR, not on a dumb one."""
     asked = ["plan", "--help"]

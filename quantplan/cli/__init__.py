@@ -1,5 +1,6 @@
 """The command line: parses, calls the API, prints."""
 
+import errno
 import os
 import signal
 import sys
@@ -116,7 +117,9 @@ def main() -> None:
         _end("\n".join(faults), UNUSABLE)
     except QuantplanError as error:
         _end(str(error), FAILED)
-    except OSError as error:  # such as a full disk under what is printed
+    except OSError as error:
+        if error.filename is None and error.errno == errno.ENOSPC:
+            _end(f"what is printed cannot be written: {error.strerror}; print elsewhere", FAILED)
         _end(str(error), FAILED)
     except Exception as error:
         if os.environ.get(_TRACEBACK):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from quantplan.hardware import Machine
     from quantplan.inventory import Inventory
     from quantplan.policy import Policy
+    from quantplan.recipe import Recipe
     from quantplan.schema import Frozen
 
 _ROBUST_QUANTILE = 0.9
@@ -133,6 +134,17 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} is no text in UTF-8: {error}") from error
 
 
+def read_recipe(path: str | Path) -> "Recipe":
+    """A saved recipe; where it is none, what writes one is said too."""
+    from quantplan.recipe import Recipe  # noqa: PLC0415
+
+    try:
+        return Recipe.load(path)
+    except InputError as error:
+        advice = "A recipe is what `quantplan plan MODEL --recipe FILE.json` writes."
+        raise InputError((*error.faults, advice)) from error
+
+
 def parse_machine(
     text: str | None, margin: str | None, inventory: "Inventory | None" = None
 ) -> "Machine":
@@ -243,11 +255,11 @@ def tell(value: "Frozen", text: str, as_json: bool) -> None:
 def say(text: str) -> None:
     """Prints text for people: lines wider than the terminal, or 80 columns, are folded.
 
-    Flags stay in one line, because people copy them.
+    Flags stay in one line, because people copy them; rows of tables are made to fit 80 columns.
     """
     width = max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 0)).columns))
     for line in text.split("\n"):
-        if line.lstrip().startswith("flags"):
+        if line.lstrip().startswith(("flags -", "flags: -")):
             typer.echo(line)
             continue
         indent = " " * (len(line) - len(line.lstrip()))

@@ -26,6 +26,7 @@ from quantplan.cli.options import (
     parse_policy,
     read_evidence,
     read_model,
+    read_recipe,
     tell,
 )
 from quantplan.cli.progress import working
@@ -289,7 +290,7 @@ def predict(
     else:
         found = qp.predict(
             inventory,
-            qp.Recipe.load(recipe) if recipe is not None else flags or [],
+            read_recipe(recipe) if recipe is not None else flags or [],
             described,
             engine="llama.cpp" if engine == "llama.cpp" else "ik_llama.cpp",
             engine_date=engine_date.date() if engine_date else None,
@@ -346,7 +347,7 @@ def show(
             raise InputError(
                 f"{source} is a recipe, which has its own types; --ftype needs a model"
             )
-        recipe = qp.Recipe.load(source)
+        recipe = read_recipe(source)
         tell(recipe, recipe_text(recipe), json_output)
         return
     inventory = read_model(source)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from quantplan.cli.options import check_targets, json_option, parse_size, tell
+from quantplan.cli.options import check_targets, json_option, parse_size, read_recipe, tell
 from quantplan.cli.progress import working, writing
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def quantize(
     try:
         with writing() as report:
             result = qp.quantize(
-                qp.Recipe.load(recipe),
+                read_recipe(recipe),
                 source,
                 target,
                 imatrix=imatrix,

@@ -11,6 +11,7 @@ from quantplan.cli.options import (
     check_targets,
     json_option,
     read_model,
+    read_recipe,
     tell,
     unchecked,
 )
@@ -24,7 +25,7 @@ def diff(
     """Show what differs between two recipes: types, places, bytes, predictions."""
     import quantplan as qp  # noqa: PLC0415
 
-    found = qp.diff_recipes(qp.Recipe.load(first), qp.Recipe.load(second))
+    found = qp.diff_recipes(read_recipe(first), read_recipe(second))
     tell(found, found.summary(), json_output)
 
 
@@ -51,7 +52,7 @@ def export(
     import quantplan as qp  # noqa: PLC0415
     from quantplan.recipe import write_whole  # noqa: PLC0415
 
-    text = qp.export_recipe(qp.Recipe.load(recipe), unchecked(target), model_path=gguf_name)
+    text = qp.export_recipe(read_recipe(recipe), unchecked(target), model_path=gguf_name)
     if output is None:
         typer.echo(text, nl=False)
     else:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from quantplan.cli.exits import BROKEN, FAILED
-from quantplan.cli.options import check_targets, json_option, read_text, tell
+from quantplan.cli.options import check_targets, json_option, read_recipe, read_text, tell
 from quantplan.cli.progress import working, writing
 from quantplan.errors import InputError
 
@@ -91,7 +91,7 @@ def verify(
     if (kld is None) != (text is None):
         raise InputError("--kld BASE and --text FILE belong together")
     check_targets(output, learn)
-    promise = qp.Recipe.load(recipe)
+    promise = read_recipe(recipe)
     here = promise.provenance.machine if machine is None else qp.Machine.parse(machine)
     if learn is not None and learn.exists() and machine is None:
         here = qp.Machine.load(learn)
@@ -150,7 +150,7 @@ def run(
 
     if json_output and not dry_run:
         raise InputError("--json says what --dry-run would do: give both, or neither")
-    promise = qp.Recipe.load(recipe)
+    promise = read_recipe(recipe)
     service = prepare(
         promise,
         source,

@@ -14,6 +14,7 @@ from quantplan.frontier import frontier
 from quantplan.inventory import Inventory
 from quantplan.plan import Plan, plan
 from quantplan.policy import Policy
+from quantplan.schema import faults_of
 
 # Relative difference of two predictions of one loss that rounding explains.
 _ROUNDING = 1e-6
@@ -48,9 +49,8 @@ def read_plan(path: Path) -> Plan:
     except ValidationError as error:
         raise InputError(
             [
-                f"{path} is no plan that this version reads: "
-                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}; {again}"
-                for fault in error.errors()[:3]
+                f"{path} is no plan that this version reads: {fault}; {again}"
+                for fault in faults_of(error)[:3]
             ]
         ) from error
 
@@ -91,7 +91,6 @@ def other_plans(
     evidence: Evidence | None = None,
     points: int = 12,
     time_limit_s: float = 60.0,
-    is_wanted: Callable[[], bool] = lambda: True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Plan]:
     """Plans at other speeds, for the model, machine and workload of one that is there.
@@ -103,11 +102,8 @@ def other_plans(
         evidence: What it was made with.
         points: How many points of the frontier to work out; equal ones are left out.
         time_limit_s: Time for each search, in seconds.
-        is_wanted: Asked before every point; once it says no, what was found is returned.
         progress: Is told before every point how many are done, and how many there are.
     """
-    if not is_wanted():
-        return []
     ends = frontier(
         inventory, made.machine, made.workload, points=2, policy=policy, evidence=evidence,
         gap=_GAP, time_limit_s=time_limit_s,
@@ -115,8 +111,6 @@ def other_plans(
     known, found = {_numbers(made)}, []
     limits = _between(ends.points[0].limit, ends.points[-1].limit, points)
     for n, limit in enumerate(limits):
-        if not is_wanted():
-            break
         if progress is not None:
             progress(n, len(limits))
         try:

@@ -4,11 +4,10 @@ Only 127.0.0.1 is listened on. A site that a browser visits cannot reach it: req
 machine as their host (against DNS rebinding) and send JSON, which no other site may do unasked.
 """
 
-import contextlib
 import math
 import socket
 import threading
-from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -25,6 +24,7 @@ from quantplan.page.content import Content, page_content
 from quantplan.page.document import live_html
 from quantplan.page.others import other_plans
 from quantplan.plan import Plan, plan
+from quantplan.planner.linear import before_every_run
 from quantplan.policy import policy_names
 from quantplan.schema import Frozen
 from quantplan.workload import MAX_CONTEXT, Workload
@@ -70,6 +70,10 @@ class Question(Frozen):
     wants: Literal["plan", "frontier"] = "plan"
 
 
+class _NewerQuestionError(Exception):
+    """Something newer was asked; raised to end what is being worked out."""
+
+
 class Planner:
     """Answers questions one at a time; who asks anew gives up what was asked before.
 
@@ -100,25 +104,26 @@ class Planner:
             self.newest += 1
             number = self.newest
 
-        def is_wanted() -> bool:
-            return number == self.newest
+        def go_on() -> None:
+            if number != self.newest:
+                raise _NewerQuestionError
 
-        with self._turns[question.wants]:
-            return _answer(question, self._points, is_wanted) if is_wanted() else None
+        # It may be in the middle of a search, which would slow down the one for the newer question.
+        with suppress(_NewerQuestionError), self._turns[question.wants], before_every_run(go_on):
+            go_on()
+            return _answer(question, self._points)
+        return None
 
 
-def _answer(question: Question, points: int, is_wanted: Callable[[], bool]) -> Content | None:
+def _answer(question: Question, points: int) -> Content:
     inventory = _inventory(question.model)
     if question.wants == "plan":
         return page_content(_plan(question, inventory, baselines=False), inventory=inventory)
     made = _plan(question, inventory, baselines=True)
     others = other_plans(
-        made, inventory, policy=question.policy, points=points, time_limit_s=_SEARCH_S,
-        is_wanted=is_wanted,
+        made, inventory, policy=question.policy, points=points, time_limit_s=_SEARCH_S
     )  # fmt: skip
     reason = None if others else "No other plan is as good at another speed."
-    if not is_wanted():
-        return None
     return page_content(made, others, inventory=inventory, without_frontier=reason)
 
 
@@ -229,5 +234,5 @@ class Server(uvicorn.Server):
 
     def serve_until_interrupted(self) -> None:
         """Answers until it is told to end."""
-        with contextlib.suppress(KeyboardInterrupt), self._socket:
+        with suppress(KeyboardInterrupt), self._socket:
             self.run(sockets=[self._socket])

@@ -9,7 +9,9 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -23,6 +25,22 @@ Terms = Mapping[pulp.LpVariable, float]
 """Coefficients by variable."""
 
 Ending = Literal["solved", "infeasible", "out_of_time"]
+
+_BEFORE_RUNS: ContextVar[Callable[[], None]] = ContextVar("before_runs", default=lambda: None)
+
+
+@contextmanager
+def before_every_run(check: Callable[[], None]) -> Iterator[None]:
+    """Calls something before every run of the solver in this block and thread.
+
+    Args:
+        check: It; what it raises ends what the solver was to be run for.
+    """
+    earlier = _BEFORE_RUNS.set(check)
+    try:
+        yield
+    finally:
+        _BEFORE_RUNS.reset(earlier)
 
 
 @dataclass(frozen=True)
@@ -143,6 +161,7 @@ class LinearProgram:
         """Runs HiGHS with some variables settled, and says how that ended."""
         for variable, value in fixed.items():
             highs.changeColBounds(variable.index, value, value)
+        _BEFORE_RUNS.get()()
         highs.run()
         status, info = highs.getModelStatus(), highs.getInfo()
         ended = highspy.HighsModelStatus

@@ -17,7 +17,8 @@ _MIB = 2**20
 # The solver meets a bound to about 1e-6 of its row's unit (MiB); this much memory is held back so
 # that the answer also holds in integers.
 _TOLERANCE_BYTES = 4096
-# The same of times and losses, which are held against their limits in floating point.
+# The same of times and losses, which are held against their limits in floating point: relative, for
+# rounding, and in milliseconds or millinats, which is more where the limit is small.
 _TOLERANCE = 1e-6
 
 
@@ -273,7 +274,7 @@ def add_speed(model: Model) -> None:
     if target is not None:
         base = problem.decode.fixed_s if model.relaxed else problem.decode.base_s
         allowed = (1 - _TOLERANCE) / target - base
-        model.lp.add_row("speed", model.decode_ms, upper=MILLI * allowed)
+        model.lp.add_row("speed", model.decode_ms, upper=MILLI * allowed - _TOLERANCE)
 
 
 def add_turn(model: Model) -> None:
@@ -285,15 +286,15 @@ def add_turn(model: Model) -> None:
     if most is not None:
         base = problem.turn.fixed_s if model.relaxed else problem.turn.base_s
         allowed = (1 - _TOLERANCE) * most - base
-        model.lp.add_row("turn", model.turn_ms, upper=MILLI * allowed)
+        model.lp.add_row("turn", model.turn_ms, upper=MILLI * allowed - _TOLERANCE)
 
 
 def add_loss(model: Model) -> None:
     """The model loses at most what is allowed: sum loss[c,o] t[c,o] <= max_loss."""
     most = model.problem.max_summed_loss_nats
     if most is not None:
-        allowed = MILLI * (1 - _TOLERANCE) * most
-        model.lp.add_row("loss", model.loss_millinats, upper=allowed)
+        allowed = (1 - _TOLERANCE) * most
+        model.lp.add_row("loss", model.loss_millinats, upper=MILLI * allowed - _TOLERANCE)
 
 
 def add_size(model: Model) -> None:

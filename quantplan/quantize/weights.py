@@ -17,7 +17,7 @@ from quantplan.inventory.sources import read_headers
 from quantplan.qtypes import QTYPES, fitting_qtype
 from quantplan.quantize.ggml import ggml
 from quantplan.quantize.imatrix import Importance
-from quantplan.schema import Frozen
+from quantplan.schema import Frozen, faults_of
 
 _MAX_MAGNITUDE = 1e9
 
@@ -54,10 +54,9 @@ class WeightErrors(Frozen):
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
         except ValidationError as error:
-            fault = error.errors()[0]
             raise SourceError(
-                f"{path} holds no errors of weights: {'.'.join(map(str, fault['loc']))}: "
-                f"{fault['msg']}; measure them with quantplan measure-weights"
+                f"{path} holds no errors of weights: {faults_of(error)[0]}; measure them with "
+                "quantplan measure-weights"
             ) from error
 
     def ratios(self) -> dict[tuple[str, str], float]:

@@ -132,8 +132,8 @@ def find_llama_cpp(folder: str | Path | None = None) -> LlamaCpp:
     server = next(candidates(), None)
     if server is None:
         raise LlamaCppError(
-            f"No llama.cpp found: no {_PROGRAM} on PATH, in {', '.join(_FOLDERS)}, or in the "
-            f"packages {', '.join(PACKAGES)}. Name its folder, or set {VARIABLE}"
+            f"No llama.cpp found: no {_PROGRAM} on PATH, in {', '.join(_FOLDERS)}, nor in "
+            f"a Python package ({', '.join(PACKAGES)}). Name its folder, or set {VARIABLE}"
         )
     return examine(server.absolute())
 

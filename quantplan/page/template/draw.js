@@ -85,7 +85,8 @@ function ticks(low, high, count) {
   for (let value = Math.ceil(low / step) * step; value <= high * (1 + 1e-9); value += step) {
     found.push(Number(value.toPrecision(12)));
   }
-  return found;
+  // One number alone is no scale.
+  return found.length > 1 || low === high ? found : ticks(low, high, 2 * count);
 }
 
 function logTicks(low, high) {
