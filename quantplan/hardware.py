@@ -1,5 +1,6 @@
 """Machines: GPUs and the RAM, from text or a profile, with what was measured on them."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -8,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from quantplan.device import Device, MachineValue
 from quantplan.display import Table, html_card
 from quantplan.errors import MachineError
+from quantplan.files import write_whole
 from quantplan.hardware_text import parse_text
 from quantplan.schema import Frozen, faults_of
 from quantplan.units import gb_per_s, gib
@@ -173,16 +175,13 @@ class Machine(MachineValue):
         gpus = tuple(gpu.model_copy(update={"margin_bytes": margin_bytes}) for gpu in self.gpus)
         return self.model_copy(update={"gpus": gpus})
 
-    def save(self, path: Path) -> None:
-        """Writes the machine as a profile, which ``--machine`` accepts.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the machine as a profile, whole or not at all; ``--machine`` accepts it.
 
         Raises:
-            MachineError: The file cannot be written.
+            InputError: The file cannot be written.
         """
-        try:
-            path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise MachineError(f"the machine profile {path} cannot be written: {error}") from error
+        write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
 
     def summary(self) -> str:
         """The devices, what was measured and assumed, and what that changed, in a few lines."""

@@ -75,7 +75,7 @@ def save_profile(machine: Machine, path: Path) -> Path | None:
         Where the profile of before is now; None where there was none.
 
     Raises:
-        MachineError: The file cannot be written.
+        InputError: The file cannot be written.
     """
     before = path.with_name(f"{path.stem}.before{path.suffix}")
     kept = None

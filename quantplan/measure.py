@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 from quantplan.costs.evidence import ByChunk, Evidence, Measurement
 from quantplan.costs.resampling import mean_nats, standard_error_nats
 from quantplan.errors import InputError
+from quantplan.files import write_whole
 from quantplan.formats.sensitivity_tables import (
     SensitivityTable,
     append_measurement,
@@ -30,7 +31,7 @@ from quantplan.inventory.sources import read_inventory
 from quantplan.measure_groups import WHOLE, Job, curve_jobs, next_group
 from quantplan.qtypes import qtype
 from quantplan.quantize.apply import quantize
-from quantplan.recipe import Provenance, Recipe, RecipeTensor, write_whole
+from quantplan.recipe import Provenance, Recipe, RecipeTensor
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.perplexity import chunk_faults, fingerprint, measure_divergence
 from quantplan.schema import Frozen

@@ -1,6 +1,5 @@
 """The recipe: which type every tensor gets and where it lives, with provenance."""
 
-import contextlib
 import os
 import shlex
 from collections import Counter
@@ -13,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from quantplan.display import Table, html_card, html_table
 from quantplan.errors import InputError, RecipeError
+from quantplan.files import write_whole
 from quantplan.formats.llama_cpp import tensor_type_file
 from quantplan.hardware import Machine
 from quantplan.inventory import Tensor
@@ -169,7 +169,7 @@ class Recipe(Frozen):
         """Writes the recipe as JSON, whole or not at all.
 
         Raises:
-            RecipeError: The file cannot be written; one of that name stays as it was.
+            InputError: The file cannot be written; one of that name stays as it was.
         """
         write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
 
@@ -277,20 +277,3 @@ def types_html(tensors: Sequence[RecipeTensor]) -> str:
     rows = [(*key, counts[key], sizes[key] / 2**30) for key in sorted(counts)]
     header = ("role", "qtype", "device", "tensors", "GiB")
     return html_table("Types and devices", header, rows)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees the old content or the new, never a part.
-
-    Raises:
-        RecipeError: The file cannot be written.
-    """
-    temporary = path.parent / f".{path.name}.{os.getpid()}"  # folders such as . have no name
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from typing import Literal, Self
 from pydantic import ValidationError
 
 from quantplan.errors import InputError
-from quantplan.recipe import write_whole
+from quantplan.files import write_whole
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.perplexity import Divergence
 from quantplan.runtime.speed import SpeedMeasurement
@@ -178,7 +178,7 @@ class Verification(Frozen):
         """Writes it as JSON, whole or not at all.
 
         Raises:
-            RecipeError: The file cannot be written.
+            InputError: The file cannot be written.
         """
         write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
 

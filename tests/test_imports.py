@@ -14,6 +14,7 @@ ORDER = [
     "lazy",
     "llama_cpp",
     "errors",
+    "files",
     "units",
     "folders",
     "schema",

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantplan.errors import RecipeError
+from quantplan.errors import InputError, RecipeError
 from quantplan.inventory.catalog import catalog_names
 from quantplan.inventory.sources import read_inventory
 from quantplan.qtypes import QTYPES
@@ -178,7 +178,7 @@ def test_a_folder_is_no_file_to_save_to(
     monkeypatch.chdir(tmp_path)
     Path(folder).mkdir(exist_ok=True)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(RecipeError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot be written"):
         small().save(folder)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -189,7 +189,7 @@ def test_a_read_only_directory_changes_nothing(tmp_path: Path) -> None:
     directory = tmp_path / "recipes"
     directory.mkdir()
     (directory / "recipe.json").write_text("old")
-    with read_only(directory), pytest.raises(RecipeError, match="Permission denied"):
+    with read_only(directory), pytest.raises(InputError, match="Permission denied"):
         small().save(directory / "recipe.json")
     assert [p.name for p in directory.iterdir()] == ["recipe.json"]
     assert (directory / "recipe.json").read_text() == "old"
@@ -201,7 +201,7 @@ def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     path.write_text("old")
     recipe = small(tensors=tuple(tensor(f"blk.{i}.ffn_up.weight") for i in range(1000)))
-    with no_room_beyond(4096), pytest.raises(RecipeError, match="File too large"):
+    with no_room_beyond(4096), pytest.raises(InputError, match="File too large"):
         recipe.save(path)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.json"]

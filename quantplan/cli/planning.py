@@ -91,7 +91,7 @@ def plan(
 ) -> None:
     """Choose types and places, and print the flags for llama.cpp."""
     import quantplan as qp  # noqa: PLC0415 (help pages must not wait for the solver)
-    from quantplan.recipe import write_whole  # noqa: PLC0415
+    from quantplan.files import write_whole  # noqa: PLC0415
 
     context = 4096 if ctx == "max" else _tokens("--ctx", ctx, "max")
     physical = 512 if ubatch == "auto" else _tokens("--ubatch", ubatch, "auto")

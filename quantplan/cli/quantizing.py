@@ -27,9 +27,9 @@ def measure_weights(
     json_output: Annotated[bool, json_option("weight-errors")] = False,
 ) -> None:
     """Measure the error that each type makes on a model's real weights."""
+    from quantplan.files import write_whole  # noqa: PLC0415
     from quantplan.quantize.imatrix import read_imatrix  # noqa: PLC0415
     from quantplan.quantize.weights import measure_weights as measure  # noqa: PLC0415
-    from quantplan.recipe import write_whole  # noqa: PLC0415
 
     check_targets(output)
     importance = None if imatrix is None else read_imatrix(imatrix)

@@ -50,7 +50,7 @@ def export(
     versions that take llama.cpp arguments place the tensors as planned.
     """
     import quantplan as qp  # noqa: PLC0415
-    from quantplan.recipe import write_whole  # noqa: PLC0415
+    from quantplan.files import write_whole  # noqa: PLC0415
 
     text = qp.export_recipe(read_recipe(recipe), unchecked(target), model_path=gguf_name)
     if output is None:
