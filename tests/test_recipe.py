@@ -209,7 +209,7 @@ def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
     """Saving into a directory that does not exist fails and makes none."""
-    with pytest.raises(RecipeError, match="No such file"):
+    with pytest.raises(InputError, match="No such file"):
         small().save(tmp_path / "missing" / "recipe.json")
     assert list(tmp_path.iterdir()) == []
 
