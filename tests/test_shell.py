@@ -89,7 +89,7 @@ NARROW = {
     "show recipe": ["show", "RECIPE"],
     "show model": ["show", "LONG"],
     "diff": ["diff", "RECIPE", "RECIPE"],
-    "explain": ["explain", "LONG", "blk.0.ffn_down_exps.weight"],
+    "explain": ["explain", "LONG", "blk.1.ffn_down_exps.weight"],
     "machine": ["machine"],
     "models": ["models"],
     "doctor": ["doctor"],

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantplan.cli.options import json_option, read_model, tell
+from quantplan.cli.options import json_option, read_model, say, tell
 
 if TYPE_CHECKING:
     from quantplan.inventory import Inventory
@@ -30,9 +30,9 @@ def models(json_output: Annotated[bool, json_option("models")] = False) -> None:
         typer.echo(json.dumps([model.model_dump(mode="json") for model in found], indent=1))
         return
     width = max(len(model.name) for model in found)
-    typer.echo(f"{'model':{width}}  {'architecture':12} {'params':>7} {'active':>7} {'layers':>6}")
+    say(f"{'model':{width}}  {'architecture':12} {'params':>7} {'active':>7} {'layers':>6}")
     for model in found:
-        typer.echo(
+        say(
             f"{model.name:{width}}  {model.architecture:12} {_billions(model.n_params):>7} "
             f"{_billions(model.n_active_params):>7} {model.n_layers:>6}"
             f"{'  yours' if model.is_own else ''}"
