@@ -10,6 +10,7 @@ import typer
 
 from quantplan.cli.progress import working
 from quantplan.errors import InputError
+from quantplan.llama_cpp import KVType
 
 if TYPE_CHECKING:
     from quantplan.costs.evidence import Evidence
@@ -42,6 +43,8 @@ MachineOption = Annotated[
 LlamaBuildOption = Annotated[
     int, typer.Option(help="Build number of the llama.cpp that will run the model.")
 ]
+ContextOption = Annotated[int, typer.Option(help="Tokens of context, all slots together.")]
+CacheTypeOption = Annotated[KVType, typer.Option(help="Type of the KV cache.")]
 MarginOption = Annotated[
     str | None,
     typer.Option(

@@ -9,6 +9,8 @@ import typer
 
 from quantplan.cli.options import (
     AllowOption,
+    CacheTypeOption,
+    ContextOption,
     EngineName,
     LlamaBuildOption,
     MachineOption,
@@ -167,8 +169,8 @@ def frontier(
         Literal["speed", "size", "context"], typer.Option(help="What to trade for quality.")
     ] = "speed",
     points: Annotated[int, typer.Option(help="How many points.")] = 24,
-    ctx: Annotated[int, typer.Option(help="Tokens of context, all slots together.")] = 4096,
-    kv: Annotated[KVType, typer.Option(help="Type of the KV cache.")] = "f16",
+    ctx: ContextOption = 4096,
+    kv: CacheTypeOption = "f16",
     min_tps: Annotated[
         float | None, typer.Option(help="Least decode speed in tokens/s of all points.")
     ] = None,
@@ -205,8 +207,8 @@ def frontier(
 def prices(
     model: ModelArgument,
     machine: MachineOption = None,
-    ctx: Annotated[int, typer.Option(help="Tokens of context, all slots together.")] = 4096,
-    kv: Annotated[KVType, typer.Option(help="Type of the KV cache.")] = "f16",
+    ctx: ContextOption = 4096,
+    kv: CacheTypeOption = "f16",
     min_tps: Annotated[
         float | None, typer.Option(help="Least decode speed in tokens/s, context full.")
     ] = None,
