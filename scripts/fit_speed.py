@@ -58,7 +58,7 @@ DECODE = {
     "gpu_expert_launch_s": (5e-6, 1.0, 0.3),
     "cpu_launch_s": (8e-6, 0.5, 0.2),
     "cpu_expert_launch_s": (15e-6, 0.7, 0.3),
-    "crossing_s": (60e-6, 1.0, 0.3),
+    "crossing_s": (50e-6, 0.3, 0.2),
     "fixed_s": (3e-4, 1.0, 0.0),
     "gpu_cache_read": (1.1, 0.3, 0.0),
     "cpu_cache_read": (1.3, 0.4, 0.0),
