@@ -1,9 +1,10 @@
 """Ranks the tensor types of one model on one machine by predicted and by measured decode speed.
 
-Usage: python benchmarks/rank_types.py TYPES_ABSOLUTE
+Usage: python benchmarks/rank_types.py TYPES_ABSOLUTE [--leave-out TYPES_RELATIVE]
 
 Prints Spearman's rank correlation and the median error of the ratio to Q4_K for every machine and
-program of the table. Tables that `scripts/fit_types.py` fitted operations to are marked.
+program of the table. Tables that `scripts/fit_types.py` fitted operations to are marked; with
+``--leave-out`` each is predicted by operations that were fitted without its machine.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import math
 import re
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +24,12 @@ from benchmarks.speed_recipes import types_in
 from benchmarks.validate_speed import spearman
 from quantplan import Device, Machine
 from quantplan.costs.decode import read_s
-from quantplan.costs.factors import shipped
+from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.traffic import Read
 from quantplan.errors import MachineError
 from quantplan.hardware_table import find_cpu
 from quantplan.qtypes import Runtime
-from scripts.fit_types import is_fitted
+from scripts.fit_types import fit_operations, is_fitted
 
 _MIN_ALTERNATIVES = 4
 # A dense model of about 8e9 weights, of which the embedding's are not read, in 225 matrices.
@@ -49,22 +51,41 @@ def device_of(hardware: str, backend: str, note: str) -> Device | None:
         return None
 
 
-def predicted_s(device: Device, row: dict[str, str], qtype: str, runtime: Runtime) -> float:
+def predicted_s(device: Device, row: dict[str, str], qtype: str, factors: Factors) -> float:
     """Seconds per token for a model that has one type."""
     n_bytes = float(row["size_gib"]) * _GIB * _READ_SHARE
     n_weights = n_bytes * 8 / float(row["bpw"]) if row["bpw"] else 7.5e9
     read = Read(qtype, False, True, n_bytes, n_weights, n_bytes, n_weights, _MATRICES)
-    factors = shipped(runtime)
     return read_s(device, read, factors) + factors.fixed_s
+
+
+class _FactorsWithout(dict[tuple[str, Runtime], Factors]):
+    """The shipped factors, with operations fitted without a machine where the tables are there."""
+
+    def __init__(self, absolute: Path, relative: Path | None) -> None:
+        super().__init__()
+        self._absolute, self._relative = absolute, relative
+
+    def __missing__(self, key: tuple[str, Runtime]) -> Factors:
+        hardware, runtime = key
+        found = shipped(runtime)
+        if self._relative is not None:
+            tables, _ = fit_operations(self._absolute, self._relative, found.overlap, hardware)
+            found = replace(found, operations=tables[runtime])
+        self[key] = found
+        return found
 
 
 def main() -> None:
     """Prints one line per machine and program."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types_absolute", type=Path)
+    parser.add_argument("--leave-out", type=Path, metavar="TYPES_RELATIVE")
+    options = parser.parse_args()
+    factors = _FactorsWithout(options.types_absolute, options.leave_out)
     groups: dict[tuple[str, ...], list[tuple[str, float, float]]] = defaultdict(list)
     fitted = set()
-    with parser.parse_args().types_absolute.open(newline="") as file:
+    with options.types_absolute.open(newline="") as file:
         for row in csv.DictReader(file):
             device = device_of(row["hardware"], row["backend"], row["note"])
             names = types_in(row["quant"])
@@ -74,7 +95,7 @@ def main() -> None:
             key = (row["source"].split(":")[0], row["hardware"], row["engine"])
             if is_fitted(row):
                 fitted.add(key)
-            seconds = predicted_s(device, row, names[0], runtime)
+            seconds = predicted_s(device, row, names[0], factors[row["hardware"], runtime])
             groups[key].append((names[0], 1 / seconds, float(row["tps"])))
     found: dict[bool, list[float]] = defaultdict(list)
     for table, rows in groups.items():

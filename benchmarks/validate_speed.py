@@ -19,6 +19,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,24 +159,48 @@ def print_curves(cases: Sequence[Case], choose: Choose) -> None:
             )
 
 
+def alternatives(cases: Sequence[Case]) -> list[list[Case]]:
+    """Cases by what a person chooses between: model, types, places and program.
+
+    Runs that differ in threads, ubatch, cache type or date are repetitions of one alternative.
+    """
+    found: dict[tuple[str, str, str], list[Case]] = defaultdict(list)
+    for case in cases:
+        found[case.model, case.runtime, repr(case.traffic.reads)].append(case)
+    return list(found.values())
+
+
 def print_ranking(cases: Sequence[Case], choose: Choose) -> None:
-    """Spearman within each source and rig that lists at least four alternatives."""
+    """Spearman within each source and rig that lists at least four alternatives.
+
+    Of the runs of one alternative the mean logarithm counts.
+    """
     groups: dict[tuple[str, str], list[Case]] = defaultdict(list)
     for case in cases:
         if case.decode:
             groups[case.thread, case.rig].append(case)
     found = []
     for (thread, rig), some in groups.items():
-        if len(some) >= _MIN_ALTERNATIVES:
-            predicted = [predicted_tps(c, c.decode[0], choose(c)) for c in some]
-            rho = spearman(predicted, [c.decode[0].tps for c in some])
-            found.append((rho, len(some)))
-            print(f"ranking {rho:6.2f} of {len(some):>2} alternatives: {thread}, {rig[:60]}")
+        choices = alternatives(some)
+        if len(choices) >= _MIN_ALTERNATIVES:
+            predicted, measured = (
+                [fmean(math.log(tps(c)) for c in runs) for runs in choices]
+                for tps in (
+                    lambda c: predicted_tps(c, c.decode[0], choose(c)),
+                    lambda c: c.decode[0].tps,
+                )
+            )
+            rho = spearman(predicted, measured)
+            found.append((rho, len(choices)))
+            print(
+                f"ranking {rho:6.2f} of {len(choices):>2} alternatives ({len(some)} runs): "
+                f"{thread}, {rig[:60]}"
+            )
     if found:
         weighted = np.average([r for r, _ in found], weights=[n for _, n in found])
         print(
             f"ranking within {len(found)} sources: median Spearman "
-            f"{np.median([r for r, _ in found]):.3f}, mean by cases {weighted:.3f}"
+            f"{np.median([r for r, _ in found]):.3f}, mean by alternatives {weighted:.3f}"
         )
     print_pairs([p for some in groups.values() for p in itertools.combinations(some, 2)], choose)
 

@@ -159,16 +159,22 @@ def _finished(table: dict[str, float]) -> dict[str, float]:
 
 
 def fit_operations(
-    absolute: Path, relative: Path, overlap: float
+    absolute: Path, relative: Path, overlap: float, leave_out: str = ""
 ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, float]]:
     """Operations per weight by runtime, kind of device and type, and the median error of each kind.
 
     Mainline's kernels on GPUs are taken to be those of ik_llama.cpp, which shares their origin. On
     CPUs a type that mainline was not measured in costs what it costs there, times the median of
     mainline's operations over ik_llama.cpp's among the types that both were measured in.
+
+    Args:
+        absolute: Table of tokens per second.
+        relative: Table of efficiencies.
+        overlap: Exponent of the p-norm.
+        leave_out: A machine in the words of the tables, whose rows are not fitted.
     """
-    speeds = read_absolute(absolute)
-    cpu_relative = read_relative(relative)
+    speeds = [s for s in read_absolute(absolute) if s.host[0] != leave_out]
+    cpu_relative = [s for s in read_relative(relative) if s.host[0] != leave_out]
     errors = {}
     gpu = [s for s in speeds if _HOSTS[s.host][0] == "gpu"]
     gpu_table, residuals = fit_kind(gpu, "gpu", overlap)

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-# Residuals (ln) beyond this count by their size, not its square: two standard deviations of repeated
-# runs of one model on one machine, which scatter by 4 % (``speed.json``).
+# Residuals (ln) beyond this count by their size, not its square: two standard deviations of
+# repeated runs of one model on one machine, which scatter by 4 % (``speed.json``).
 _HUBER = 0.08
 _NOISE = 0.1
 _STEP = 1e-3
