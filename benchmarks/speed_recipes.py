@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from quantplan import Inventory, Tensor
+from quantplan import Inventory, Tensor, stock_mix
 from quantplan.costs.traffic import is_expert
+from quantplan.ftypes import FTYPES
 from quantplan.qtypes import QTYPES, qtype
 
 _TYPE = re.compile(
@@ -62,9 +63,13 @@ def types_from_counts(inventory: Inventory, counts: Mapping[str, int]) -> dict[s
 def types_from_name(inventory: Inventory, quant: str) -> dict[str, str] | None:
     """Types from a quant's name and what people write beside it; None where it names no type.
 
-    ``Q4_K_M`` is one type. Several in brackets are those of the experts (up and gate, down) and of
-    the rest, by size. Words such as ``experts``, ``attn``, ``rest`` and ``output`` go first.
+    ``Q4_K_M`` is what llama-quantize makes of it. Several types in brackets are those of the experts
+    (up and gate, down) and of the rest, by size. Words such as ``experts``, ``attn``, ``rest`` and
+    ``output`` go first.
     """
+    stock = re.match(r"([\w]+)(?: \([^)]*\))?$", quant.strip())
+    if stock and stock[1].upper() in FTYPES and len(types_in(quant)) == 1:
+        return stock_mix(inventory, stock[1], has_imatrix=True)
     said = {"experts": "", "rest": "", "output": ""}
     for part in re.split(r"[,;()]", quant):
         names = types_in(part)

@@ -8,6 +8,7 @@ from benchmarks.speed_cases import UnusableError, read_case, read_cases
 from benchmarks.speed_recipes import types_from_counts, types_from_name, types_in
 from benchmarks.validate_speed import spearman, totals
 from quantplan import read_inventory as read
+from quantplan import stock_mix
 from quantplan.costs.factors import shipped
 
 AIR = read("GLM-4.5-Air")
@@ -131,6 +132,13 @@ def test_words_beside_a_quants_name() -> None:
     assert found["blk.5.ffn_down_exps.weight"] == "Q8_0"  # its rows do not fit IQ4_XS
     assert found["blk.5.ffn_up_exps.weight"] == "IQ4_XS"
     assert (found["blk.5.attn_q.weight"], found["output.weight"]) == ("Q5_K", "Q6_K")
+
+
+@pytest.mark.parametrize("quant", ["Q4_K_M", "q4_k_m (bartowski)"])
+def test_a_stock_mix_is_what_llama_quantize_makes_of_it(quant: str) -> None:
+    """A quant that is named like a stock mix has that mix's types, and others have not."""
+    assert types_from_name(AIR, quant) == stock_mix(AIR, "Q4_K_M", has_imatrix=True)
+    assert types_from_name(AIR, "UD-Q4_K_XL") != stock_mix(AIR, "Q4_K_M", has_imatrix=True)
 
 
 def test_the_totals_can_be_wrong() -> None:
