@@ -63,9 +63,9 @@ def types_from_counts(inventory: Inventory, counts: Mapping[str, int]) -> dict[s
 def types_from_name(inventory: Inventory, quant: str) -> dict[str, str] | None:
     """Types from a quant's name and what people write beside it; None where it names no type.
 
-    ``Q4_K_M`` is what llama-quantize makes of it. Several types in brackets are those of the experts
-    (up and gate, down) and of the rest, by size. Words such as ``experts``, ``attn``, ``rest`` and
-    ``output`` go first.
+    ``Q4_K_M`` is what llama-quantize makes of it. Several types in brackets are those of the
+    experts (up and gate, down) and of the rest, by size. Words such as ``experts``, ``attn``,
+    ``rest`` and ``output`` go first.
     """
     stock = re.match(r"([\w]+)(?: \([^)]*\))?$", quant.strip())
     if stock and stock[1].upper() in FTYPES and len(types_in(quant)) == 1:
