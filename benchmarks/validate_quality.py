@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quantplan.costs import load_data
 from quantplan.costs.evidence import Evidence
+from quantplan.costs.families import family
 from quantplan.costs.quality import LossTable, link, type_errors
-from quantplan.costs.sensitivity import Prior, family, quantized
+from quantplan.costs.scale import ScalePrior, quantized
 from quantplan.formats.sensitivity_tables import plain_type
 from quantplan.inventory import Inventory
 from quantplan.inventory.catalog import read_catalog
@@ -95,9 +96,8 @@ def correlations(model: Measured, document: Document) -> tuple[float, list[float
 def uniform_errors(model: Measured, document: Document) -> dict[str, float]:
     """Ln of measured over predicted KLD of the whole model, by type."""
     errors, bend = type_errors(document), link(document)
-    floors = document["floor"]["curve_nats"]
-    floor = floors.get("sparse" if model.is_sparse else "dense", min(floors.values()))
-    scale = math.exp(Prior(document).ln_scale(model.inventory))
+    prior = ScalePrior(document)
+    floor, scale = prior.floor_nats(model.inventory), math.exp(prior.ln_scale(model.inventory))
     base = errors.get(model.table.baseline or "", 0.0)
     return {
         name: math.log(kld / (floor + bend.kld(scale * (errors[name] + base))))

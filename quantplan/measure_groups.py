@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable, link
-from quantplan.costs.sensitivity import DEPTH_BANDS, quantized
+from quantplan.costs.scale import quantized
+from quantplan.costs.sensitivity import DEPTH_BANDS
 from quantplan.inventory import Inventory, Tensor
 from quantplan.qtypes import fitting_qtype
 from quantplan.schema import Frozen

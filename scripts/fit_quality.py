@@ -26,20 +26,29 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quantplan.costs import load_data
 from quantplan.costs.evidence import Link, Measurement, fit_singles
+from quantplan.costs.scale import ScalePrior
 from quantplan.costs.sensitivity import Prior
+from scripts.quality_curves import Curves, fit_curves
 from scripts.quality_data import Measured, read_models
-from scripts.quality_fit import Curves, fit, fit_curves, leave_one_family_out
+from scripts.quality_fit import fit, leave_one_family_out
 
 TARGET = Path(__file__).parents[1] / "quantplan" / "costs" / "data" / "quality.json"
 # A median absolute deviation times this is a standard deviation, where the rest is Gaussian.
 _ROBUST = 1.4826
 # Families' worth of pooled errors in the errors of a class.
 _POOLING = 2.0
+# A floor is seen where its ln is known better than this.
+_SEEN_SD = 0.3
 
 
 def robust_sd(values: list[float]) -> float:
     """Standard deviation about zero, from the median absolute value."""
     return _ROBUST * median(map(abs, values))
+
+
+def root_mean_square(values: list[float]) -> float:
+    """Standard deviation about zero."""
+    return round(math.sqrt(fmean(v**2 for v in values)), 3)
 
 
 def share_errors(
@@ -85,17 +94,26 @@ def class_sds(errors: Mapping[tuple[str, str], list[float]], pooled: float) -> d
     }
 
 
-def scale_errors(
+def scale_sds(
     models: Mapping[str, Measured], curves: Curves, documents: Mapping[str, Mapping[str, Any]]
-) -> list[float]:
-    """Ln of fitted over predicted scale, with the constants given by model or by family."""
-    return [
-        value - Prior(documents.get(name) or documents[models[name].family]).ln_scale(
-            models[name].inventory
-        )
-        for name, value in curves.ln_scale.items()
-        if name in documents or models[name].family in documents
-    ]  # fmt: skip
+) -> tuple[float, float]:
+    """Root mean square error of ln scale and of ln floor where a floor can be seen.
+
+    Args:
+        models: All models.
+        curves: What their curves show.
+        documents: Constants to predict with, by model or by family.
+    """
+    scales, floors = [], []
+    for name, value in curves.ln_scale.items():
+        document = documents.get(name) or documents.get(models[name].family)
+        if document is None:
+            continue
+        found = ScalePrior(document).curve(models[name].inventory)
+        scales.append(value - found.ln_scale)
+        if curves.ln_floor_sd[name] < _SEEN_SD:
+            floors.append(curves.ln_floor[name] - found.ln_floor)
+    return root_mean_square(scales), root_mean_square(floors)
 
 
 def repeat_errors(models: Mapping[str, Measured], curves: Curves) -> list[float]:
@@ -135,15 +153,17 @@ def main() -> None:
     document, curves = fit(models), fit_curves(models)
     left_out = leave_one_family_out(models)
     siblings = without_one(models)
-    new = scale_errors(models, curves, left_out)
-    known = scale_errors({n: models[n] for n in siblings}, _only(curves, siblings), siblings)
+    new_scale, new_floor = scale_sds(models, curves, left_out)
+    known_scale, known_floor = scale_sds(models, curves, siblings)
     shares = share_errors(models, left_out)
     share = robust_sd([e for found in shares.values() for e in found])
     gaussian = load_data("type_error.json")["relative_squared_error"]
     both = [math.log(e / gaussian[q]) for q, e in curves.errors.items() if q in gaussian]
     document["ln_sd"] |= {
-        "scale_new_family": round(math.sqrt(fmean(e**2 for e in new)), 3),
-        "scale_known_family": round(math.sqrt(fmean(e**2 for e in known)), 3),
+        "scale_new_family": new_scale,
+        "scale_known_family": known_scale,
+        "floor_new_family": new_floor,
+        "floor_known_family": known_floor,
         "share": round(share, 3),
         "share_by_class": class_sds(shares, share),
         "untested_type": round(robust_sd(both), 3),
@@ -151,7 +171,8 @@ def main() -> None:
     }
     provenance = {
         "about": "loss(tensor, type) = sensitivity * type_error, nats per token; sensitivities are "
-        "exp(coefficients * features) scaled to sum to exp(scale * features of the model); "
+        "exp(coefficients * features) scaled to sum to exp(scale * features of the model + effects "
+        "of its maker and family); "
         "KLD = loss + curvature * loss^2",
         "script": "scripts/fit_quality.py",
         "credit": "KLD measurements: GGUF-Tool-Suite (Thireus and contributors), commit 384c1f8",
@@ -161,8 +182,9 @@ def main() -> None:
         "ln_sd_why": "scale_*: root mean square error of ln scale for families, and for models of "
         "known families, left out of the fit, to be multiplied by sqrt((1 + leverage) / "
         "(1 + usual)) where a model's features x have more than the usual leverage, x inverse x "
-        "(scale_spread); share: robust error of a tensor's sensitivity within a model of a family "
-        "left out, share_by_class the same by class, families counting alike and pooled as by two "
+        "(scale_spread); floor_*: root mean square error of the ln of the noise floor of curves, "
+        "likewise; share: robust error of a tensor's sensitivity within a model of a family left "
+        "out, share_by_class the same by class, families counting alike and pooled as by two "
         "of them; type: robust scatter of the error of a type between models, untested_type: "
         "robust difference between errors of types on Gaussian rows and in whole models; single: "
         "scatter of one tensor's sensitivity measured at several types",
@@ -170,11 +192,6 @@ def main() -> None:
     TARGET.write_text(json.dumps({**provenance, **document}, indent=1) + "\n", encoding="utf-8")
     print(f"{len(models)} models; {len(skipped)} left out: {', '.join(skipped)}")
     print(json.dumps(document["ln_sd"], indent=1))
-
-
-def _only(curves: Curves, names: Mapping[str, Any]) -> Curves:
-    kept = {name: value for name, value in curves.ln_scale.items() if name in names}
-    return Curves(curves.errors, curves.link, kept, curves.ln_floor, curves.residuals)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantplan.costs.families import family
 from quantplan.costs.quality import type_errors
-from quantplan.costs.sensitivity import family
 from quantplan.errors import QuantplanError
 from quantplan.formats.sensitivity_tables import SensitivityTable, read_sensitivity_table
 from quantplan.inventory import Inventory, Tensor

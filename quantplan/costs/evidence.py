@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantplan.errors import InputError
 
-# Bounds of the search for scale and floor, in ln; both far outside what was ever measured.
-_LN_SCALES = np.arange(-0.5, 4.0, 0.05)
-_LN_FLOORS = np.arange(-9.0, -2.9, 0.2)
+# Scatter of types beyond so many standard deviations counts linearly: some runs are broken.
+_HUBER_SDS = 2.0
+_CURVE_STEPS = 60
 _FLOOR_PERCENTILE = 5
 # Each text must have so many chunks to hold half of them out: two show a standard error.
 _FEWEST_CHUNKS = 4
@@ -124,16 +125,35 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class CurveFit:
-    """What a curve over types says.
+class CurvePrior:
+    """What is expected of a model's curve over types before any of it is measured.
 
     Attributes:
         ln_scale: Logarithm of the loss per unit of relative squared error.
+        ln_scale_sd: Its standard deviation.
+        ln_floor: Logarithm of the noise floor, in nats per token.
+        ln_floor_sd: Its standard deviation.
+    """
+
+    ln_scale: float
+    ln_scale_sd: float
+    ln_floor: float
+    ln_floor_sd: float
+
+
+@dataclass(frozen=True, slots=True)
+class CurveFit:
+    """What a curve over types says, together with what was expected of it.
+
+    Attributes:
+        ln_scale: Logarithm of the loss per unit of relative squared error.
+        ln_scale_sd: Its standard deviation.
         floor_nats: Noise floor.
         ln_deviation: How far the error of a type is from the pooled one, by type.
     """
 
     ln_scale: float
+    ln_scale_sd: float
     floor_nats: float
     ln_deviation: Mapping[str, float]
 
@@ -143,14 +163,17 @@ def fit_curve(
     baseline: str | None,
     errors: Mapping[str, float],
     link: Link,
+    *,
     type_sd: float,
+    prior: CurvePrior,
+    height_sd: float = 0.0,
 ) -> CurveFit:
     """Scale, floor and deviations per type of a measured curve over types.
 
-    Scale and floor minimise the summed absolute log error (so that a broken run does not count
-    much) of ``KLD = floor + link(scale * (error(type) + error(baseline)))``; quantization errors of
-    baseline and model are independent. Deviations of types shrink by the scatter that the model's
-    own curve shows beyond that between models, and end at three of the latter.
+    Scale and floor are the most probable ones, for ``KLD = floor + link(scale * (error(type) +
+    error(baseline)))`` with a prior for each; quantization errors of baseline and model are
+    independent. Deviations of types shrink by the scatter that the model's own curve shows beyond
+    that between models, and end at three of the latter.
 
     Args:
         curve: KLD by type, in nats per token.
@@ -158,6 +181,8 @@ def fit_curve(
         errors: Pooled relative squared error by type.
         link: From summed loss to KLD.
         type_sd: Standard deviation of ln error of a type between models.
+        prior: What metadata say of scale and floor. A few types cannot tell one from the other.
+        height_sd: Standard deviation of ln KLD that all measurements have in common, from the text.
 
     Raises:
         InputError: No type of the curve is known, or none has a KLD above zero.
@@ -173,13 +198,9 @@ def fit_curve(
     kld = np.array([curve[q] for q in known])
     total = np.array([errors[q] + base for q in known])
     used = kld < link.valid_kld_nats if (kld < link.valid_kld_nats).any() else kld > 0
-    loss = np.exp(_LN_SCALES)[:, None, None] * total[used]
-    predicted = loss + link.curvature * loss**2 + np.exp(_LN_FLOORS)[:, None]
-    misfit = np.abs(np.log(kld[used]) - np.log(predicted)).sum(axis=2)
-    # A few points cannot tell a floor from a scale; prefer the smaller floor then.
-    misfit += 0.02 * (_LN_FLOORS - _LN_FLOORS[0])
-    best_scale, best_floor = np.unravel_index(np.argmin(misfit), misfit.shape)
-    ln_scale, floor = float(_LN_SCALES[best_scale]), math.exp(float(_LN_FLOORS[best_floor]))
+    ln_scale, ln_scale_sd, floor = _solve_curve(
+        np.log(kld[used]), total[used], link, type_sd=type_sd, prior=prior, height_sd=height_sd
+    )
     raw = {}
     for name, value in zip(known, kld, strict=True):
         own = link.loss(float(value) - floor) / math.exp(ln_scale) - base
@@ -190,7 +211,47 @@ def fit_curve(
     share = type_sd**2 / (type_sd**2 + max(scatter**2 - type_sd**2, 0.0))
     limit = 3 * type_sd
     shrunk = {name: share * min(max(d, -limit), limit) for name, d in raw.items()}
-    return CurveFit(ln_scale, floor, shrunk)
+    return CurveFit(ln_scale, ln_scale_sd, floor, shrunk)
+
+
+def _solve_curve(
+    ln_kld: NDArray[np.float64],
+    total: NDArray[np.float64],
+    link: Link,
+    *,
+    type_sd: float,
+    prior: CurvePrior,
+    height_sd: float,
+) -> tuple[float, float, float]:
+    """Gauss-Newton for ln scale, ln floor and the height that the text gives all KLDs alike.
+
+    Returns:
+        Ln scale, its standard deviation, and the floor in nats.
+    """
+    mean = np.array([prior.ln_scale, prior.ln_floor, 0.0])
+    # The height has no variance where the text's is not known.
+    precision = np.array([prior.ln_scale_sd, prior.ln_floor_sd, max(height_sd, 1e-4)]) ** -2.0
+    theta = mean.copy()
+    for _ in range(_CURVE_STEPS):
+        loss, floor = math.exp(theta[0]) * total, math.exp(theta[1])
+        predicted = floor + loss + link.curvature * loss**2
+        slope = np.stack(
+            [
+                (loss + 2 * link.curvature * loss**2) / predicted,
+                floor / predicted,
+                np.ones_like(loss),
+            ],
+            axis=1,
+        )
+        miss = ln_kld - np.log(predicted) - theta[2]
+        weight = type_sd**-2 / np.maximum(1.0, np.abs(miss) / (_HUBER_SDS * type_sd))
+        normal = slope.T @ (slope * weight[:, None]) + np.diag(precision)
+        step = np.linalg.solve(normal, slope.T @ (weight * miss) + precision * (mean - theta))
+        theta += step * min(1.0, 0.7 / float(np.abs(step).max()))
+        if np.abs(step).max() < 1e-4:
+            break
+    sd = math.sqrt(float(np.linalg.inv(normal)[0, 0]))
+    return float(theta[0]), sd, math.exp(float(theta[1]))
 
 
 @dataclass(frozen=True, slots=True)

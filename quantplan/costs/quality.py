@@ -29,6 +29,7 @@ from quantplan.costs.evidence import (
     fit_singles,
 )
 from quantplan.costs.resampling import resamples
+from quantplan.costs.scale import ScalePrior
 from quantplan.costs.sensitivity import Prior
 from quantplan.inventory import Inventory, Tensor
 from quantplan.schema import Frozen
@@ -141,11 +142,13 @@ class LossTable:
         self._sd: dict[str, Any] = data["ln_sd"]
         self._tested = set(data["type_error"])
         self._prior = Prior(data)
-        known = "known_family" if self._prior.is_known(inventory) else "new_family"
-        self._scale_sd: float = self._sd[f"scale_{known}"] * self._prior.scale_sd_factor(inventory)
+        scale_prior = ScalePrior(data)
+        self._family_is_known = scale_prior.is_known(inventory)
+        self._curve_prior = scale_prior.curve(inventory)
+        self._scale_sd = self._curve_prior.ln_scale_sd
         self._prior_s = self._prior.sensitivities(inventory)
         self._errors: Mapping[str, float] = type_errors(data)
-        self._curve_scale: float | None = None
+        self._has_curve = False
         self._resampled: tuple[LossTable, ...] = ()
         plain = copy.copy(self)
         self._use(evidence or Evidence())
@@ -188,15 +191,16 @@ class LossTable:
 
     def _use_curve(self) -> None:
         """Replaces scale and errors of types by what the model's own curve says."""
+        prior = self._curve_prior
         fit = fit_curve(
             self._evidence.curve, self._evidence.baseline, self._errors, self._link,
-            self._sd["type"],
+            type_sd=self._sd["type"], prior=prior, height_sd=self._evidence.curve_ln_sd,
         )  # fmt: skip
-        own_sd = math.hypot(self._sd["scale_with_curve"], self._evidence.curve_ln_sd)
-        own, prior = own_sd**-2, self._scale_sd**-2
-        shift = own / (own + prior) * (fit.ln_scale - self._prior.ln_scale(self._inventory))
-        self._curve_scale = fit.ln_scale
-        self._scale_sd = (own + prior) ** -0.5
+        self._has_curve = True
+        # Many types average their scatter out, but not what the curve's form leaves open.
+        own_sd = math.hypot(fit.ln_scale_sd, self._sd["scale_with_curve"])
+        self._scale_sd = min(own_sd, prior.ln_scale_sd)
+        shift = fit.ln_scale - prior.ln_scale
         self._prior_s = {n: s * math.exp(shift) for n, s in self._prior_s.items()}
         own_errors = {
             name: self._errors[name] * math.exp(d) for name, d in fit.ln_deviation.items()
@@ -342,8 +346,8 @@ class LossTable:
         """
         error = self.error(tensor, qtype_name)
         prior = self._prior_s.get(tensor.name, 0.0)
-        family = "measured" if self._prior.is_known(self._inventory) else "never measured"
-        scale = "" if self._curve_scale is None else ", scaled to the model's own curve"
+        family = "measured" if self._family_is_known else "never measured"
+        scale = ", scaled to the model's own curve" if self._has_curve else ""
         estimates = [
             Estimate(
                 source=f"prior from metadata, family {family}{scale}",

@@ -11,12 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from quantplan.costs.families import family
+from quantplan.costs.scale import Features, ScalePrior, quantized
 from quantplan.inventory import Inventory, Tensor
-
-Features = dict[str, float]
-"""Value of each named feature."""
 
 # Depth is cut into this many bands, so that layers of one band are interchangeable for the planner.
 # The first and the last layer are not part of a band: their effects are features of their own.
@@ -24,14 +21,6 @@ DEPTH_BANDS = 4
 _REFERENCE_WEIGHTS = 1e7
 _REFERENCE_SPARSITY = 16.0
 _SIZE_EXPONENT = 0.5
-
-# general.architecture of models that share their design with another one's.
-_LINEAGES = ("qwen35", "qwen3", "deepseek", "glm4")
-
-
-def family(architecture: str) -> str:
-    """The family of an architecture: dense, sparse and vision models of one design are together."""
-    return next((stem for stem in _LINEAGES if architecture.startswith(stem)), architecture)
 
 
 def part(tensor: Tensor, inventory: Inventory) -> str:
@@ -75,32 +64,13 @@ def fixed_term(tensor: Tensor) -> float:
     return _SIZE_EXPONENT * _size(tensor)
 
 
-def scale_features(inventory: Inventory) -> Features:
-    """Features of the whole model's loss per unit of error.
-
-    A tied embedding adds its damage as output matrix; small models are more sensitive.
-    """
-    billions = sum(t.n_weights for t in quantized(inventory)) / 1e9
-    return {
-        "constant": 1.0,
-        "tied": float(inventory.has_tied_output),
-        "inverse root of billions of weights": 1 / math.sqrt(max(billions, 1e-3)),
-    }
-
-
-def quantized(inventory: Inventory) -> list[Tensor]:
-    """Tensors that a quantizer may change and that the runtime loads."""
-    return [t for t in inventory.tensors if t.is_quantizable and inventory.is_loaded(t)]
-
-
 class Prior:
     """The fitted model: sensitivities of any inventory."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         """Takes the document of ``quality.json``, or one of the same form."""
         self._coefficients: dict[str, float] = data["coefficients"]
-        self._scale: dict[str, float] = data["scale"]
-        self._spread: dict[str, Any] | None = data.get("scale_spread")
+        self._scale = ScalePrior(data)
         self._families: dict[str, Any] = data["families"]
 
     def terms(self, tensor: Tensor, inventory: Inventory) -> Features:
@@ -118,24 +88,7 @@ class Prior:
 
     def ln_scale(self, inventory: Inventory) -> float:
         """Ln S: loss of the whole model in nats per unit of relative squared error."""
-        pooled = sum(self._scale[k] * v for k, v in scale_features(inventory).items())
-        return pooled + float(self._family(inventory).get("ln_scale", 0.0))
-
-    def scale_sd_factor(self, inventory: Inventory) -> float:
-        """By how much ln S is less sure than for the models that were fitted, at least 1.
-
-        A regression knows least far from its data: a model much smaller than any that was measured
-        is extrapolated to.
-        """
-        if self._spread is None:
-            return 1.0
-        x = np.array([scale_features(inventory)[name] for name in self._scale])
-        leverage = float(x @ np.array(self._spread["inverse"]) @ x)
-        return max(1.0, math.sqrt((1 + leverage) / (1 + self._spread["usual"])))
-
-    def is_known(self, inventory: Inventory) -> bool:
-        """Whether models of the family were measured."""
-        return bool(self._family(inventory))
+        return self._scale.ln_scale(inventory)
 
     def sensitivities(self, inventory: Inventory) -> dict[str, float]:
         """Loss of each quantizable, loaded tensor per unit of error, in nats; they sum to S."""

@@ -1,0 +1,24 @@
+"""Which models are alike: by the design of their architecture, and by who trained them."""
+
+import re
+
+from quantplan.inventory import Inventory
+
+# general.architecture of models that share their design with another one's.
+_LINEAGES = ("qwen35", "qwen3", "deepseek", "glm4")
+
+
+def family(architecture: str) -> str:
+    """The family of an architecture: dense, sparse and vision models of one design are together."""
+    return next((stem for stem in _LINEAGES if architecture.startswith(stem)), architecture)
+
+
+def maker(inventory: Inventory) -> str:
+    """Who trained a model, as its vocabulary tells: makers keep theirs from design to design.
+
+    The letters that ``tokenizer.ggml.pre`` begins with (``qwen`` of ``qwen35``), or those of the
+    architecture where the vocabulary has no name.
+    """
+    name = str(inventory.metadata.get("tokenizer.ggml.pre") or inventory.architecture.name)
+    found = re.match("[a-z]+", name.lower())
+    return found.group() if found else name
