@@ -21,7 +21,7 @@ _TYPE_SD, _NEW_TYPE_SD, _CURVE_SD = 0.25, 1.0, 0.08
 # ln error falls by this much per bit per weight (from Q2_K to Q8_0 on Gaussian rows).
 _LN_ERROR_PER_BIT = -1.42
 # Beside the errors of a 4-bit baseline no floor can be seen; then it is about this, in nats.
-_FLOOR_NATS, _LN_FLOOR_SD = 0.002, 0.7
+FLOOR_NATS, _LN_FLOOR_SD = 0.002, 0.7
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Curves:
         errors: Relative squared error by type.
         link: From summed loss to KLD.
         ln_scale: ln of loss per unit of error, by model.
-        ln_floor: ln of the noise floor, by model.
+        ln_floor: ln of the noise floor by model.
         ln_scale_sd: Standard deviation of ln scale, by model.
         ln_floor_sd: Standard deviation of ln floor, by model.
         residuals: ln of measured over fitted KLD, by model and type.
@@ -47,72 +47,89 @@ class Curves:
     residuals: dict[tuple[str, str], float]
 
 
-def fit_curves(models: Mapping[str, Measured]) -> Curves:
-    """Fits ``KLD = floor + link(scale * (error(type) + error(baseline)))`` by Gauss-Newton.
+class _Points:
+    """All runs as arrays, and the model of their KLDs.
 
-    A baseline that is quantized itself errs independently of the model, so errors add.
+    Parameters are ln errors of types, ln scales and ln floors of models, and ln curvature of the
+    link.
+    """
+
+    def __init__(self, models: Mapping[str, Measured], types: Mapping[str, int]) -> None:
+        """Takes models with a curve, and the index of every type."""
+        runs = [
+            (i, types[q], types.get(m.table.baseline or "", -1), math.log(kld))
+            for i, m in enumerate(models.values())
+            for q, kld in m.curve.items()
+            if kld < VALID_KLD_NATS
+        ]
+        self.model, self.qtype, self.base = np.array([run[:3] for run in runs]).T
+        self.ln_kld = np.array([run[3] for run in runs])
+        self._n, self._k = len(types), len(models)
+
+    def predict(self, theta: Array) -> tuple[Array, Array]:
+        """Ln KLD of every run, and its derivatives."""
+        n, k, rows = self._n, self._k, np.arange(len(self.ln_kld))
+        own = np.exp(theta[self.qtype])
+        its = np.where(self.base >= 0, np.exp(theta[self.base]), 0.0)
+        loss = np.exp(theta[n + self.model]) * (own + its)
+        floor = np.exp(theta[n + k + self.model])
+        bent = math.exp(theta[-1]) * loss**2
+        kld = floor + loss + bent
+        by_loss = (loss + 2 * bent) / kld
+        slope = np.zeros((len(rows), len(theta)))
+        slope[rows, self.qtype] = by_loss * own / (own + its)
+        slope[rows, self.base] += by_loss * its / (own + its)
+        slope[rows, n + self.model] = by_loss
+        slope[rows, n + k + self.model] = floor / kld
+        slope[:, -1] = bent / kld
+        return np.log(kld), slope
+
+
+def fit_curves(models: Mapping[str, Measured]) -> Curves:
+    """Fits ``KLD = floor + link(scale * error)`` by Gauss-Newton.
+
+    A baseline that is quantized itself errs independently of the model, so errors of the type and
+    of the baseline add.
     """
     models = {name: m for name, m in models.items() if m.curve}
     types = sorted({q for m in models.values() for q in m.curve} | {
         m.table.baseline for m in models.values() if m.table.baseline
     })  # fmt: skip
-    at = {name: i for i, name in enumerate(types)}
     n, k = len(types), len(models)
     known = gaussian_errors()
+    points = _Points(models, {name: i for i, name in enumerate(types)})
     prior = np.array(
         [math.log(known[q]) if q in known else _guess(q, known) for q in types]
-        + [1.3] * k + [math.log(_FLOOR_NATS)] * k + [math.log(0.3)]
+        + [1.3] * k + [math.log(FLOOR_NATS)] * k + [math.log(0.3)]
     )  # fmt: skip
     sd = np.array(
         [_TYPE_SD if q in known else _NEW_TYPE_SD for q in types]
-        + [1.0] * k
-        + [_LN_FLOOR_SD] * k
-        + [1.0]
-    )
-    points = [
-        (i, at[q], at.get(m.table.baseline or "", -1), math.log(kld))
-        for i, m in enumerate(models.values())
-        for q, kld in m.curve.items()
-        if kld < VALID_KLD_NATS
-    ]
-
-    def predict(theta: Array, point: tuple[int, int, int, float]) -> tuple[float, Array]:
-        i, q, base, _ = point
-        own, its = math.exp(theta[q]), math.exp(theta[base]) if base >= 0 else 0.0
-        scale, floor, bend = np.exp(theta[[n + i, n + k + i, -1]])
-        loss = scale * (own + its)
-        kld = floor + loss + bend * loss**2
-        slope = np.zeros_like(theta)
-        gain = (1 + 2 * bend * loss) / kld
-        slope[q] += gain * scale * own
-        if base >= 0:
-            slope[base] += gain * scale * its
-        slope[n + i], slope[n + k + i], slope[-1] = gain * loss, floor / kld, bend * loss**2 / kld
-        return math.log(kld), slope
-
+        + [1.0] * k + [_LN_FLOOR_SD] * k + [1.0]
+    )  # fmt: skip
     theta = prior.copy()
     for _ in range(60):
-        left, right = np.diag(sd**-2), (prior - theta) / sd**2
-        for point in points:
-            value, slope = predict(theta, point)
-            miss = point[3] - value
-            weight = _CURVE_SD**-2 / max(1.0, abs(miss) / (2 * _CURVE_SD))
-            left += weight * np.outer(slope, slope)
-            right += weight * miss * slope
-        step = np.linalg.solve(left, right)
+        value, slope = points.predict(theta)
+        miss = points.ln_kld - value
+        weight = _CURVE_SD**-2 / np.maximum(1.0, np.abs(miss) / (2 * _CURVE_SD))
+        normal = slope.T @ (slope * weight[:, None]) + np.diag(sd**-2)
+        step = np.linalg.solve(normal, slope.T @ (weight * miss) + (prior - theta) / sd**2)
         theta += step * min(1.0, 0.7 / np.abs(step).max())
         if np.abs(step).max() < 1e-4:
             break
     names = list(models)
-    sds = np.sqrt(np.diag(np.linalg.inv(left)))
+    sds = np.sqrt(np.diag(np.linalg.inv(normal)))
+    residuals = points.ln_kld - points.predict(theta)[0]
     return Curves(
-        errors={q: math.exp(theta[i]) for q, i in at.items()},
+        errors=dict(zip(types, map(float, np.exp(theta[:n])), strict=True)),
         link=Link(math.exp(theta[-1]), VALID_KLD_NATS),
-        ln_scale={name: float(theta[n + i]) for i, name in enumerate(names)},
-        ln_floor={name: float(theta[n + k + i]) for i, name in enumerate(names)},
-        ln_scale_sd={name: float(sds[n + i]) for i, name in enumerate(names)},
-        ln_floor_sd={name: float(sds[n + k + i]) for i, name in enumerate(names)},
-        residuals={(names[p[0]], types[p[1]]): p[3] - predict(theta, p)[0] for p in points},
+        ln_scale=dict(zip(names, map(float, theta[n : n + k]), strict=True)),
+        ln_floor=dict(zip(names, map(float, theta[n + k : n + 2 * k]), strict=True)),
+        ln_scale_sd=dict(zip(names, map(float, sds[n : n + k]), strict=True)),
+        ln_floor_sd=dict(zip(names, map(float, sds[n + k : n + 2 * k]), strict=True)),
+        residuals={
+            (names[i], types[q]): float(miss)
+            for i, q, miss in zip(points.model, points.qtype, residuals, strict=True)
+        },
     )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from quantplan.costs.families import maker
 from quantplan.costs.scale import Features, density, scale_features
-from scripts.quality_curves import Curves
+from scripts.quality_curves import FLOOR_NATS, Curves
 from scripts.quality_data import Measured
 
 Array = NDArray[np.float64]
@@ -50,7 +50,7 @@ class Spread:
 # grid; the fit is flat about them.
 _SCALE = Spread(constant=(1.2, 1.0), feature_sd=0.5, maker_sd=0.15, family_sd=0.15, model_sd=0.1)
 _FLOOR = Spread(
-    constant=(math.log(0.002), 1.0), feature_sd=1.0, maker_sd=0.6, family_sd=0.4, model_sd=0.3
+    constant=(math.log(FLOOR_NATS), 1.0), feature_sd=1.0, maker_sd=0.6, family_sd=0.4, model_sd=0.3
 )
 
 

@@ -16,7 +16,7 @@ from quantplan.errors import InputError
 
 # Scatter of types beyond so many standard deviations counts linearly: some runs are broken.
 _HUBER_SDS = 2.0
-_CURVE_STEPS = 60
+_CURVE_STEPS, _LARGEST_STEP = 60, 0.7
 _FLOOR_PERCENTILE = 5
 # Each text must have so many chunks to hold half of them out: two show a standard error.
 _FEWEST_CHUNKS = 4
@@ -247,7 +247,7 @@ def _solve_curve(
         weight = type_sd**-2 / np.maximum(1.0, np.abs(miss) / (_HUBER_SDS * type_sd))
         normal = slope.T @ (slope * weight[:, None]) + np.diag(precision)
         step = np.linalg.solve(normal, slope.T @ (weight * miss) + precision * (mean - theta))
-        theta += step * min(1.0, 0.7 / float(np.abs(step).max()))
+        theta += np.clip(step, -_LARGEST_STEP, _LARGEST_STEP)
         if np.abs(step).max() < 1e-4:
             break
     sd = math.sqrt(float(np.linalg.inv(normal)[0, 0]))
