@@ -172,7 +172,7 @@ def main() -> None:
     provenance = {
         "about": "loss(tensor, type) = sensitivity * type_error, nats per token; sensitivities are "
         "exp(coefficients * features) scaled to sum to exp(scale * features of the model + effects "
-        "of its maker and family); "
+        "of its maker, family and shape); "
         "KLD = loss + curvature * loss^2",
         "script": "scripts/fit_quality.py",
         "credit": "KLD measurements: GGUF-Tool-Suite (Thireus and contributors), commit 384c1f8",

@@ -197,9 +197,6 @@ def fit(models: Mapping[str, Measured]) -> dict[str, Any]:
     curves = fit_curves(models)
     shares = SensitivityFit(models)
     scales = fit_scales(models, curves)
-    families: dict[str, dict[str, Any]] = {f: dict(own) for f, own in scales.families.items()}
-    for family in sorted({m.family for m in shares.models.values()}):
-        families.setdefault(family, {})["coefficients"] = shares.coefficients(family)
     # Most types differ little between models; a few runs are broken.
     type_sd = round(1.4826 * median(map(abs, curves.residuals.values())), 3)
     return {
@@ -208,10 +205,13 @@ def fit(models: Mapping[str, Measured]) -> dict[str, Any]:
         },
         "link": {"curvature": round(curves.link.curvature, 4), "valid_kld_nats": VALID_KLD_NATS},
         "scale": scales.scale,
+        "scale_effects": scales.effects,
         "scale_spread": scale_spread(models, curves),
         "coefficients": shares.coefficients(),
-        "makers": scales.makers,
-        "families": families,
+        "families": {
+            family: {"coefficients": shares.coefficients(family)}
+            for family in sorted({m.family for m in shares.models.values()})
+        },
         "floor": {"curve_nats": scales.floors, "depth_share": shares.depth_floor_share()},
         "ln_sd": {**_UNVALIDATED_SD, "scale_with_curve": type_sd, "type": type_sd},
     }

@@ -1,8 +1,8 @@
 """Fits scales and noise floors of whole models on metadata: mixed models.
 
-A measured value is ``features * coefficients + effect of the maker + effect of the family + what is
-the model's own + error of the measurement``, all Gaussian. So an effect that few models show
-shrinks, and a family of many models counts little more than one of few.
+A measured value is ``features * coefficients + effects of maker, family and shape + what is the
+model's own + error of the measurement``, all Gaussian. So an effect that few models show shrinks,
+and a family of many models counts little more than one of few.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantplan.costs.families import maker
+from quantplan.costs.families import groups
 from quantplan.costs.scale import Features, density, scale_features
 from scripts.quality_curves import FLOOR_NATS, Curves
 from scripts.quality_data import Measured
@@ -29,36 +29,41 @@ class Spread:
     Attributes:
         constant: Mean and standard deviation of the constant.
         feature_sd: Standard deviation of every other coefficient.
-        maker_sd: Standard deviation of the effects of makers.
-        family_sd: Standard deviation of the effects of families.
+        group_sds: Standard deviation of the effects of makers, families and shapes.
         model_sd: Standard deviation of what is particular to one model.
     """
 
     constant: tuple[float, float]
     feature_sd: float
-    maker_sd: float
-    family_sd: float
+    group_sds: Mapping[str, float]
     model_sd: float
 
     @property
     def variance(self) -> float:
         """Of a model of which nothing but its features is known."""
-        return self.maker_sd**2 + self.family_sd**2 + self.model_sd**2
+        return math.hypot(*self.group_sds.values(), self.model_sd) ** 2
 
 
-# The standard deviations of effects are the most probable ones given all models, to two steps of a
-# grid; the fit is flat about them.
-_SCALE = Spread(constant=(1.2, 1.0), feature_sd=0.5, maker_sd=0.15, family_sd=0.15, model_sd=0.1)
+# The standard deviations of effects are about the most probable ones given all models; the fit is
+# flat about them.
+_SCALE = Spread(
+    constant=(1.2, 1.0),
+    feature_sd=0.5,
+    group_sds={"maker": 0.15, "family": 0.15, "shape": 0.1},
+    model_sd=0.06,
+)
 _FLOOR = Spread(
-    constant=(math.log(FLOOR_NATS), 1.0), feature_sd=1.0, maker_sd=0.6, family_sd=0.4, model_sd=0.3
+    constant=(math.log(FLOOR_NATS), 1.0),
+    feature_sd=1.0,
+    group_sds={"maker": 0.6, "family": 0.4, "shape": 0.3},
+    model_sd=0.2,
 )
 
 
 @dataclass(frozen=True)
 class _Row:
     features: Features
-    maker: str
-    family: str
+    groups: Mapping[str, str]
     value: float
     sd: float
 
@@ -66,35 +71,31 @@ class _Row:
 @dataclass(frozen=True)
 class _Mixed:
     coefficients: dict[str, float]
-    makers: dict[str, float]
-    families: dict[str, float]
+    effects: dict[tuple[str, str], float]
     covariance: Array
 
 
 def _fit_mixed(rows: Sequence[_Row], spread: Spread) -> _Mixed:
     names = list(rows[0].features)
-    makers = sorted({row.maker for row in rows})
-    families = sorted({row.family for row in rows})
+    members = sorted({group for row in rows for group in row.groups.items()})
     columns = [[row.features[name] for row in rows] for name in names]
-    columns += [[float(row.maker == one) for row in rows] for one in makers]
-    columns += [[float(row.family == one) for row in rows] for one in families]
+    columns += [[float(row.groups[level] == one) for row in rows] for level, one in members]
     design = np.array(columns).T
     mean = np.zeros(design.shape[1])
     mean[0] = spread.constant[0]
     sd = np.array(
         [spread.constant[1]] + [spread.feature_sd] * (len(names) - 1)
-        + [spread.maker_sd] * len(makers) + [spread.family_sd] * len(families)
+        + [spread.group_sds[level] for level, _ in members]
     )  # fmt: skip
     weight = np.array([1 / (spread.model_sd**2 + row.sd**2) for row in rows])
     values = np.array([row.value for row in rows])
     covariance = np.linalg.inv(design.T @ (design * weight[:, None]) + np.diag(sd**-2))
     solved = covariance @ (design.T @ (weight * values) + mean / sd**2)
     found = [round(float(v), 4) for v in solved]
-    n, k = len(names), len(makers)
+    n = len(names)
     return _Mixed(
-        dict(zip(names, found, strict=False)),
-        dict(zip(makers, found[n:], strict=False)),
-        dict(zip(families, found[n + k :], strict=True)),
+        dict(zip(names, found[:n], strict=True)),
+        dict(zip(members, found[n:], strict=True)),
         covariance[:n, :n],
     )
 
@@ -103,8 +104,7 @@ def _scale_rows(models: Mapping[str, Measured], curves: Curves) -> list[_Row]:
     return [
         _Row(
             scale_features(models[name].inventory),
-            maker(models[name].inventory),
-            models[name].family,
+            groups(models[name].inventory),
             value,
             curves.ln_scale_sd[name],
         )
@@ -116,8 +116,7 @@ def _floor_rows(models: Mapping[str, Measured], curves: Curves) -> list[_Row]:
     return [
         _Row(
             {"constant": 1.0, "sparse": float(density(models[name].inventory) == "sparse")},
-            maker(models[name].inventory),
-            models[name].family,
+            groups(models[name].inventory),
             value,
             curves.ln_floor_sd[name],
         )
@@ -132,14 +131,12 @@ class Scales:
     Attributes:
         scale: Coefficients of ln scale.
         floors: Noise floor in nats per token, dense and sparse.
-        makers: Effects on ln scale and ln floor, by maker.
-        families: The same, by family.
+        effects: Effects on ln scale and ln floor, by level and name.
     """
 
     scale: dict[str, float]
     floors: dict[str, float]
-    makers: dict[str, dict[str, float]]
-    families: dict[str, dict[str, float]]
+    effects: dict[str, dict[str, dict[str, float]]]
 
 
 def fit_scales(models: Mapping[str, Measured], curves: Curves) -> Scales:
@@ -147,20 +144,16 @@ def fit_scales(models: Mapping[str, Measured], curves: Curves) -> Scales:
     scale = _fit_mixed(_scale_rows(models, curves), _SCALE)
     floor = _fit_mixed(_floor_rows(models, curves), _FLOOR)
     constant, sparse = floor.coefficients["constant"], floor.coefficients["sparse"]
-
-    def effects(of_scale: dict[str, float], of_floor: dict[str, float]) -> dict[str, Any]:
-        return {
-            one: {"ln_scale": of_scale[one], "ln_floor": of_floor[one]} for one in sorted(of_scale)
-        }
-
+    effects: dict[str, dict[str, dict[str, float]]] = {level: {} for level in _SCALE.group_sds}
+    for (level, one), value in scale.effects.items():
+        effects[level][one] = {"ln_scale": value, "ln_floor": floor.effects[level, one]}
     return Scales(
         scale=scale.coefficients,
         floors={
             "dense": round(math.exp(constant), 6),
             "sparse": round(math.exp(constant + sparse), 6),
         },
-        makers=effects(scale.makers, floor.makers),
-        families=effects(scale.families, floor.families),
+        effects=effects,
     )
 
 
@@ -182,9 +175,11 @@ def scale_spread(models: Mapping[str, Measured], curves: Curves) -> dict[str, An
         return found
 
     usual = []
-    for family in sorted({row.family for row in rows}):
-        others = [row for row in rows if row.family != family]
-        own = [np.array(list(row.features.values())) for row in rows if row.family == family]
+    for family in sorted({row.groups["family"] for row in rows}):
+        others = [row for row in rows if row.groups["family"] != family]
+        own = [
+            np.array(list(row.features.values())) for row in rows if row.groups["family"] == family
+        ]
         if others:
             without = inverse(others)
             usual += [float(x @ without @ x) for x in own]

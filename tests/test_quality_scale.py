@@ -10,7 +10,7 @@ from quantplan import Inventory
 from quantplan import read_inventory as read
 from quantplan.costs import load_data
 from quantplan.costs.evidence import CurvePrior, Link, fit_curve
-from quantplan.costs.families import maker
+from quantplan.costs.families import maker, shape
 from quantplan.costs.quality import LossTable, type_errors
 from quantplan.costs.scale import ScalePrior
 from quantplan.formats.sensitivity_tables import SensitivityTable
@@ -78,9 +78,25 @@ def test_an_effect_that_few_models_show_shrinks() -> None:
         found = fit_scales(
             models(*usual, *names), seen({**usual, **dict.fromkeys(names, (6.0, 0.002))})
         )
-        return found.families["qwen35"]["ln_scale"] + found.makers["qwen"]["ln_scale"]
+        effects = found.effects["family"]["qwen35"], found.effects["maker"]["qwen"]
+        return sum(effect["ln_scale"] for effect in effects)
 
     assert 0 < effect(odd[:1]) < effect(odd) < math.log(2)
+
+
+def test_a_twin_says_more_than_a_sibling() -> None:
+    """What one model shows counts most for another of its shape, less for others of its family."""
+    data = load_data("quality.json")
+    values = {"Qwen3.5-27B": (6.0, 0.002), "GLM-4.5-Air": (3.0, 0.002), "GLM-4.7": (3.0, 0.002)}
+    found = fit_scales(models(*values), seen(values))
+    fitted_here = {**data, "scale": found.scale, "scale_effects": found.effects}
+    prior = ScalePrior(fitted_here)
+    twin, sibling = (read(name) for name in ("Qwen3.6-27B", "Qwen3.5-9B"))
+    assert shape(twin) == shape(read("Qwen3.5-27B")) != shape(sibling)
+    assert prior.is_known(sibling)
+    known = found.effects["shape"].pop(shape(twin))["ln_scale"]
+    assert known > 0
+    assert ScalePrior(fitted_here).ln_scale(twin) < math.log(6) - known
 
 
 def test_a_scale_that_is_hardly_known_counts_little() -> None:

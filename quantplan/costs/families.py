@@ -1,4 +1,4 @@
-"""Which models are alike: by the design of their architecture, and by who trained them."""
+"""Which models are alike: by who trained them, by the design of their architecture, by size."""
 
 import re
 
@@ -22,3 +22,18 @@ def maker(inventory: Inventory) -> str:
     name = str(inventory.metadata.get("tokenizer.ggml.pre") or inventory.architecture.name)
     found = re.match("[a-z]+", name.lower())
     return found.group() if found else name
+
+
+def shape(inventory: Inventory) -> str:
+    """The design and its size: models that differ in training alone have the same."""
+    found = inventory.architecture
+    return f"{found.name} {found.n_loaded_layers}x{found.n_embd}x{found.n_expert}"
+
+
+def groups(inventory: Inventory) -> dict[str, str]:
+    """What a model has in common with others, from the widest group to the narrowest."""
+    return {
+        "maker": maker(inventory),
+        "family": family(inventory.architecture.name),
+        "shape": shape(inventory),
+    }

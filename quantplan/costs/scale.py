@@ -2,8 +2,8 @@
 
 ``KLD = floor + link(S * error)`` when all matrices have one type. S is the loss of the whole model
 in nats per unit of relative squared error. The floor is the KLD that any change of the weights
-shows, however small. Both are log-linear in features of the model, with an effect for who trained
-it and one for its family where models of them were measured; ``scripts/quality_scale.py`` fits
+shows, however small. Both are log-linear in features of the model, with effects for who trained it,
+for its family and for its shape where such models were measured; ``scripts/quality_scale.py`` fits
 them as a mixed model, so that an effect known from few models counts little.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from quantplan.costs.evidence import CurvePrior
-from quantplan.costs.families import family, maker
+from quantplan.costs.families import groups
 from quantplan.inventory import Inventory, Tensor
 
 Features = dict[str, float]
@@ -52,16 +52,14 @@ class ScalePrior:
         self._scale: dict[str, float] = data["scale"]
         self._spread: dict[str, Any] | None = data.get("scale_spread")
         self._floors: dict[str, float] = data["floor"]["curve_nats"]
-        self._makers: dict[str, Any] = data.get("makers", {})
-        self._families: dict[str, Any] = data["families"]
+        self._effects: dict[str, dict[str, dict[str, float]]] = data["scale_effects"]
         self._sd: dict[str, Any] = data["ln_sd"]
 
     def _effect(self, inventory: Inventory, what: str) -> float:
-        found = (
-            self._makers.get(maker(inventory), {}),
-            self._families.get(family(inventory.architecture.name), {}),
+        return sum(
+            self._effects[level].get(name, {}).get(what, 0.0)
+            for level, name in groups(inventory).items()
         )
-        return sum(float(own.get(what, 0.0)) for own in found)
 
     def ln_scale(self, inventory: Inventory) -> float:
         """Ln S: loss of the whole model in nats per unit of relative squared error."""
@@ -87,7 +85,7 @@ class ScalePrior:
 
     def is_known(self, inventory: Inventory) -> bool:
         """Whether models of the family were measured."""
-        return family(inventory.architecture.name) in self._families
+        return groups(inventory)["family"] in self._effects["family"]
 
     def curve(self, inventory: Inventory) -> CurvePrior:
         """What is expected of the model's curve over types."""
