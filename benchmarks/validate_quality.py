@@ -37,15 +37,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quantplan.costs import load_data
 from quantplan.costs.evidence import Evidence, fit_curve
-from quantplan.costs.families import family
+from quantplan.costs.families import family, quantized
 from quantplan.costs.quality import LossTable, link, type_errors
-from quantplan.costs.scale import ScalePrior, quantized
+from quantplan.costs.scale import ScalePrior
 from quantplan.formats.sensitivity_tables import plain_type
 from quantplan.inventory import Inventory
 from quantplan.inventory.catalog import read_catalog
 from quantplan.qtypes import QTYPES
 from scripts.quality_data import Measured, read_models
-from scripts.quality_fit import depth_floor, fit
+from scripts.quality_fit import fit
+from scripts.quality_shares import depth_floor, depth_floor_share
 
 SAME_SIZE, LEAST_LN_PPL = 0.03, 0.003
 FACTOR = 1.5
@@ -71,8 +72,7 @@ def predicted_klds(model: Measured, document: Document) -> list[float]:
     """KLD that each unit of a model should show: its loss and the noise floor of its depth."""
     inventory = model.inventory
     table, bend = LossTable(inventory, data=document), link(document)
-    shares = document["floor"]["depth_share"]
-    share = shares.get("sparse" if model.is_sparse else "dense", max(shares.values()))
+    share = depth_floor_share(inventory, document)
     matrices = [t for t in quantized(inventory) if t.layer is not None]
     step = share * fmean(table.loss_nats(t, model.qtype) for t in matrices)
     return [

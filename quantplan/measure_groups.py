@@ -5,9 +5,8 @@ from collections import defaultdict
 from collections.abc import Collection
 
 from quantplan.costs.evidence import Evidence
+from quantplan.costs.families import quantized
 from quantplan.costs.quality import LossTable, link
-from quantplan.costs.scale import quantized
-from quantplan.costs.sensitivity import DEPTH_BANDS
 from quantplan.inventory import Inventory, Tensor
 from quantplan.qtypes import fitting_qtype
 from quantplan.schema import Frozen
@@ -23,6 +22,8 @@ _LEAST_FITTING = 0.95
 # A group is measured at the type whose predicted KLD is nearest to this: far above the noise of a
 # text of a few thousand tokens, and far below where losses stop to add up.
 _TARGET_KLD_NATS = 0.05
+# Layers are measured in so many bands of depth.
+DEPTH_BANDS = 4
 
 
 class Job(Frozen):

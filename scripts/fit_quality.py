@@ -54,18 +54,19 @@ def root_mean_square(values: list[float]) -> float:
 def share_errors(
     models: Mapping[str, Measured], documents: Mapping[str, Mapping[str, Any]]
 ) -> dict[tuple[str, str], list[float]]:
-    """Ln of measured over predicted sensitivity in families left out, the model's mean removed.
+    """Ln of measured over predicted sensitivity, the model's median removed.
 
-    Only measurements that are at least twice their model's floor tell the two apart.
+    The constants are given by model or by family. Only measurements that are at least twice their
+    model's floor tell the two apart.
 
     Returns:
         Errors by class of the tensors, and family.
     """
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for model in models.values():
+    for name, model in models.items():
         if not model.units:
             continue
-        document = documents[model.family]
+        document = documents.get(name) or documents[model.family]
         link = Link(document["link"]["curvature"], document["link"]["valid_kld_nats"])
         own = Prior(document).sensitivities(model.inventory)
         floor = float(np.percentile([u.kld_nats for u in model.units], 5))
@@ -92,6 +93,12 @@ def class_sds(errors: Mapping[tuple[str, str], list[float]], pooled: float) -> d
         kind: round(math.sqrt((sum(found) + _POOLING * pooled**2) / (len(found) + _POOLING)), 3)
         for kind, found in sorted(squares.items())
     }
+
+
+def share_sds(errors: Mapping[tuple[str, str], list[float]]) -> dict[str, Any]:
+    """Standard deviation of ln of a tensor's share of the model's sensitivity, and by class."""
+    share = robust_sd([e for found in errors.values() for e in found])
+    return {"share": round(share, 3), "share_by_class": class_sds(errors, share)}
 
 
 def scale_sds(
@@ -156,7 +163,9 @@ def main() -> None:
     new_scale, new_floor = scale_sds(models, curves, left_out)
     known_scale, known_floor = scale_sds(models, curves, siblings)
     shares = share_errors(models, left_out)
-    share = robust_sd([e for found in shares.values() for e in found])
+    alike = {
+        n: models[n] for n, own in siblings.items() if Prior(own).same_shape(models[n].inventory)
+    }
     gaussian = load_data("type_error.json")["relative_squared_error"]
     both = [math.log(e / gaussian[q]) for q, e in curves.errors.items() if q in gaussian]
     document["ln_sd"] |= {
@@ -164,15 +173,16 @@ def main() -> None:
         "scale_known_family": known_scale,
         "floor_new_family": new_floor,
         "floor_known_family": known_floor,
-        "share": round(share, 3),
-        "share_by_class": class_sds(shares, share),
+        **share_sds(shares),
+        "same_shape": share_sds(share_errors(alike, siblings)),
         "untested_type": round(robust_sd(both), 3),
         "single": round(robust_sd(repeat_errors(models, curves)), 3),
     }
     provenance = {
         "about": "loss(tensor, type) = sensitivity * type_error, nats per token; sensitivities are "
         "exp(coefficients * features) scaled to sum to exp(scale * features of the model + effects "
-        "of its maker, family and shape); "
+        "of its maker, family and shape); shapes: what measured models whose layers have the same "
+        "tensors add to ln of a sensitivity, in hundredths by role in the order of the layers; "
         "KLD = loss + curvature * loss^2",
         "script": "scripts/fit_quality.py",
         "credit": "KLD measurements: GGUF-Tool-Suite (Thireus and contributors), commit 384c1f8",
@@ -185,7 +195,8 @@ def main() -> None:
         "(scale_spread); floor_*: root mean square error of the ln of the noise floor of curves, "
         "likewise; share: robust error of a tensor's sensitivity within a model of a family left "
         "out, share_by_class the same by class, families counting alike and pooled as by two "
-        "of them; type: robust scatter of the error of a type between models, untested_type: "
+        "of them; same_shape: both for models left out whose shape another one has; type: robust "
+        "scatter of the error of a type between models, untested_type: "
         "robust difference between errors of types on Gaussian rows and in whole models; single: "
         "scatter of one tensor's sensitivity measured at several types",
     }

@@ -15,9 +15,9 @@ from quantplan import read_inventory as read
 from quantplan.cli import app
 from quantplan.costs import load_data
 from quantplan.costs.evidence import CurvePrior, Evidence, Link, Measurement, fit_curve
-from quantplan.costs.families import family
+from quantplan.costs.families import family, shape
 from quantplan.costs.quality import LossTable, kld_nats, link, type_error, type_errors
-from quantplan.costs.sensitivity import DEPTH_BANDS, Prior, depth
+from quantplan.costs.sensitivity import LAYER_STEP, Prior
 from quantplan.errors import InputError
 from quantplan.inventory import Tensor
 from quantplan.page.loss import loss_interval
@@ -147,14 +147,41 @@ def test_the_output_matrix_is_the_most_sensitive_one() -> None:
     assert max(density, key=lambda role: density[role]) == "output"
 
 
-def test_layers_of_a_band_are_alike() -> None:
-    """Equal layers of one depth band have equal losses, so that the planner can count them."""
-    inventory = read("Qwen3-4B-Instruct-2507")
+@pytest.mark.parametrize("name", ["Qwen3-4B-Instruct-2507", "Qwen3.5-9B", "gemma-4-31B-it"])
+def test_layers_that_are_nearly_alike_are_interchangeable(name: str) -> None:
+    """Losses of a role's equal matrices fall on few steps, so that the planner can count layers."""
+    inventory = read(name)
     table = LossTable(inventory)
-    ups = [t for t in inventory.tensors if t.role == "ffn_up"]
-    inner = ups[1:-1]
-    assert len({depth(t, inventory) for t in ups}) == DEPTH_BANDS
-    assert len({table.loss_nats(t, "Q4_K") for t in inner}) == DEPTH_BANDS
+    downs = [t for t in inventory.tensors if t.role == "ffn_down"]
+    steps = {math.log(table.loss_nats(t, "Q4_K")) / LAYER_STEP for t in downs}
+    lowest = min(steps)
+    assert all(step - lowest == pytest.approx(round(step - lowest), abs=1e-6) for step in steps)
+    assert 1 < len({round(step - lowest) for step in steps}) < len(downs) / 2
+
+
+def test_models_of_one_shape_share_what_was_measured_of_one() -> None:
+    """GLM-4.6 has the layers of GLM-4.5 and gets its tensors' proportions; a finetune would too."""
+    ours, theirs = read("GLM-4.6"), read("GLM-4.5")
+    assert shape(ours) == shape(theirs) != shape(read("GLM-4.5-Air"))
+    tables = LossTable(ours), LossTable(theirs)
+    names = [t.name for t in ours.tensors if t.role == "attn_output"]
+    losses = [[t.loss_nats(t_by[n], "Q4_K") for n in names] for t, t_by in zip(
+        tables, (ours.by_name, theirs.by_name), strict=True
+    )]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    what = tables[0].explain(ours.by_name["blk.40.attn_output.weight"], "Q4_K")
+    assert "tensors as in GLM-4.5 and GLM-4.7" in what.estimates[0].source
+    assert "measured in models of the same shape" in what.terms
+
+
+def test_sensitivities_of_a_known_shape_are_surer() -> None:
+    """A sibling's table leaves less unsure than features alone."""
+    known, strange = read("Qwen3.8-27B"), read("gemma-4-31B-it")
+    sds = [
+        LossTable(inventory).own_ln_sd(inventory.by_name["blk.3.ffn_up.weight"])
+        for inventory in (known, strange)
+    ]
+    assert sds[0] < sds[1] / 2
 
 
 def test_sparse_and_vision_models_belong_to_their_design() -> None:
@@ -276,12 +303,12 @@ def test_an_explanation_adds_up() -> None:
 
 def test_the_upper_end_counts_more_where_less_is_known() -> None:
     """At the upper end, classes that the prior predicts badly gain on those that were measured."""
-    name = "blk.3.ffn_up.weight"
+    name, unmeasured = "blk.3.ffn_up.weight", read("Qwen3.5-9B")
     singles = (Measurement((name,), "Q4_K", 0.002),)
     median, upper = (
-        LossTable(DENSE, Evidence(singles=singles, upper_sds=sds)) for sds in (0.0, 1.28)
+        LossTable(unmeasured, Evidence(singles=singles, upper_sds=sds)) for sds in (0.0, 1.28)
     )
-    by_name = DENSE.by_name
+    by_name = unmeasured.by_name
 
     def factor(tensor: str, qtype: str) -> float:
         return upper.loss_nats(by_name[tensor], qtype) / median.loss_nats(by_name[tensor], qtype)

@@ -1,8 +1,9 @@
-"""Which models are alike: by who trained them, by the design of their architecture, by size."""
+"""Which models are alike: by who trained them, by the design of their architecture, by shape."""
 
+import hashlib
 import re
 
-from quantplan.inventory import Inventory
+from quantplan.inventory import Inventory, Tensor
 
 # general.architecture of models that share their design with another one's.
 _LINEAGES = ("qwen35", "qwen3", "deepseek", "glm4")
@@ -24,10 +25,18 @@ def maker(inventory: Inventory) -> str:
     return found.group() if found else name
 
 
+def quantized(inventory: Inventory) -> list[Tensor]:
+    """Tensors that a quantizer may change and that the runtime loads."""
+    return [t for t in inventory.tensors if t.is_quantizable and inventory.is_loaded(t)]
+
+
 def shape(inventory: Inventory) -> str:
-    """The design and its size: models that differ in training alone have the same."""
-    found = inventory.architecture
-    return f"{found.name} {found.n_loaded_layers}x{found.n_embd}x{found.n_expert}"
+    """What models have in common whose layers have the same tensors of the same shapes.
+
+    Such models differ in training alone. Embeddings do not count: finetunes add tokens.
+    """
+    shapes = sorted(f"{t.name} {t.shape_ne}" for t in quantized(inventory) if t.layer is not None)
+    return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:12]
 
 
 def groups(inventory: Inventory) -> dict[str, str]:

@@ -140,8 +140,11 @@ class LossTable:
         self._inventory = inventory
         self._link = link(data)
         self._sd: dict[str, Any] = data["ln_sd"]
+        self._share_sds = self._sd
         self._tested = set(data["type_error"])
         self._prior = Prior(data)
+        if self._prior.same_shape(inventory):
+            self._share_sds = self._sd.get("same_shape", self._sd)
         scale_prior = ScalePrior(data)
         self._family_is_known = scale_prior.is_known(inventory)
         self._curve_prior = scale_prior.curve(inventory)
@@ -179,8 +182,9 @@ class LossTable:
 
     def _share_sd(self, name: str) -> float:
         """Standard deviation of ln of a tensor's share of the model's sensitivity, by the prior."""
-        by_class = self._sd.get("share_by_class", {})
-        found: float = by_class.get(self._inventory.by_name[name].role_class, self._sd["share"])
+        by_class = self._share_sds.get("share_by_class", {})
+        role_class = self._inventory.by_name[name].role_class
+        found: float = by_class.get(role_class, self._share_sds["share"])
         return found
 
     def _type_sd(self, qtype_name: str) -> float:
@@ -346,11 +350,14 @@ class LossTable:
         """
         error = self.error(tensor, qtype_name)
         prior = self._prior_s.get(tensor.name, 0.0)
-        family = "measured" if self._family_is_known else "never measured"
+        known = "measured" if self._family_is_known else "never measured"
+        alike = self._prior.same_shape(self._inventory).get("models", ())
+        if alike:
+            known += f", tensors as in {' and '.join(alike)}"
         scale = ", scaled to the model's own curve" if self._has_curve else ""
         estimates = [
             Estimate(
-                source=f"prior from metadata, family {family}{scale}",
+                source=f"prior from metadata, family {known}{scale}",
                 loss_nats=prior * error,
                 ln_sd=math.hypot(self._scale_sd, self._share_sd(tensor.name)),
             )

@@ -14,16 +14,11 @@ from typing import Any
 import numpy as np
 
 from quantplan.costs.evidence import CurvePrior
-from quantplan.costs.families import groups
-from quantplan.inventory import Inventory, Tensor
+from quantplan.costs.families import groups, quantized
+from quantplan.inventory import Inventory
 
 Features = dict[str, float]
 """Value of each named feature."""
-
-
-def quantized(inventory: Inventory) -> list[Tensor]:
-    """Tensors that a quantizer may change and that the runtime loads."""
-    return [t for t in inventory.tensors if t.is_quantizable and inventory.is_loaded(t)]
 
 
 def scale_features(inventory: Inventory) -> Features:

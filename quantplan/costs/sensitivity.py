@@ -2,25 +2,29 @@
 
 ``ln s(tensor) = ln S(model) + sum of coefficient * feature``, where the features of a tensor are
 its role, its class, its size, its depth and the sparsity of its experts, and ``S`` is the loss of
-the whole model per unit of relative squared error. The sensitivities of a model sum to S.
+the whole model per unit of relative squared error. The sensitivities of a model sum to S. Where
+models of the same shape were measured (`quantplan.costs.families.shape`), what their tensors have
+beyond that is added.
 Coefficients, with what they were fitted on and how well they predict families that were left out,
 are in ``costs/data/quality.json``; ``scripts/fit_quality.py`` fits them.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from quantplan.costs.families import family
-from quantplan.costs.scale import Features, ScalePrior, quantized
+from quantplan.costs.families import family, quantized, shape
+from quantplan.costs.scale import Features, ScalePrior
 from quantplan.inventory import Inventory, Tensor
 
-# Depth is cut into this many bands, so that layers of one band are interchangeable for the planner.
-# The first and the last layer are not part of a band: their effects are features of their own.
-DEPTH_BANDS = 4
+# What layers add to ln s is rounded to this, a fraction of its standard error, so that layers that
+# are nearly alike are interchangeable for the planner.
+LAYER_STEP = 0.2
 _REFERENCE_WEIGHTS = 1e7
 _REFERENCE_SPARSITY = 16.0
 _SIZE_EXPONENT = 0.5
+_LAYER_FEATURES = ("depth", "first ", "last ")
 
 
 def part(tensor: Tensor, inventory: Inventory) -> str:
@@ -29,18 +33,25 @@ def part(tensor: Tensor, inventory: Inventory) -> str:
 
 
 def depth(tensor: Tensor, inventory: Inventory) -> float:
-    """Relative depth from 0 (first layer) to 1 (last): the middle of the tensor's depth band."""
-    n_layers = inventory.architecture.n_loaded_layers
+    """Relative depth of the middle of the tensor's layer, from 0 (first layer) to 1 (last)."""
     if tensor.layer is None:
         return 0.0 if tensor.role_class == "embedding" and not inventory.has_tied_output else 1.0
-    band = min(tensor.layer * DEPTH_BANDS // max(n_layers, 1), DEPTH_BANDS - 1)
-    return (band + 0.5) / DEPTH_BANDS
+    return (tensor.layer + 0.5) / max(inventory.architecture.n_loaded_layers, 1)
+
+
+def by_role(inventory: Inventory) -> dict[str, list[Tensor]]:
+    """Quantizable, loaded tensors by part (see `part`), in the order of the layers."""
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    for tensor in sorted(quantized(inventory), key=lambda t: (t.layer or 0, t.name)):
+        found[part(tensor, inventory)].append(tensor)
+    return found
 
 
 def features(tensor: Tensor, inventory: Inventory) -> Features:
     """Features of a tensor, beside the fixed square root of its size.
 
-    ``depth1`` to ``depth3`` are Legendre polynomials over the depth of the model.
+    ``depth1`` to ``depth3`` are Legendre polynomials over the depth of the model; ``first`` and
+    ``last`` fall e-fold with each layer away from that end.
     """
     kind = _class(tensor)
     arch = inventory.architecture
@@ -53,8 +64,8 @@ def features(tensor: Tensor, inventory: Inventory) -> Features:
             f"depth1 {kind}": x,
             f"depth2 {kind}": (3 * x**2 - 1) / 2,
             f"depth3 {kind}": (5 * x**3 - 3 * x) / 2,
-            f"first {kind}": float(tensor.layer == 0),
-            f"last {kind}": float(tensor.layer == arch.n_loaded_layers - 1),
+            f"first {kind}": math.exp(-tensor.layer),
+            f"last {kind}": math.exp(tensor.layer + 1 - arch.n_loaded_layers),
         }
     return found
 
@@ -72,23 +83,51 @@ class Prior:
         self._coefficients: dict[str, float] = data["coefficients"]
         self._scale = ScalePrior(data)
         self._families: dict[str, Any] = data["families"]
+        self._shapes: dict[str, Any] = data.get("shapes", {})
+        self._borrowed: tuple[Inventory, dict[str, float]] | None = None
 
     def terms(self, tensor: Tensor, inventory: Inventory) -> Features:
         """What each feature adds to ln s; features that were never measured add nothing.
 
-        In a family that was measured they include what is particular to that family.
+        In a family that was measured they include what is particular to that family, and for models
+        of a shape that was measured what is particular to the tensor.
         """
         own = self._family(inventory).get("coefficients", {})
         found = {"square root of the size": fixed_term(tensor)}
+        by_layer = 0.0
         for name, value in features(tensor, inventory).items():
             coefficient = self._coefficients.get(name, 0.0) + own.get(name, 0.0)
             if value and coefficient:
                 found[name] = coefficient * value
+                by_layer += found[name] if name.startswith(_LAYER_FEATURES) else 0.0
+        borrowed = self._from_shape(inventory).get(tensor.name, 0.0)
+        if borrowed:
+            found["measured in models of the same shape"] = borrowed
+        if tensor.layer is not None:
+            by_layer += borrowed
+            rounded = LAYER_STEP * round(by_layer / LAYER_STEP)
+            found[f"rounded to steps of {LAYER_STEP} over layers"] = rounded - by_layer
         return found
 
     def ln_scale(self, inventory: Inventory) -> float:
         """Ln S: loss of the whole model in nats per unit of relative squared error."""
         return self._scale.ln_scale(inventory)
+
+    def same_shape(self, inventory: Inventory) -> Mapping[str, Any]:
+        """What was measured of models of the same shape; empty where none was."""
+        found: Mapping[str, Any] = self._shapes.get(shape(inventory), {})
+        return found
+
+    def _from_shape(self, inventory: Inventory) -> dict[str, float]:
+        """What models of the same shape add to ln s, by tensor."""
+        if self._borrowed is None or self._borrowed[0] is not inventory:
+            borrowed: dict[str, float] = {}
+            tensors = by_role(inventory)
+            for role, hundredths in self.same_shape(inventory).get("ln_hundredths", {}).items():
+                values = [int(word) / 100 for word in hundredths.split()]
+                borrowed |= {t.name: v for t, v in zip(tensors.get(role, ()), values, strict=False)}
+            self._borrowed = inventory, borrowed
+        return self._borrowed[1]
 
     def sensitivities(self, inventory: Inventory) -> dict[str, float]:
         """Loss of each quantizable, loaded tensor per unit of error, in nats; they sum to S."""
