@@ -157,7 +157,7 @@ def test_a_robust_plan_counts_what_resamples_scatter_by() -> None:
     assert 1 < factor(quiet) < 1.2
     assert factor(loud) > factor(quiet) + 0.1
     # What was not measured keeps the interval of the model.
-    assert factor("blk.4.ffn_gate.weight") > 1.5
+    assert factor("blk.4.ffn_gate.weight") > 1.25
 
 
 def test_a_robust_plan_says_what_it_expects_too() -> None:

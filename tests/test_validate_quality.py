@@ -22,7 +22,7 @@ def write_tables(folder: Path, sign: int) -> None:
     table = LossTable(inventory)
     matrices = [t for t in inventory.tensors if t.is_quantizable]
     rows = ["tensor,qtype,kld"]
-    rows += [f"{t.name},IQ1_M,{0.5 + sign * table.loss_nats(t, 'IQ1_M')}" for t in matrices]
+    rows += [f"{t.name},IQ1_M,{1 + sign * table.loss_nats(t, 'IQ1_M')}" for t in matrices]
     rows += [f"all,{q},{table.model_kld_nats({t.name: q for t in matrices})}" for q in ("Q3_K",)]
     (folder / f"{MODEL}.csv").write_text("\n".join(rows))
     (folder / "Unheard-Of-7B.csv").write_text("\n".join(rows))
