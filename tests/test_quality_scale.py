@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from quantplan.formats.sensitivity_tables import SensitivityTable
 from scripts.quality_curves import Curves, fit_curves
 from scripts.quality_data import Measured
 from scripts.quality_scale import fit_scales, scale_spread
+from tests.support.models import toy_moe
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_XXS", "Q2_K")
 PRIOR = CurvePrior(ln_scale=1.2, ln_scale_sd=0.2, ln_floor=math.log(0.002), ln_floor_sd=0.5)
@@ -170,3 +172,10 @@ def test_a_curve_makes_a_table_surer() -> None:
     plain = LossTable(dense)
     table = LossTable(dense, measured("Qwen3.5-4B", 6.0, 0.001).table.evidence)
     assert table.scale_ln_sd < plain.scale_ln_sd
+
+
+def test_tiny_models_are_not_extrapolated_to(tmp_path: Path) -> None:
+    """A toy model has the scale of the smallest model that is known, not one of thousands of nats."""
+    toy = read(toy_moe(tmp_path / "toy.gguf"))
+    small = ScalePrior(load_data("quality.json")).ln_scale(toy)
+    assert 0 < small < math.log(100)

@@ -20,6 +20,10 @@ from quantplan.inventory import Inventory
 Features = dict[str, float]
 """Value of each named feature."""
 
+# Models below the smallest one whose losses were compared with predictions (SmolLM2-135M) count as
+# about as large: the features would go on to losses of thousands of nats.
+_FEWEST_BILLIONS = 0.1
+
 
 def scale_features(inventory: Inventory) -> Features:
     """Features of the whole model's loss per unit of error.
@@ -30,7 +34,7 @@ def scale_features(inventory: Inventory) -> Features:
     return {
         "constant": 1.0,
         "tied": float(inventory.has_tied_output),
-        "inverse root of billions of weights": 1 / math.sqrt(max(billions, 1e-3)),
+        "inverse root of billions of weights": 1 / math.sqrt(max(billions, _FEWEST_BILLIONS)),
     }
 
 

@@ -134,7 +134,7 @@ class Prior:
         raw = {
             t.name: math.exp(sum(self.terms(t, inventory).values())) for t in quantized(inventory)
         }
-        total, scale = sum(raw.values()), math.exp(self.ln_scale(inventory))
+        total, scale = math.fsum(raw.values()), math.exp(self.ln_scale(inventory))
         return {name: scale * value / total for name, value in raw.items()}
 
     def _family(self, inventory: Inventory) -> Mapping[str, Any]:
