@@ -175,7 +175,7 @@ def test_a_curve_makes_a_table_surer() -> None:
 
 
 def test_tiny_models_are_not_extrapolated_to(tmp_path: Path) -> None:
-    """A toy model has the scale of the smallest model that is known, not one of thousands of nats."""
+    """A toy model has the scale of the smallest known model, not one of thousands of nats."""
     toy = read(toy_moe(tmp_path / "toy.gguf"))
     small = ScalePrior(load_data("quality.json")).ln_scale(toy)
     assert 0 < small < math.log(100)
