@@ -23,6 +23,7 @@ from quantplan.runtime import LlamaCpp, find, find_llama_cpp, measure_speed, pro
 from quantplan.runtime.doctor import diagnose, foreign_instructions
 from quantplan.runtime.flags import flags_for
 from quantplan.runtime.server import serving
+from quantplan.serve import prepare
 from tests.support.buffers import BUILD
 from tests.support.faulty_server import faulty_server
 from tests.support.llama_cpp import needs_llama_cpp, older_folder, packaged_folder, portable_cpu
@@ -534,3 +535,15 @@ def test_a_recipe_of_another_model_is_not_served(tmp_path: Path, model: Path) ->
     assert isinstance(result.exception, qp.RecipeError)
     assert "remove" in str(result.exception)
     assert other.read_bytes() == before
+
+
+def test_a_recipe_that_does_not_fit_its_source_is_not_served(tmp_path: Path, model: Path) -> None:
+    """What `quantize` would refuse, such as a source of another model, a dry run refuses too."""
+    work = qp.Workload(context=256, ubatch=64, llama_cpp_build=BUILD)
+    plan = qp.plan(qp.read_inventory(model), qp.Machine.parse("14MiB@20GB/s"), work)
+    llama_cpp = imitation(tmp_path, "echo 'version: 1000 (0123abcd)'")
+    other = str(toy_moe(tmp_path / "other.gguf", "glm4moe"))
+    with pytest.raises(qp.RecipeError, match="and the source do not belong together: the recipe"):
+        prepare(plan.recipe, other, llama_cpp)
+    with pytest.raises(qp.RecipeError, match="is no directory"):
+        prepare(plan.recipe, str(model), llama_cpp, output=tmp_path / "missing" / "q.gguf")

@@ -156,6 +156,7 @@ def run(
         source,
         find_llama_cpp(llama_cpp),
         output=output,
+        imatrix=imatrix,
         host=host,
         port=port,
         extra_flags=flags or (),
