@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 import quantplan as qp
 from quantplan.cli import app
+from quantplan.printed import DryRun
 from quantplan.runtime import LlamaCpp, find, find_llama_cpp, measure_speed, process, server
 from quantplan.runtime.doctor import diagnose, foreign_instructions
 from quantplan.runtime.flags import flags_for
 from quantplan.runtime.server import serving
-from quantplan.serve import prepare
+from quantplan.serve import Service, prepare
 from tests.support.buffers import BUILD
 from tests.support.faulty_server import faulty_server
 from tests.support.llama_cpp import needs_llama_cpp, older_folder, packaged_folder, portable_cpu
@@ -547,3 +548,11 @@ def test_a_recipe_that_does_not_fit_its_source_is_not_served(tmp_path: Path, mod
         prepare(plan.recipe, other, llama_cpp)
     with pytest.raises(qp.RecipeError, match="is no directory"):
         prepare(plan.recipe, str(model), llama_cpp, output=tmp_path / "missing" / "q.gguf")
+
+
+def test_a_dry_run_names_the_importance_matrix() -> None:
+    """The command that writes the file is printed with the importance matrix that was given."""
+    service = Service(gguf=Path("q.gguf"), is_written=False, command=("llama-server",))
+    printed = DryRun.of(service, Path("r.json"), "source.gguf", Path("imatrix.gguf"))
+    assert printed.quantize is not None
+    assert printed.quantize[-3:] == ("q.gguf", "--imatrix", "imatrix.gguf")

@@ -162,7 +162,7 @@ def run(
         extra_flags=flags or (),
     )
     if dry_run:
-        printed = DryRun.of(service, recipe, source)
+        printed = DryRun.of(service, recipe, source, imatrix)
         if json_output:
             typer.echo(printed.model_dump_json(indent=1))
         else:
