@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from quantplan.errors import LlamaCppError, RecipeError
+from quantplan.errors import InputError, LlamaCppError, RecipeError
 from quantplan.inventory.sources import read_headers, read_inventory, shard_paths
 from quantplan.quantize.check import checked_layouts
 from quantplan.quantize.imatrix import read_imatrix
@@ -24,6 +24,7 @@ from quantplan.verify import differences, missing_rpc_flags
 PORT = 8080
 """llama-server's own."""
 
+LAST_PORT = 2**16 - 1
 # What a terminal or a service manager sends; the server ends by itself then.
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -71,10 +72,12 @@ def prepare(
         extra_flags: Further flags for llama-server; they come first.
 
     Raises:
-        InputError: The recipe has no flags or cannot be carried out with the source, or a file of
-            another recipe is where the quantized one should be.
+        InputError: There is no such port, the recipe has no flags or cannot be carried out with the
+            source, or a file of another recipe is where the quantized one should be.
         LlamaCppError: llama.cpp has no such flags.
     """
+    if not 0 <= port <= LAST_PORT:
+        raise InputError(f"there is no port {port}: give one from 0 (any free one) to {LAST_PORT}")
     if not recipe.flags:
         raise RecipeError("the recipe has no flags to serve with: plan, or import a command")
     inventory = read_inventory(source)

@@ -556,3 +556,17 @@ def test_a_dry_run_names_the_importance_matrix() -> None:
     printed = DryRun.of(service, Path("r.json"), "source.gguf", Path("imatrix.gguf"))
     assert printed.quantize is not None
     assert printed.quantize[-3:] == ("q.gguf", "--imatrix", "imatrix.gguf")
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "99999"])
+def test_a_port_that_does_not_exist_is_refused(port: str, tmp_path: Path, model: Path) -> None:
+    """A port out of range is an input error that names the range, before anything is run."""
+    work = qp.Workload(context=256, ubatch=64, llama_cpp_build=BUILD)
+    plan = qp.plan(qp.read_inventory(model), qp.Machine.parse("64MiB@20GB/s"), work)
+    recipe = tmp_path / "recipe.json"
+    plan.recipe.save(recipe)
+    imitation(tmp_path, "echo 'version: 1000 (0123abcd)'")
+    command = ["run", str(recipe), str(model), "--llama-cpp", str(tmp_path), "--port", port]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, qp.InputError)
+    assert f"no port {port}: give one from 0 (any free one) to 65535" in str(result.exception)
