@@ -1,13 +1,23 @@
 """Memory of given llama.cpp flags, without a plan."""
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import quantplan as qp
+from quantplan.formats.llama_args import parse_flags
+from quantplan.runtime.find import known_options
 from tests.support.buffers import BUILD, assert_buffers
-from tests.support.llama_cpp import llama_server, needs_llama_cpp, rpc_server
+from tests.support.llama_cpp import (
+    llama_server,
+    needs_llama_cpp,
+    older_folder,
+    packaged_folder,
+    rpc_server,
+)
 from tests.support.models import Architecture, smollm2_path, toy_moe
 
 AIR = qp.read_inventory("GLM-4.5-Air")
@@ -124,12 +134,28 @@ def test_a_rule_that_comes_too_late_is_pointed_out() -> None:
         ("-ot exps=CPU -ncmoe 4", GPU, "-ncmoe 4 has no effect"),
         ("-ncffn 1 -ot ffn=CPU -ncmoe 1", GPU, "-ncmoe 1 matches no tensor"),
         ("--no-mmap", GPU, "refuses --no-mmap: write -lm none"),
+        ("-ctkk q8_0", GPU, "-ctkk is not known, and not counted; did you mean -ctk?"),
+        ("--ncpu-moe 9", GPU, "did you mean --n-cpu-moe?"),
     ],
 )
 def test_contradictions_are_pointed_out(flags: str, machine: str, says: str) -> None:
     """Flags that llama.cpp takes but that do not do what they seem to say come with a warning."""
     found = qp.predict(AIR, f"{flags} -c 4096 --fit off", qp.Machine.parse(machine))
     assert any(says in warning for warning in found.warnings), found.warnings
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("folder", [packaged_folder, older_folder])
+def test_no_flag_of_llama_cpp_is_taken_for_a_slip(folder: Callable[[], Path | None]) -> None:
+    """Whatever flag a llama.cpp has, no other one is suggested in its place."""
+    found = folder()
+    if found is None:
+        pytest.skip("no older llama.cpp is installed")
+    flags = sorted(known_options(found / "llama-server"))
+    assert len(flags) > 300
+    for flag in flags:
+        with suppress(qp.InputError):  # it wants a value, so it is known
+            assert "did you mean" not in " ".join(parse_flags([flag], AIR).warnings)
 
 
 def test_a_sound_command_has_no_warnings() -> None:
