@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from quantplan.errors import InputError
 from quantplan.files import write_whole
+from quantplan.runtime.divergence import Divergence
 from quantplan.runtime.find import LlamaCpp
-from quantplan.runtime.perplexity import Divergence
 from quantplan.runtime.speed import SpeedMeasurement
 from quantplan.schema import Frozen, faults_of
 from quantplan.version import __version__

@@ -135,6 +135,7 @@ ORDER = [
     "runtime.find",
     "runtime.logits_worker",
     "runtime.saved_logits",
+    "runtime.divergence",
     "runtime.perplexity",
     "runtime.memory",
     "runtime.calibrate",
