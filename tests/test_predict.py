@@ -43,6 +43,19 @@ def test_flags_of_a_plan_lead_to_the_bytes_of_the_plan(model: str, machine: str)
     assert qp.predict(written, plan.flags, described).devices == plan.devices
 
 
+@pytest.mark.parametrize("qtype", ["Q4_K", "Q6_K"])
+@pytest.mark.parametrize("machine", ["128GiB@80GB/s", "24GiB + 64GiB@80GB/s"])
+def test_a_tied_embedding_is_counted_alike(machine: str, qtype: str) -> None:
+    """Plan, its flags and its devices lead to the same bytes, whether the embedding is copied."""
+    inventory, described = qp.read_inventory("Qwen3.5-4B"), qp.Machine.parse(machine)
+    rules = qp.policy("quality").pin(r"^token_embd\.weight$", qtype)
+    plan = qp.plan(inventory, described, qp.Workload(context=4096), policy=rules)
+    written = inventory.with_qtypes({a.tensor: a.qtype for a in plan.assignments})
+    assert qp.predict(written, plan.flags, described).devices == plan.devices
+    homes = qp.predict(inventory, plan.assignments, described, plan.workload).devices
+    assert [u.weights_bytes for u in homes] == [u.weights_bytes for u in plan.devices]
+
+
 @needs_llama_cpp
 @pytest.mark.parametrize(
     ("flags", "n_gpus"),

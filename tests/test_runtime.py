@@ -343,13 +343,15 @@ def test_another_machine_is_no_measure(llama_cpp: LlamaCpp) -> None:
 
 @needs_llama_cpp
 @pytest.mark.parametrize("flags", ["", "-lm none", "-nr"])
+@pytest.mark.parametrize("is_pure", [False, True])
 @pytest.mark.parametrize("name", ["Qwen3-4B-Instruct-2507", "Qwen3-30B-A3B"])
 def test_weights_that_the_cpu_repacks_are_no_difference(
-    llama_cpp: LlamaCpp, name: str, flags: str
+    llama_cpp: LlamaCpp, name: str, is_pure: bool, flags: str
 ) -> None:
     """Without a GPU, calibrating a model with repacked weights warns of nothing."""
     plain = qp.read_inventory(name)
-    inventory = plain.with_qtypes(qp.stock_mix(plain, "Q4_K_M"))
+    pure = {tensor.name: "Q4_0" for tensor in plain.tensors if tensor.is_quantizable}
+    inventory = plain.with_qtypes(pure if is_pure else qp.stock_mix(plain, "Q4_K_M"))
     machine = Machine.parse("64GiB@80GB/s")
     found = predict_calibrated(inventory, f"-c 4096 -np 1 {flags}", machine, llama_cpp)
     assert found.warnings == ()
