@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from quantplan.device import Device, MachineValue
 from quantplan.display import Table, html_card
 from quantplan.errors import MachineError
 from quantplan.files import write_whole
 from quantplan.hardware_text import parse_text
-from quantplan.schema import Frozen, faults_of
+from quantplan.schema import Frozen, read_saved
 from quantplan.units import gb_per_s, gib
 
 # llama.cpp takes no more (LLAMA_MAX_DEVICES).
@@ -161,14 +161,7 @@ class Machine(MachineValue):
         Raises:
             MachineError: The file cannot be read, or is no profile; every fault is named.
         """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise MachineError(f"the machine profile {path} cannot be read: {error}") from error
-        except MachineError as error:
-            raise MachineError(f"{path}: {fault}" for fault in error.faults) from error
-        except ValidationError as error:
-            raise MachineError(f"{path}: {fault}" for fault in faults_of(error)) from error
+        return read_saved(cls, path, "profile of a machine", MachineError)
 
     def with_margin(self, margin_bytes: int) -> Self:
         """The machine with so much memory left free on every GPU."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from quantplan.costs.host import copies_tied_output
 from quantplan.errors import InputError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
@@ -148,6 +149,7 @@ def place(
     devices = layer_devices(inventory, machine, launch)
     layers, output = devices[:-1], devices[-1]
     rules = _compiled(machine, launch)
+    repacks = launch.repacks and not machine.gpus
     won: list[list[str]] = [[] for _ in rules]
     hits = [0] * len(rules)
     tensors: dict[str, tuple[str, ...]] = {}
@@ -161,7 +163,7 @@ def place(
             won[matching[0]].append(tensor.name)
             tensors[tensor.name] = (rules[matching[0]][1],)
         else:
-            tensors[tensor.name] = _homes(inventory, tensor, layers, output)
+            tensors[tensor.name] = _homes(inventory, tensor, layers, output, repacks=repacks)
     caches = layers if launch.cache_on_gpu else (machine.ram.name,) * len(layers)
     warnings = _warnings(inventory, launch, won, hits)
     on_gpus = sum(homes != (machine.ram.name,) for homes in tensors.values())
@@ -199,7 +201,10 @@ def place_tensors(inventory: Inventory, machine: Machine, homes: Mapping[str, st
     outside = {tensor.role: homes[tensor.name] for tensor in given if tensor.layer is None}
     output = outside.get("output") or outside.get("output_norm") or layers[-1] or machine.ram.name
     layers = [device or output for device in layers]
-    usual = {tensor.name: _homes(inventory, tensor, tuple(layers), output) for tensor in given}
+    usual = {
+        tensor.name: _homes(inventory, tensor, tuple(layers), output, repacks=not machine.gpus)
+        for tensor in given
+    }
     tensors = {
         tensor.name: usual[tensor.name]
         if tensor.role_class == "embedding" and homes[tensor.name] == machine.ram.name
@@ -267,13 +272,15 @@ def _gpus_of_layers(machine: Machine, launch: Launch, n_gpu: int) -> tuple[str, 
 
 
 def _homes(
-    inventory: Inventory, tensor: Tensor, layers: tuple[str, ...], output: str
+    inventory: Inventory, tensor: Tensor, layers: tuple[str, ...], output: str, *, repacks: bool
 ) -> tuple[str, ...]:
     """Devices of a tensor that no override names."""
     if tensor.role_class == "embedding":
         is_tied = inventory.has_tied_output and tensor.role == "token_embd"
-        is_copied = output != "CPU" or inventory.architecture.always_copies_tied_output
-        return ("CPU", output) if is_tied and is_copied else ("CPU",)
+        is_copied = is_tied and copies_tied_output(
+            inventory.architecture, tensor, tensor.qtype, on_gpu=output != "CPU", repacks=repacks
+        )
+        return ("CPU", output) if is_copied else ("CPU",)
     return (output,) if tensor.layer is None else (layers[tensor.layer],)
 
 

@@ -134,8 +134,12 @@ class Plan(Frozen):
         """
         return server_command(model_path, self.flags)
 
-    def summary(self) -> str:
-        """The plan in a few lines of text: memory, speed, loss, types."""
+    def summary(self, width: int = 80) -> str:
+        """The plan in a few lines of text: memory, speed, loss, types.
+
+        Args:
+            width: Columns of the text, which tables keep to.
+        """
         rows = [
             f"{self.model} on {self.machine.describe()}",
             f"  {self.status}, proven gap {self.gap:.3%}",
@@ -147,7 +151,8 @@ class Plan(Frozen):
         rows += [device_line(device) for device in self.devices]
         if self.baselines:
             rows.append("  beside plain answers, with the same memory and predictions (GiB):")
-            rows += [f"    {line}" for line in self._baseline_lines()]
+            indent = " " * 4
+            rows += [f"{indent}{line}" for line in self._baseline_lines(width - len(indent))]
         rows += [f"  note: {note}" for note in self.notes]
         rows.append("  types and places:")
         rows += [f"    {line}" for line in type_lines(self.assignments)]
@@ -194,7 +199,7 @@ class Plan(Frozen):
             f"{seconds:.0f} s"
         ]
 
-    def _baseline_lines(self) -> list[str]:
+    def _baseline_lines(self, width: int) -> list[str]:
         used = [use.capacity_bytes - use.free_bytes for use in self.devices]
         row = baseline_row(
             types="this plan",
@@ -205,7 +210,7 @@ class Plan(Frozen):
             decode_tps=self.predicted.decode_tps,
             loss_nats=self.predicted.loss_nats,
         )
-        return baseline_lines(row, self.baselines, _SHOWN_BASELINES)
+        return baseline_lines(row, self.baselines, _SHOWN_BASELINES, width)
 
 
 def plan(

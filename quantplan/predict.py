@@ -280,7 +280,12 @@ def _use(resolved: Resolved, parts: Sequence[Part], machine: Machine, device: De
     compute = compute_buffer(resolved, machine, device)
     is_mapped = device.kind == "cpu" and launch.maps_file
     repacked = _repacked(resolved, machine) if is_mapped else set()
-    in_file = {n for n, homes in placement.tensors.items() if device.name in homes} - repacked
+    # The copy of a tied embedding may be repacked, but its rows are read where they are.
+    in_file = {
+        name
+        for name, homes in placement.tensors.items()
+        if device.name in homes and (name not in repacked or len(homes) > 1)
+    }
     return DeviceUse(
         name=device.name,
         model=device.model,
@@ -303,8 +308,9 @@ def _repacked(resolved: Resolved, machine: Machine) -> set[str]:
     """Names of the tensors that the CPU copies out of the mapped file."""
     if machine.gpus or not resolved.launch.repacks:
         return set()
-    names = resolved.placement.tensors
-    return {t.name for t in resolved.inventory.tensors if t.name in names and is_repacked(t)}
+    homes = resolved.placement.tensors
+    loaded = (tensor for tensor in resolved.inventory.tensors if tensor.name in homes)
+    return {tensor.name for tensor in loaded if is_repacked(tensor, len(homes[tensor.name]))}
 
 
 def _host_notes(ram: DeviceUse) -> list[str]:

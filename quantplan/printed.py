@@ -84,15 +84,17 @@ class DryRun(Frozen):
     serve: tuple[str, ...]
 
     @classmethod
-    def of(cls, service: Service, recipe: Path, source: str) -> Self:
+    def of(cls, service: Service, recipe: Path, source: str, imatrix: Path | None = None) -> Self:
         """What is printed of a service.
 
         Args:
             service: What is to be served.
             recipe: The recipe.
             source: What is quantized, or was.
+            imatrix: The importance matrix that it is quantized with.
         """
-        write = ("quantplan", "quantize", str(recipe), source, str(service.gguf))
+        weighted = () if imatrix is None else ("--imatrix", str(imatrix))
+        write = ("quantplan", "quantize", str(recipe), source, str(service.gguf), *weighted)
         return cls(
             gguf=service.gguf,
             quantize=None if service.is_written else write,

@@ -8,16 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from quantplan.display import Table, html_card, html_table
-from quantplan.errors import InputError, RecipeError
+from quantplan.errors import RecipeError
 from quantplan.files import write_whole
 from quantplan.formats.llama_cpp import tensor_type_file
 from quantplan.hardware import Machine
 from quantplan.inventory import Tensor
 from quantplan.planner.goal import Status
-from quantplan.schema import Frozen, faults_of
+from quantplan.schema import Frozen, read_saved
 from quantplan.workload import Workload
 
 
@@ -180,17 +180,7 @@ class Recipe(Frozen):
         Raises:
             RecipeError: The file cannot be read, or is no recipe of a known version.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except OSError as error:
-            raise RecipeError(f"{os.fspath(path)}: {error.strerror or error}") from error
-        except InputError as error:  # the machine or the workload inside
-            raise RecipeError(f"{os.fspath(path)}: {fault}" for fault in error.faults) from error
-        except ValidationError as error:
-            raise RecipeError(
-                f"{os.fspath(path)} is no recipe that this version reads: {fault}"
-                for fault in faults_of(error)
-            ) from error
+        return read_saved(cls, path, "recipe", RecipeError)
 
     def tensor_type_file(self) -> str:
         """The text of a file for ``llama-quantize --pure --tensor-type-file``.

@@ -1,6 +1,12 @@
 """The base of every value that travels between the stages and can be saved as JSON."""
 
+import os
+from pathlib import Path
+from typing import TypeVar
+
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from quantplan.errors import InputError
 
 
 class Frozen(BaseModel):
@@ -19,3 +25,33 @@ def faults_of(error: ValidationError) -> list[str]:
         ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
         for fault in error.errors(include_url=False, include_input=False)
     ]
+
+
+_Kind = TypeVar("_Kind", bound=Frozen)
+
+
+def read_saved(
+    kind: type[_Kind], path: str | os.PathLike[str], what: str, error: type[InputError] = InputError
+) -> _Kind:
+    """Reads a value that was saved as JSON.
+
+    Args:
+        kind: Its type.
+        path: The file.
+        what: What the file should be, as a message calls it, such as ``recipe``.
+        error: What to raise.
+
+    Raises:
+        InputError: Of the type given: the file cannot be read, or is something else; every fault is
+            named.
+    """
+    name = os.fspath(path)
+    try:
+        return kind.model_validate_json(Path(path).read_bytes())
+    except OSError as found:
+        raise error(f"{name} cannot be read: {found.strerror or found}") from found
+    except InputError as found:  # of a value inside, such as the machine of a recipe
+        raise error(f"{name}: {fault}" for fault in found.faults) from found
+    except ValidationError as found:
+        faults = faults_of(found)
+        raise error(f"{name} is no {what} that this version reads: {f}" for f in faults) from found

@@ -1,5 +1,6 @@
 """Quantizes where that was not done yet, then serves the model in the foreground."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from quantplan.errors import LlamaCppError, RecipeError
-from quantplan.inventory.sources import read_inventory, shard_paths
+from quantplan.errors import InputError, LlamaCppError, RecipeError
+from quantplan.inventory.sources import read_headers, read_inventory, shard_paths
+from quantplan.quantize.check import checked_layouts
+from quantplan.quantize.imatrix import read_imatrix
 from quantplan.recipe import Recipe
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.flags import flags_for
@@ -21,6 +24,7 @@ from quantplan.verify import differences, missing_rpc_flags
 PORT = 8080
 """llama-server's own."""
 
+LAST_PORT = 2**16 - 1
 # What a terminal or a service manager sends; the server ends by itself then.
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -50,6 +54,7 @@ def prepare(
     llama_cpp: LlamaCpp,
     *,
     output: Path | None = None,
+    imatrix: Path | None = None,
     host: str = ADDRESS,
     port: int = PORT,
     extra_flags: Sequence[str] = (),
@@ -61,15 +66,18 @@ def prepare(
         source: The quantized file, or what to quantize.
         llama_cpp: What serves it.
         output: Where the quantized file is, or is to be written; by default beside the source.
+        imatrix: The importance matrix that it is to be quantized with.
         host: The address to listen on.
         port: The port to listen on.
         extra_flags: Further flags for llama-server; they come first.
 
     Raises:
-        InputError: The recipe has no flags, does not fit the source, or a file of another recipe
-            is where the quantized one should be.
+        InputError: There is no such port, the recipe has no flags or cannot be carried out with the
+            source, or a file of another recipe is where the quantized one should be.
         LlamaCppError: llama.cpp has no such flags.
     """
+    if not 0 <= port <= LAST_PORT:
+        raise InputError(f"there is no port {port}: give one from 0 (any free one) to {LAST_PORT}")
     if not recipe.flags:
         raise RecipeError("the recipe has no flags to serve with: plan, or import a command")
     inventory = read_inventory(source)
@@ -78,8 +86,14 @@ def prepare(
     if not is_written:
         folder = Path() if "://" in source else path.parent
         path = output or folder / f"{path.stem}-quantplan.gguf"
-        is_written = path.exists()
-        if is_written and (faults := differences(recipe, read_inventory(path))):
+        faults = differences(recipe, read_inventory(path)) if path.exists() else []
+        is_written = path.exists() and not faults
+        if not is_written:
+            importance = read_imatrix(imatrix) if imatrix else None
+            checked_layouts(
+                recipe, read_headers(source), Path(os.path.realpath(path)), importance=importance
+            )
+        if faults:
             raise RecipeError([*faults, f"remove {path}, or name another file (--output)"])
     rpc = missing_rpc_flags(recipe.flags, recipe.provenance.machine)
     words = flags_for(llama_cpp, (*rpc, *extra_flags, *recipe.flags))

@@ -6,14 +6,11 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import ValidationError
-
-from quantplan.errors import InputError
 from quantplan.files import write_whole
+from quantplan.runtime.divergence import Divergence
 from quantplan.runtime.find import LlamaCpp
-from quantplan.runtime.perplexity import Divergence
 from quantplan.runtime.speed import SpeedMeasurement
-from quantplan.schema import Frozen, faults_of
+from quantplan.schema import Frozen, read_saved
 from quantplan.version import __version__
 
 _MIB = 2**20
@@ -189,12 +186,4 @@ class Verification(Frozen):
         Raises:
             InputError: The file cannot be read, or is no verification of a known version.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except OSError as error:
-            raise InputError(f"{os.fspath(path)}: {error.strerror or error}") from error
-        except ValidationError as error:
-            raise InputError(
-                f"{os.fspath(path)} is no verification that this version reads: "
-                f"{faults_of(error)[0]}"
-            ) from error
+        return read_saved(cls, path, "verification")

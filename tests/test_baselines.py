@@ -277,13 +277,15 @@ def test_quantized_models_are_placed_no_slower_than_by_plain_flags(
     assert (made.plain_answer is not None) >= is_close
 
 
-def test_the_table_is_narrow() -> None:
-    """The plan and three plain answers of different types are shown in at most 80 columns."""
+@pytest.mark.parametrize("width", [80, 60])
+def test_the_table_is_narrow(width: int) -> None:
+    """The plan and three plain answers of different types have a line each, however narrow."""
     made = qp.plan(read("GLM-4.5-Air"), qp.Machine.parse(ONE), WORK)
-    lines = made.summary().splitlines()
+    lines = made.summary(width).splitlines()
     start = next(i for i, line in enumerate(lines) if "beside plain answers" in line)
     table = lines[start : start + 6]
-    assert all(len(line) <= 80 for line in table)
+    assert all(len(line) <= width for line in table[1:])
+    assert table[1].split() == ["types", "placement", "file", "VRAM", "RAM", "t/s", "loss"]
     assert table[2].split()[:2] == ["this", "plan"]
     assert len({line.split("  ")[2] for line in table[3:]}) == 3
 

@@ -4,7 +4,8 @@ import contextlib
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonschema
@@ -15,7 +16,9 @@ from typer.testing import CliRunner
 import quantplan as qp
 from quantplan.cli import WITHOUT_JSON, app
 from quantplan.inventory.catalog import remove_from_catalog
+from quantplan.quantize.weights import WeightErrors
 from quantplan.schemas import SCHEMAS, json_schema
+from quantplan.verification import Verification
 from scripts.build_reference import FOLDER
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
 from tests.support.models import toy_moe
@@ -141,3 +144,27 @@ def test_an_answer_that_is_not_asked_for_has_no_json() -> None:
     done = CliRunner().invoke(app, ["run", "recipe.json", "model.gguf", "--json"])
     assert isinstance(done.exception, qp.InputError)
     assert "--dry-run" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("load", "kind"),
+    [
+        (qp.Recipe.load, qp.RecipeError),
+        (qp.Machine.load, qp.MachineError),
+        (WeightErrors.load, qp.SourceError),
+        (Verification.load, qp.InputError),
+    ],
+)
+def test_a_file_that_is_something_else_is_named(
+    load: Callable[[Path], Any], kind: type[qp.InputError], tmp_path: Path
+) -> None:
+    """Whatever is read, the error names the file, every fault of it, and is of its own kind."""
+    path = tmp_path / "file.json"
+    with pytest.raises(kind, match=r"file\.json cannot be read: No such file"):
+        load(path)
+    path.write_text('{"schema_version": 9, "surprise": 1}', encoding="utf-8")
+    with pytest.raises(kind, match="surprise: Extra inputs are not permitted") as caught:
+        load(path)
+    assert type(caught.value) is kind
+    assert len(caught.value.faults) > 1
+    assert all(fault.startswith(str(path)) for fault in caught.value.faults)

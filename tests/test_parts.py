@@ -28,6 +28,11 @@ NO_GPU = qp.Machine.parse("64GiB@80GB/s")
 DRAFTS = "--spec-type draft-mtp"
 
 
+def as_it_is() -> qp.Policy:
+    """A policy that quantizes nothing."""
+    return qp.policy("quality").model_copy(update={"candidates": ("SOURCE",)})
+
+
 def check(path: Path, flags: Sequence[str]) -> None:
     """Predicted devices equal what llama.cpp printed for one GPU, all models and contexts."""
     machine = qp.Machine.parse("24GiB + 64GiB@80GB/s")
@@ -131,6 +136,29 @@ def test_repacked_matrices_are_held_beside_the_mapped_file(tmp_path: Path) -> No
     read = qp.predict(qp.read_inventory(path), [*flags, "-lm", "none"], NO_GPU).devices[-1]
     assert (read.repacked_bytes, read.mapped_bytes) == (0, None)
     assert read.weights_bytes == ram.weights_bytes
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("qtype", ["Q4_0", "Q8_0"])
+def test_a_tied_embedding_that_the_cpu_repacks_is_held_twice(qtype: str, tmp_path: Path) -> None:
+    """Without a GPU the output matrix is a copy where the CPU has a layout for its type."""
+    source, path = smollm2_path(), tmp_path / "out.gguf"
+    assert source is not None
+    plain = qp.read_inventory(source)
+    types = {t.name: qtype for t in plain.tensors if t.is_quantizable}
+    qp.quantize(recipe_for(source, types), source, path, allow_requantize=True)
+    inventory = qp.read_inventory(path)
+    made = qp.plan(inventory, NO_GPU, qp.Workload(context=512), policy=as_it_is())
+    flags = ["-c", "512", "-np", "1", "--fit", "off", "-lm"]
+    read, mapped = (
+        qp.predict(inventory, [*flags, mode], NO_GPU).devices[-1] for mode in ("none", "mmap")
+    )
+    assert made.devices[-1].weights_bytes == read.weights_bytes == mapped.weights_bytes
+    with llama_server(path, [*flags, "none"]) as server:
+        assert mib(read.weights_bytes) == sum(server.buffers.model.values())
+    with llama_server(path, [*flags, "mmap"]) as server:
+        assert mib(mapped.mapped_bytes) == server.buffers.model["CPU_Mapped"]
+        assert mib(mapped.repacked_bytes) == server.buffers.model.get("CPU_REPACK", 0)
 
 
 def mib(n_bytes: int | None) -> Any:

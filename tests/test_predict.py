@@ -1,13 +1,23 @@
 """Memory of given llama.cpp flags, without a plan."""
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import quantplan as qp
+from quantplan.formats.llama_args import parse_flags
+from quantplan.runtime.find import known_options
 from tests.support.buffers import BUILD, assert_buffers
-from tests.support.llama_cpp import llama_server, needs_llama_cpp, rpc_server
+from tests.support.llama_cpp import (
+    llama_server,
+    needs_llama_cpp,
+    older_folder,
+    packaged_folder,
+    rpc_server,
+)
 from tests.support.models import Architecture, smollm2_path, toy_moe
 
 AIR = qp.read_inventory("GLM-4.5-Air")
@@ -31,6 +41,19 @@ def test_flags_of_a_plan_lead_to_the_bytes_of_the_plan(model: str, machine: str)
     plan = qp.plan(inventory, described, qp.Workload(context=16384, kv_type="q8_0"))
     written = inventory.with_qtypes({a.tensor: a.qtype for a in plan.assignments})
     assert qp.predict(written, plan.flags, described).devices == plan.devices
+
+
+@pytest.mark.parametrize("qtype", ["Q4_K", "Q6_K"])
+@pytest.mark.parametrize("machine", ["128GiB@80GB/s", "24GiB + 64GiB@80GB/s"])
+def test_a_tied_embedding_is_counted_alike(machine: str, qtype: str) -> None:
+    """Plan, its flags and its devices lead to the same bytes, whether the embedding is copied."""
+    inventory, described = qp.read_inventory("Qwen3.5-4B"), qp.Machine.parse(machine)
+    rules = qp.policy("quality").pin(r"^token_embd\.weight$", qtype)
+    plan = qp.plan(inventory, described, qp.Workload(context=4096), policy=rules)
+    written = inventory.with_qtypes({a.tensor: a.qtype for a in plan.assignments})
+    assert qp.predict(written, plan.flags, described).devices == plan.devices
+    homes = qp.predict(inventory, plan.assignments, described, plan.workload).devices
+    assert [u.weights_bytes for u in homes] == [u.weights_bytes for u in plan.devices]
 
 
 @needs_llama_cpp
@@ -124,12 +147,28 @@ def test_a_rule_that_comes_too_late_is_pointed_out() -> None:
         ("-ot exps=CPU -ncmoe 4", GPU, "-ncmoe 4 has no effect"),
         ("-ncffn 1 -ot ffn=CPU -ncmoe 1", GPU, "-ncmoe 1 matches no tensor"),
         ("--no-mmap", GPU, "refuses --no-mmap: write -lm none"),
+        ("-ctkk q8_0", GPU, "-ctkk is not known, and not counted; did you mean -ctk?"),
+        ("--ncpu-moe 9", GPU, "did you mean --n-cpu-moe?"),
     ],
 )
 def test_contradictions_are_pointed_out(flags: str, machine: str, says: str) -> None:
     """Flags that llama.cpp takes but that do not do what they seem to say come with a warning."""
     found = qp.predict(AIR, f"{flags} -c 4096 --fit off", qp.Machine.parse(machine))
     assert any(says in warning for warning in found.warnings), found.warnings
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("folder", [packaged_folder, older_folder])
+def test_no_flag_of_llama_cpp_is_taken_for_a_slip(folder: Callable[[], Path | None]) -> None:
+    """Whatever flag a llama.cpp has, no other one is suggested in its place."""
+    found = folder()
+    if found is None:
+        pytest.skip("no older llama.cpp is installed")
+    flags = sorted(known_options(found / "llama-server"))
+    assert len(flags) > 300
+    for flag in flags:
+        with suppress(qp.InputError):  # it wants a value, so it is known
+            assert "did you mean" not in " ".join(parse_flags([flag], AIR).warnings)
 
 
 def test_a_sound_command_has_no_warnings() -> None:

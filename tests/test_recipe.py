@@ -227,7 +227,8 @@ def test_recipes_without_permission_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "secret.json"
     small().save(path)
     path.chmod(0o000)
-    with read_only(tmp_path), pytest.raises(RecipeError, match=r"secret\.json: Permission denied"):
+    denied = r"secret\.json cannot be read: Permission denied"
+    with read_only(tmp_path), pytest.raises(RecipeError, match=denied):
         Recipe.load(path)
 
 

@@ -19,10 +19,12 @@ from typer.testing import CliRunner
 
 import quantplan as qp
 from quantplan.cli import app
+from quantplan.printed import DryRun
 from quantplan.runtime import LlamaCpp, find, find_llama_cpp, measure_speed, process, server
 from quantplan.runtime.doctor import diagnose, foreign_instructions
 from quantplan.runtime.flags import flags_for
 from quantplan.runtime.server import serving
+from quantplan.serve import Service, prepare
 from tests.support.buffers import BUILD
 from tests.support.faulty_server import faulty_server
 from tests.support.llama_cpp import needs_llama_cpp, older_folder, packaged_folder, portable_cpu
@@ -534,3 +536,37 @@ def test_a_recipe_of_another_model_is_not_served(tmp_path: Path, model: Path) ->
     assert isinstance(result.exception, qp.RecipeError)
     assert "remove" in str(result.exception)
     assert other.read_bytes() == before
+
+
+def test_a_recipe_that_does_not_fit_its_source_is_not_served(tmp_path: Path, model: Path) -> None:
+    """What `quantize` would refuse, such as a source of another model, a dry run refuses too."""
+    work = qp.Workload(context=256, ubatch=64, llama_cpp_build=BUILD)
+    plan = qp.plan(qp.read_inventory(model), qp.Machine.parse("14MiB@20GB/s"), work)
+    llama_cpp = imitation(tmp_path, "echo 'version: 1000 (0123abcd)'")
+    other = str(toy_moe(tmp_path / "other.gguf", "glm4moe"))
+    with pytest.raises(qp.RecipeError, match="and the source do not belong together: the recipe"):
+        prepare(plan.recipe, other, llama_cpp)
+    with pytest.raises(qp.RecipeError, match="is no directory"):
+        prepare(plan.recipe, str(model), llama_cpp, output=tmp_path / "missing" / "q.gguf")
+
+
+def test_a_dry_run_names_the_importance_matrix() -> None:
+    """The command that writes the file is printed with the importance matrix that was given."""
+    service = Service(gguf=Path("q.gguf"), is_written=False, command=("llama-server",))
+    printed = DryRun.of(service, Path("r.json"), "source.gguf", Path("imatrix.gguf"))
+    assert printed.quantize is not None
+    assert printed.quantize[-3:] == ("q.gguf", "--imatrix", "imatrix.gguf")
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "99999"])
+def test_a_port_that_does_not_exist_is_refused(port: str, tmp_path: Path, model: Path) -> None:
+    """A port out of range is an input error that names the range, before anything is run."""
+    work = qp.Workload(context=256, ubatch=64, llama_cpp_build=BUILD)
+    plan = qp.plan(qp.read_inventory(model), qp.Machine.parse("64MiB@20GB/s"), work)
+    recipe = tmp_path / "recipe.json"
+    plan.recipe.save(recipe)
+    imitation(tmp_path, "echo 'version: 1000 (0123abcd)'")
+    command = ["run", str(recipe), str(model), "--llama-cpp", str(tmp_path), "--port", port]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, qp.InputError)
+    assert f"no port {port}: give one from 0 (any free one) to 65535" in str(result.exception)

@@ -113,7 +113,7 @@ def test_errors_survive_saving(tmp_path: Path) -> None:
     path.write_text(found.model_dump_json(), encoding="utf-8")
     assert WeightErrors.load(path) == found
     path.write_text("{}", encoding="utf-8")
-    with pytest.raises(SourceError, match="holds no errors"):
+    with pytest.raises(SourceError, match="is no file of `quantplan measure-weights`"):
         WeightErrors.load(path)
 
 

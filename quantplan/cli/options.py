@@ -255,12 +255,17 @@ def tell(value: "Frozen", text: str, as_json: bool) -> None:
         say(text)
 
 
+def text_width() -> int:
+    """Columns of text for people: those of the terminal, or 80."""
+    return max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 0)).columns))
+
+
 def say(text: str) -> None:
-    """Prints text for people: lines wider than the terminal, or 80 columns, are folded.
+    """Prints text for people: lines wider than `text_width` are folded.
 
     Flags stay in one line, because people copy them; rows of tables are made to fit 80 columns.
     """
-    width = max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 0)).columns))
+    width = text_width()
     for line in text.split("\n"):
         if line.lstrip().startswith(("flags -", "flags: -")):
             typer.echo(line)

@@ -30,6 +30,7 @@ from quantplan.cli.options import (
     read_model,
     read_recipe,
     tell,
+    text_width,
 )
 from quantplan.cli.progress import working
 from quantplan.errors import InputError
@@ -135,7 +136,7 @@ def plan(
         found.recipe.save(recipe)
     if tensor_types is not None:
         write_whole(tensor_types, found.recipe.tensor_type_file())
-    tell(found, found.summary(), json_output)
+    tell(found, found.summary(text_width()), json_output)
     if not json_output:
         typer.echo(f"\n{found.llama_server_command(gguf_name)}")
 

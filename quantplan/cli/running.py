@@ -156,12 +156,13 @@ def run(
         source,
         find_llama_cpp(llama_cpp),
         output=output,
+        imatrix=imatrix,
         host=host,
         port=port,
         extra_flags=flags or (),
     )
     if dry_run:
-        printed = DryRun.of(service, recipe, source)
+        printed = DryRun.of(service, recipe, source, imatrix)
         if json_output:
             typer.echo(printed.model_dump_json(indent=1))
         else:

@@ -6,7 +6,7 @@ Rules of llama.cpp b10434 to b11434, checked against the buffer sizes that it pr
 from collections.abc import Collection
 
 from quantplan.costs.memory import BUFFER_ALIGNMENT, pad
-from quantplan.inventory import Inventory, Tensor
+from quantplan.inventory import Architecture, Inventory, Tensor
 
 # Types that the CPU backend holds in another layout on x86 with AVX2 (ggml-cpu's repack.cpp), for
 # matrices whose rows come in groups of so many.
@@ -15,17 +15,42 @@ _ROW_GROUP = 8
 _MATRIX_AXES = (2, 3)
 
 
-def is_repacked(tensor: Tensor) -> bool:
+def is_repacked(tensor: Tensor, n_copies: int = 1) -> bool:
     """Whether the CPU backend makes a copy of a matrix in its own layout, of as many bytes.
 
     It does so only where no GPU offers a buffer in RAM, so on machines without a GPU.
+
+    Args:
+        tensor: It.
+        n_copies: How often it is in RAM; the second time, an embedding is the output matrix.
     """
-    return (
-        tensor.role_class not in ("embedding", "norm")
-        and tensor.qtype in _REPACKED
-        and len(tensor.shape_ne) in _MATRIX_AXES
-        and tensor.shape_ne[1] % _ROW_GROUP == 0
-    )
+    is_multiplied = tensor.role_class not in ("embedding", "norm") or n_copies > 1
+    return is_multiplied and _has_layout(tensor, tensor.qtype)
+
+
+def copies_tied_output(
+    architecture: Architecture, embedding: Tensor, qtype: str, *, on_gpu: bool, repacks: bool
+) -> bool:
+    """Whether a tied embedding is held once more, as the output matrix.
+
+    Without a GPU llama.cpp reads it where it is, unless the CPU wants a matrix in its own layout:
+    rows of embeddings cannot be read there.
+
+    Args:
+        architecture: Of the model.
+        embedding: The embedding.
+        qtype: Its type.
+        on_gpu: Whether the output is on a GPU.
+        repacks: Whether the CPU holds matrices in its own layout.
+    """
+    is_repacked_copy = repacks and _has_layout(embedding, qtype)
+    return on_gpu or is_repacked_copy or architecture.always_copies_tied_output
+
+
+def _has_layout(matrix: Tensor, qtype: str) -> bool:
+    """Whether the CPU has a layout of its own for a matrix."""
+    rows = matrix.shape_ne[1] if len(matrix.shape_ne) in _MATRIX_AXES else 1
+    return qtype in _REPACKED and rows % _ROW_GROUP == 0
 
 
 def mapped_bytes(inventory: Inventory, names: Collection[str]) -> int | None:

@@ -1,8 +1,9 @@
 """What a person should know about given llama.cpp flags: contradictions, and what plays no part."""
 
 import argparse
+import difflib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 # Builds from this one on refuse --no-mmap (seen in b11434; b10434 calls it deprecated).
 _LOAD_MODE_BUILD = 11434
@@ -18,6 +19,14 @@ NOT_COUNTED = (
     ("--control-vector",),
     ("--override-kv",),
 )
+# How alike a flag that is not known and one that is must be (difflib's ratio) to be confused: one
+# letter more, less or swapped.
+_ALIKE = 0.88
+# Flags of llama.cpp (b10434) without influence on memory that are so alike to one that has some.
+_OTHERS = {
+    "-fitc", "-fitt", "-hfr", "-kvo", "--kv-offload", "--mmproj-offload", "--op-offload",
+    "--spec-draft-cpu-mask", "--spec-draft-n-min",
+}  # fmt: skip
 _COUNTED_AS_LAYER = {"row", "tensor", "attn", "graph"}
 
 
@@ -42,6 +51,21 @@ def flag_warnings(
         )
     if found.no_mmap and not is_ik and llama_cpp_build >= _LOAD_MODE_BUILD:
         warnings.append(f"llama.cpp b{llama_cpp_build} refuses --no-mmap: write -lm none")
+    return tuple(warnings)
+
+
+def misspelt(others: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    """Names flags that are probably meant as others, on which memory depends.
+
+    Args:
+        others: Flags and values that are not known.
+        known: Flags that are.
+    """
+    warnings = []
+    for flag in dict.fromkeys(word.partition("=")[0] for word in others if word.startswith("-")):
+        near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=_ALIKE)
+        if near and flag not in _OTHERS:
+            warnings.append(f"{flag} is not known, and not counted; did you mean {near[0]}?")
     return tuple(warnings)
 
 

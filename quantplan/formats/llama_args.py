@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
 from quantplan.errors import InputError
-from quantplan.formats.args_notes import NOT_COUNTED, flag_notes, flag_warnings
+from quantplan.formats.args_notes import NOT_COUNTED, flag_notes, flag_warnings, misspelt
 from quantplan.inventory import Inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.placement import IkOptions, Launch, Override
@@ -238,7 +238,10 @@ def parse_flags(
         projector_on_gpu=not found.no_mmproj_offload,
         ik=ik,
         workload=workload,
-        warnings=flag_warnings(found, llama_cpp_build, is_ik=ik is not None),
+        warnings=(
+            *misspelt(others, parser.names),
+            *flag_warnings(found, llama_cpp_build, is_ik=ik is not None),
+        ),
         notes=flag_notes(found, [*others, *left], trained, is_ik=ik is not None),
     )
     draft = launch.model_copy(

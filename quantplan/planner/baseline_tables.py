@@ -1,28 +1,33 @@
 """Plain answers beside a plan: lines of text, and a table for notebooks."""
 
 from collections.abc import Sequence
+from io import StringIO
 
 from quantplan.display import Table
 from quantplan.planner.baselines import Baseline
 from quantplan.units import gib
 
-_HEADER = ("types", "placement", "file", "VRAM", "RAM", "tokens/s", "loss")
-_WIDTHS = (12, 18, 8, 7, 7, 8, 8)
+_TEXTS = ("types", "placement")
+# Tokens per second as llama-bench heads them, which is as narrow as its numbers.
+_NUMBERS = ("file", "VRAM", "RAM", "t/s", "loss")
 
 
-def baseline_lines(plan_row: tuple[str, ...], found: Sequence[Baseline], n_rows: int) -> list[str]:
-    """The plan beside the best plain answers, one of each mix, in lines of at most 80 columns.
+def baseline_lines(
+    plan_row: tuple[str, ...], found: Sequence[Baseline], n_rows: int, width: int
+) -> list[str]:
+    """The plan beside the best plain answers, one of each mix, as lines of text.
 
     Args:
         plan_row: What the columns say of the plan; see `baseline_row`.
         found: All baselines, the best first.
         n_rows: How many to show.
+        width: Columns of the text; where they are few, texts are folded in their cells.
     """
     best: dict[str, Baseline] = {}
     for baseline in found:
         if baseline.is_answer:
             best.setdefault(baseline.types, baseline)
-    rows = [_HEADER, plan_row]
+    rows = [plan_row]
     for baseline in list(best.values())[:n_rows]:
         row = baseline_row(
             types=baseline.types,
@@ -34,16 +39,27 @@ def baseline_lines(plan_row: tuple[str, ...], found: Sequence[Baseline], n_rows:
             loss_nats=baseline.loss_nats,
         )
         rows.append(row)
-    lines = []
-    for row in rows:
-        cells = [
-            f"{cell:{'<' if i < 2 else '>'}{width}}"
-            for i, (cell, width) in enumerate(zip(row, _WIDTHS, strict=True))
-        ]
-        lines.append(" ".join(cells))
+    lines = _table_lines(rows, width)
     if not best:
         lines.append("no plain answer fits and is fast enough")
     return lines
+
+
+def _table_lines(rows: Sequence[tuple[str, ...]], width: int) -> list[str]:
+    from rich.console import Console  # noqa: PLC0415 (slow to import, and not needed for JSON)
+    from rich.table import Table as TextTable  # noqa: PLC0415
+
+    table = TextTable(box=None, pad_edge=False, collapse_padding=True)
+    for name in _TEXTS:
+        table.add_column(name, overflow="fold")
+    for name in _NUMBERS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=StringIO(), width=width, force_jupyter=False, markup=False, emoji=False)
+    with console.capture() as text:
+        console.print(table, highlight=False)
+    return [line.rstrip() for line in text.get().splitlines()]
 
 
 def baseline_row(

@@ -7,6 +7,7 @@ from typing import Literal
 
 from quantplan.costs import memory
 from quantplan.costs.decode import read_s
+from quantplan.costs.host import copies_tied_output
 from quantplan.costs.memory import cuda_padding_bytes
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.quality import LossTable
@@ -31,6 +32,7 @@ class Option:
         largest_bytes: Bytes of the largest tensor.
         reads: What each tensor makes its device do per token.
         loss_nats: Predicted loss.
+        is_copied: Whether a tied embedding is held once more, beside the output.
     """
 
     qtypes: tuple[str, ...]
@@ -39,6 +41,7 @@ class Option:
     largest_bytes: int
     reads: tuple[Read, ...]
     loss_nats: float
+    is_copied: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,8 @@ class Group:
         tensors: The tensors.
         layer: Their layer; None outside the layers.
         place: Where they may live: on their layer's device; there or in RAM (``free``); on the
-            device of the output; in RAM (``host``); or one copy in RAM and one beside the output,
-            as llama.cpp does with tied embeddings.
+            device of the output; in RAM (``host``); or in RAM, and where the option says so once
+            more beside the output, as llama.cpp does with tied embeddings.
         options: Ways to quantize them, most bytes first, none dominated by another.
         n_crossings: Hops to the CPU and back that they cause when they leave their layer's GPU.
     """
@@ -117,8 +120,7 @@ def form_groups(
 def _place(inventory: Inventory, machine: Machine, policy: Policy, tensor: Tensor) -> Place:
     if tensor.role_class == "embedding":
         is_tied = inventory.has_tied_output and tensor.role == "token_embd"
-        is_copied = bool(machine.gpus) or inventory.architecture.always_copies_tied_output
-        return "host_and_output" if is_tied and is_copied else "host"
+        return "host_and_output" if is_tied else "host"
     if tensor.layer is None:
         return "output"
     may_leave = bool(machine.gpus) and policy.rule(tensor.role_class).may_leave_gpu
@@ -162,8 +164,8 @@ class _Offers:
     ) -> tuple[Option, ...]:
         """Options, most bytes first, without those that another one equals or beats in everything.
 
-        Everything is bytes, loss, and seconds on each device: a type of fewer bits may be slower to
-        unpack.
+        Everything is bytes, loss, a second copy, and seconds on each device: a type of fewer bits
+        may be slower to unpack.
         """
         priced = []
         for qtypes, loss in losses.items():
@@ -175,14 +177,21 @@ class _Offers:
                 largest_bytes=max(part[0] for part in parts),
                 reads=tuple(part[2] for part in parts),
                 loss_nats=loss,
+                is_copied=self._is_copied(tensors[0], qtypes[0]),
             )
             seconds = (sum(part) for part in zip(*(part[3] for part in parts), strict=True))
-            priced.append(((option.n_bytes, loss, *seconds), option))
+            priced.append(((option.n_bytes, loss, option.is_copied, *seconds), option))
         kept: list[tuple[tuple[float, ...], Option]] = []
         for price, option in sorted(priced, key=lambda pair: pair[0]):
             if not any(all(a <= b for a, b in zip(k, price, strict=True)) for k, _ in kept):
                 kept.append((price, option))
         return tuple(option for _, option in reversed(kept))
+
+    def _is_copied(self, tensor: Tensor, name: str) -> bool:
+        architecture, on_gpu = self.inventory.architecture, bool(self.machine.gpus)
+        return tensor.role == "token_embd" and copies_tied_output(
+            architecture, tensor, name, on_gpu=on_gpu, repacks=not on_gpu
+        )
 
     def _priced(self, tensor: Tensor, name: str) -> tuple[int, int, Read, tuple[float, ...]]:
         """Bytes, padding, what is read, and seconds on each device: per token, and per prompt."""

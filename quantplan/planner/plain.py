@@ -17,6 +17,7 @@ from quantplan.costs import compute, memory
 from quantplan.costs.compute import Work
 from quantplan.costs.decode import cache_s, read_s
 from quantplan.costs.factors import shipped
+from quantplan.costs.host import copies_tied_output
 from quantplan.costs.traffic import Read, Where, crossing_shares, output_read, read_of
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
@@ -260,14 +261,17 @@ class TypedModel:
             self._add_outside(tensor)
 
     def _add_outside(self, tensor: Tensor) -> None:
-        name = self.qtypes.get(tensor.name, tensor.qtype)
+        name, arch = self.qtypes.get(tensor.name, tensor.qtype), self.costs.inventory.architecture
         price = self.costs.price(tensor, name)
         both = (price.n_bytes, price.n_bytes + price.padding_bytes)
         row = 1 if tensor.role_class == "embedding" else 0
         self.outside_bytes[row] += both
         self.outside_s[row] += price.seconds
         if tensor.role == "token_embd" and self.costs.inventory.has_tied_output:
-            self.outside_bytes[2] += both
+            repacks = not self.costs.machine.gpus
+            for on_gpu in (False, True):
+                if copies_tied_output(arch, tensor, name, on_gpu=on_gpu, repacks=repacks):
+                    self.outside_bytes[2, int(on_gpu)] += both[on_gpu]
             self.outside_s[2] += self.costs.seconds(output_read(tensor, name))
 
     def seconds_by_type(
@@ -299,15 +303,13 @@ class TypedModel:
         costs, ram = self.costs, self.costs.ram
         output = layouts.homes[:, -1]
         used = np.zeros((len(output), ram + 1), np.int64)
-        always_copies = costs.inventory.architecture.always_copies_tied_output
         for d in range(ram + 1):
             on_gpu = int(d != ram)
             here = layouts.parts == d
             used[:, d] += (here * self.n_bytes[on_gpu]).sum(axis=(1, 2))
             used[:, d] += ((layouts.homes[:, :-1] == d) * costs.cache_bytes).sum(axis=1)
             used[:, d] += (output == d) * self.outside_bytes[0, on_gpu]
-            copied = on_gpu or always_copies
-            used[:, d] += (output == d) * (self.outside_bytes[2, on_gpu] if copied else 0)
+            used[:, d] += (output == d) * self.outside_bytes[2, on_gpu]
         used[:, ram] += self.outside_bytes[1, 0]
         used += self._buffers(layouts)
         over = np.maximum(0, used - costs.usable_bytes).sum(axis=1)

@@ -213,15 +213,15 @@ class Problem:
         """Whether a group is on another device than its layer."""
         return group.layer is not None and placed_on != self.layer_devices[group.layer]
 
-    def copies_on(self, device: Device, group: Group, placed_on: str) -> int:
+    def copies_on(self, device: Device, group: Group, option: Option, placed_on: str) -> int:
         """How many copies of a group a device holds when the group is placed somewhere."""
-        is_copied_here = group.place == "host_and_output" and device == self.output_device
-        return int(device.name == placed_on) + int(is_copied_here)
+        is_tied_here = group.place == "host_and_output" and device == self.output_device
+        return int(device.name == placed_on) + int(is_tied_here and option.is_copied)
 
     def bytes_on(self, device: Device, group: Group, option: Option, placed_on: str) -> int:
         """Bytes that a group takes on a device when it is placed somewhere."""
         padding = option.padding_bytes if device.kind == "gpu" else 0
-        return self.copies_on(device, group, placed_on) * (option.n_bytes + padding)
+        return self.copies_on(device, group, option, placed_on) * (option.n_bytes + padding)
 
 
 def build_problem(

@@ -153,7 +153,7 @@ def _bytes_of(problem: Problem, device: Device, choices: Sequence[Choice]) -> De
     weights = padding = streamed = 0
     is_pipeline = problem.may_pipeline()
     for group, (option, name) in zip(problem.groups, choices, strict=True):
-        copies = problem.copies_on(device, group, name)
+        copies = problem.copies_on(device, group, option, name)
         weights += copies * option.n_bytes
         padding += copies * option.padding_bytes if device.kind == "gpu" else 0
         is_pipeline &= not problem.is_moved(group, name)

@@ -90,14 +90,16 @@ def _tensor_faults(
     present = {t.name: t for _, header in files for t in header.tensors}
     if not present:
         return [f"{files[0][0]} holds no tensors, only metadata; name the file with the weights"]
-    faults += [
-        f"the recipe lacks {name}, a tensor of the source; plan again from this source"
-        for name in present.keys() - wanted.keys()
-    ]
-    faults += [
-        f"the source lacks {name}, a tensor of the recipe; plan again from this source"
-        for name in wanted.keys() - present.keys()
-    ]
+    lacking = (
+        ("recipe", [name for name in present if name not in wanted]),
+        ("source", [name for name in wanted if name not in present]),
+    )
+    if any(names for _, names in lacking):
+        said = " and ".join(_lacking(where, names) for where, names in lacking if names)
+        faults.append(
+            f"the recipe, made for {recipe.model}, and the source do not belong together: {said}; "
+            "plan again from this source"
+        )
     if importance and not importance.keys() & present.keys():
         faults.append("the importance matrix knows no tensor of the source; it is of another model")
     both = (
@@ -105,7 +107,12 @@ def _tensor_faults(
         for name, entry in present.items()
         if name in wanted
     )
-    return [*sorted(faults), *(fault for fault in both if fault)]
+    return [*faults, *(fault for fault in both if fault)]
+
+
+def _lacking(where: str, names: Sequence[str]) -> str:
+    others = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+    return f"the {where} lacks {names[0]}{others}"
 
 
 def _tensor_fault(

@@ -7,7 +7,6 @@ from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from quantplan.costs import load_data
 from quantplan.errors import InputError, QuantizeError, SourceError
@@ -17,7 +16,7 @@ from quantplan.inventory.sources import read_headers
 from quantplan.qtypes import QTYPES, fitting_qtype
 from quantplan.quantize.ggml import ggml
 from quantplan.quantize.imatrix import Importance
-from quantplan.schema import Frozen, faults_of
+from quantplan.schema import Frozen, read_saved
 
 _MAX_MAGNITUDE = 1e9
 
@@ -49,15 +48,7 @@ class WeightErrors(Frozen):
         Raises:
             SourceError: The file cannot be read, or holds something else.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except OSError as error:
-            raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
-        except ValidationError as error:
-            raise SourceError(
-                f"{path} holds no errors of weights: {faults_of(error)[0]}; measure them with "
-                "quantplan measure-weights"
-            ) from error
+        return read_saved(cls, path, "file of `quantplan measure-weights`", SourceError)
 
     def ratios(self) -> dict[tuple[str, str], float]:
         """Errors over those on Gaussian rows, as `quantplan.costs.evidence.Evidence` takes them."""

@@ -12,9 +12,6 @@ from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.log import HOST, MIB
 from quantplan.runtime.memory import MeasuredDevice, MemoryMeasurement, measure_memory
 
-# Whole MiB, rounded down.
-_TABLE_ERROR_BYTES = MIB
-
 
 def predict_calibrated(
     inventory: Inventory, flags: str | Sequence[str], machine: Machine, llama_cpp: LlamaCpp
@@ -96,5 +93,5 @@ def _differences(use: DeviceUse, device: MeasuredDevice) -> list[str]:
     return [
         f"{use.name}: llama.cpp has {found // MIB} MiB of {what}, {predicted // MIB} are predicted"
         for what, predicted, padding, found in compared
-        if not predicted - _TABLE_ERROR_BYTES < found <= predicted + padding
+        if not predicted - device.rounding_bytes < found <= predicted + padding
     ]

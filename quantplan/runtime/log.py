@@ -21,6 +21,7 @@ _ROW = re.compile(
     r"memory_breakdown_print: \| +- (?P<name>\w+)(?: \((?P<description>.*)\))? *\|"
     r"(?: +\d+ = +\d+ \+ \()? *\d+ = +(?P<model>\d+) \+ +(?P<context>\d+) \+ +(?P<compute>\d+)"
 )
+_ROW_KINDS = ("model", "context", "compute")
 # Of builds before and since November 2026.
 _RESERVED = ("graph splits", "graph: nodes = ")
 _END_OF_FIT = ("fit params to free", "while trying to fit")
@@ -82,30 +83,47 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table that llama.cpp prints of its memory.
+    """What llama.cpp's table of its memory says of one device.
 
     Attributes:
         name: Of the device as llama.cpp prints it, ``Host`` for RAM.
         model_mib: Weights, in whole MiB.
         context_mib: Caches and states, in whole MiB.
         compute_mib: Compute buffers, in whole MiB.
+        n_lines: Lines of the table that these are the sums of; each is rounded down.
     """
 
     name: str
     model_mib: int
     context_mib: int
     compute_mib: int
+    n_lines: int = 1
+
+    def __add__(self, other: "Row") -> "Row":
+        """Both together, on the device of the first."""
+        return Row(
+            self.name,
+            self.model_mib + other.model_mib,
+            self.context_mib + other.context_mib,
+            self.compute_mib + other.compute_mib,
+            self.n_lines + other.n_lines,
+        )
 
 
 def read_table(log: str) -> tuple[Row, ...]:
-    """The first table of the memory, RAM last; empty where there is none or not all of it."""
-    rows = []
-    for line in log.splitlines(keepends=True):
-        if line.endswith("\n") and (match := _ROW.search(line)):
-            sizes = (int(match[kind]) for kind in ("model", "context", "compute"))
-            rows.append(Row(match["name"], *sizes))
-            if match["name"] == HOST:
-                return tuple(rows)
+    """The first table of the memory, RAM last; empty where there is none or not all of it.
+
+    Behind the line of RAM, one for each other layout follows in which the CPU holds weights
+    (``CPU_REPACK``): those are in RAM too. So the table ends with the first line of another kind.
+    """
+    rows: list[Row] = []
+    for line in log[: log.rfind("\n") + 1].splitlines():
+        has_host = bool(rows) and rows[-1].name == HOST
+        if match := _ROW.search(line):
+            row = Row(match["name"], *(int(match[kind]) for kind in _ROW_KINDS))
+            rows = [*rows[:-1], rows[-1] + row] if has_host else [*rows, row]
+        elif has_host:
+            return tuple(rows)
     return ()
 
 

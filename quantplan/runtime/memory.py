@@ -49,7 +49,8 @@ class MeasuredDevice(Frozen):
         cache_bytes: KV cache and recurrent state.
         compute_bytes: Compute buffers, and the output buffer.
         rounding_bytes: By how much weights and caches together may differ from what was allocated,
-            since every printed number is rounded; 0 where that was not counted.
+            since every printed number is rounded; in a dry run they are never larger than that. 0
+            where it was not counted.
     """
 
     name: str
@@ -176,6 +177,7 @@ def _laid_out(log: str) -> tuple[MeasuredDevice, ...]:
             weights_bytes=row.model_mib * MIB,
             cache_bytes=row.context_mib * MIB,
             compute_bytes=round((compute_mib[name] + output_mib[name]) * MIB),
+            rounding_bytes=row.n_lines * MIB,
         )
         for name, row in rows.items()
     )
