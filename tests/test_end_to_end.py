@@ -68,7 +68,7 @@ def test_experts_on_another_gpu_than_their_layer_load_as_planned(tmp_path: Path)
     """Experts that the plan puts on the second GPU, away from their layers, are there."""
     source = toy_moe(tmp_path / "toy.gguf", "qwen3moe")
     work = qp.Workload(context=1024, kv_type="q8_0", ubatch=32, llama_cpp_build=BUILD)
-    machine = qp.Machine.parse("8MiB@300GB/s + 4MiB@30GB/s + 4MiB@0.2GB/s")
+    machine = qp.Machine.parse("8MiB@300GB/s + 3.5MiB@30GB/s + 4MiB@0.2GB/s")
     plan = qp.plan(qp.read_inventory(source), machine, work)
     overrides = plan.flags[plan.flags.index("-ot") + 1]
     assert "=CUDA1" in overrides

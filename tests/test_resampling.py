@@ -123,7 +123,7 @@ def test_a_gain_that_both_halves_show_survives() -> None:
 
 def test_a_gain_that_was_luck_does_not_survive() -> None:
     """What only the half that chose the types shows is gone on the other half."""
-    kept, lost = planned(measured()).held_out, planned(measured(luck=0.5)).held_out
+    kept, lost = planned(measured()).held_out, planned(measured(luck=0.8)).held_out
     assert kept is not None
     assert lost is not None
     assert lost.share < 0.6 < kept.share
