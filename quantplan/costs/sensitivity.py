@@ -20,7 +20,7 @@ from quantplan.inventory import Inventory, Tensor
 
 # What layers add to ln s is rounded to this, a fraction of its standard error, so that layers that
 # are nearly alike are interchangeable for the planner.
-LAYER_STEP = 0.2
+LAYER_STEP = 0.25
 _REFERENCE_WEIGHTS = 1e7
 _REFERENCE_SPARSITY = 16.0
 _SIZE_EXPONENT = 0.5
