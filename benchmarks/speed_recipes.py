@@ -67,7 +67,7 @@ def types_from_name(inventory: Inventory, quant: str) -> dict[str, str] | None:
     experts (up and gate, down) and of the rest, by size. Words such as ``experts``, ``attn``,
     ``rest`` and ``output`` go first.
     """
-    stock = re.match(r"([\w]+)(?: \([^)]*\))?$", quant.strip())
+    stock = re.match(r"(\w+)(?: \([^)]*\))?$", quant.strip())
     if stock and stock[1].upper() in FTYPES and len(types_in(quant)) == 1:
         return stock_mix(inventory, stock[1], has_imatrix=True)
     said = {"experts": "", "rest": "", "output": ""}

@@ -183,13 +183,11 @@ def print_ranking(cases: Sequence[Case], choose: Choose) -> None:
     for (thread, rig), some in groups.items():
         choices = alternatives(some)
         if len(choices) >= _MIN_ALTERNATIVES:
-            predicted, measured = (
-                [fmean(math.log(tps(c)) for c in runs) for runs in choices]
-                for tps in (
-                    lambda c: predicted_tps(c, c.decode[0], choose(c)),
-                    lambda c: c.decode[0].tps,
-                )
-            )
+            measured = [fmean(math.log(c.decode[0].tps) for c in runs) for runs in choices]
+            predicted = [
+                fmean(math.log(predicted_tps(c, c.decode[0], choose(c))) for c in runs)
+                for runs in choices
+            ]
             rho = spearman(predicted, measured)
             found.append((rho, len(choices)))
             print(

@@ -60,11 +60,6 @@ class Measured:
         """The family that is left out with the model."""
         return family(self.inventory.architecture.name)
 
-    @property
-    def is_sparse(self) -> bool:
-        """Whether it is a mixture of experts."""
-        return self.inventory.architecture.n_expert > 0
-
 
 def read_model(path: Path, name: str) -> Measured:
     """Reads the table of one model.

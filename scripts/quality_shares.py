@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantplan.costs.families import family, quantized, shape
+from quantplan.costs.scale import density
 from quantplan.costs.sensitivity import Prior, by_role, depth, features, fixed_term
 from quantplan.inventory import Inventory, Tensor
 from scripts.quality_data import Measured
@@ -57,11 +58,10 @@ def depth_floor_share(inventory: Inventory, document: Mapping[str, Any]) -> floa
     That of models of the same shape, else of the family's models of the same density (dense ones,
     or mixtures of experts), else of all such models.
     """
-    density = "sparse" if inventory.architecture.n_expert else "dense"
     of_family = document["families"].get(family(inventory.architecture.name), {})
     pooled = document["floor"]["depth_share"]
     known = {**pooled, **of_family.get("depth_share", {})}
-    found = known.get(density, max(pooled.values()))
+    found = known.get(density(inventory), max(pooled.values()))
     return float(Prior(document).same_shape(inventory).get("depth_share", found))
 
 
@@ -254,26 +254,26 @@ class SensitivityFit:
     def depth_floor_share(self) -> dict[str, float]:
         """c1 over the mean loss of a matrix in the layers; mean over families, by density."""
         return {
-            "sparse" if is_sparse else "dense": round(fmean(map(fmean, by_family.values())), 4)
-            for is_sparse, by_family in sorted(self._floors_by_family().items())
+            kind: round(fmean(map(fmean, by_family.values())), 4)
+            for kind, by_family in sorted(self._floors_by_family().items())
         }
 
     def family_depth_floor_share(self, family: str) -> dict[str, float]:
         """The same in a family: a mean in ln over its models, and the mean of all families once."""
         pooled = self.depth_floor_share()
         found = {}
-        for is_sparse, by_family in sorted(self._floors_by_family().items()):
-            density = "sparse" if is_sparse else "dense"
+        for kind, by_family in sorted(self._floors_by_family().items()):
             if family in by_family:
-                ln_shares = map(math.log, [pooled[density], *by_family[family]])
-                found[density] = round(math.exp(fmean(ln_shares)), 4)
+                ln_shares = map(math.log, [pooled[kind], *by_family[family]])
+                found[kind] = round(math.exp(fmean(ln_shares)), 4)
         return found
 
-    def _floors_by_family(self) -> dict[bool, dict[str, list[float]]]:
-        """Shares of models, by whether they are mixtures of experts and by family."""
-        found: dict[bool, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    def _floors_by_family(self) -> dict[str, dict[str, list[float]]]:
+        """Shares of models, by density and by family."""
+        found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for name, share in self.depth_floor_shares().items():
-            found[self.models[name].is_sparse][self.models[name].family].append(share)
+            model = self.models[name]
+            found[density(model.inventory)][model.family].append(share)
         return found
 
 

@@ -68,7 +68,7 @@ def test_shares_add_up_to_the_scale(name: str) -> None:
     inventory = read(name)
     table = LossTable(inventory)
     loss = sum(table.loss_nats(t, "Q4_K") for t in inventory.tensors)
-    scale = math.exp(Prior(load_data("quality.json")).ln_scale(inventory))
+    scale = math.exp(Prior(load_data("quality.json")).scale.ln_scale(inventory))
     assert loss == pytest.approx(scale * type_error("Q4_K"))
     kld = table.model_kld_nats({t.name: "Q4_K" for t in inventory.tensors})
     assert kld == pytest.approx(kld_nats(loss))
@@ -86,7 +86,7 @@ def test_larger_models_are_less_sensitive() -> None:
     """Within one family, predicted damage of the same type falls with size."""
     prior = Prior(load_data("quality.json"))
     names = ("Qwen3.5-0.8B", "Qwen3.5-2B", "Qwen3.5-4B", "Qwen3.5-27B")
-    scales = [prior.ln_scale(read(name)) for name in names]
+    scales = [prior.scale.ln_scale(read(name)) for name in names]
     assert scales == sorted(scales, reverse=True)
 
 

@@ -29,7 +29,6 @@ from quantplan.costs.evidence import (
     fit_singles,
 )
 from quantplan.costs.resampling import resamples
-from quantplan.costs.scale import ScalePrior
 from quantplan.costs.sensitivity import Prior
 from quantplan.inventory import Inventory, Tensor
 from quantplan.schema import Frozen
@@ -140,14 +139,12 @@ class LossTable:
         self._inventory = inventory
         self._link = link(data)
         self._sd: dict[str, Any] = data["ln_sd"]
-        self._share_sds = self._sd
         self._tested = set(data["type_error"])
         self._prior = Prior(data)
-        if self._prior.same_shape(inventory):
-            self._share_sds = self._sd.get("same_shape", self._sd)
-        scale_prior = ScalePrior(data)
-        self._family_is_known = scale_prior.is_known(inventory)
-        self._curve_prior = scale_prior.curve(inventory)
+        self._alike: tuple[str, ...] = tuple(self._prior.same_shape(inventory).get("models", ()))
+        self._share_sds = self._sd.get("same_shape", self._sd) if self._alike else self._sd
+        self._family_is_known = self._prior.scale.is_known(inventory)
+        self._curve_prior = self._prior.scale.curve(inventory)
         self._scale_sd = self._curve_prior.ln_scale_sd
         self._prior_s = self._prior.sensitivities(inventory)
         self._errors: Mapping[str, float] = type_errors(data)
@@ -351,9 +348,8 @@ class LossTable:
         error = self.error(tensor, qtype_name)
         prior = self._prior_s.get(tensor.name, 0.0)
         known = "measured" if self._family_is_known else "never measured"
-        alike = self._prior.same_shape(self._inventory).get("models", ())
-        if alike:
-            known += f", tensors as in {' and '.join(alike)}"
+        if self._alike:
+            known += f", tensors as in {' and '.join(self._alike)}"
         scale = ", scaled to the model's own curve" if self._has_curve else ""
         estimates = [
             Estimate(

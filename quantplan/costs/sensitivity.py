@@ -76,15 +76,18 @@ def fixed_term(tensor: Tensor) -> float:
 
 
 class Prior:
-    """The fitted model: sensitivities of any inventory."""
+    """The fitted model: sensitivities of any inventory.
+
+    Attributes:
+        scale: What their sum is.
+    """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         """Takes the document of ``quality.json``, or one of the same form."""
         self._coefficients: dict[str, float] = data["coefficients"]
-        self._scale = ScalePrior(data)
+        self.scale = ScalePrior(data)
         self._families: dict[str, Any] = data["families"]
         self._shapes: dict[str, Any] = data.get("shapes", {})
-        self._borrowed: tuple[Inventory, dict[str, float]] | None = None
 
     def terms(self, tensor: Tensor, inventory: Inventory) -> Features:
         """What each feature adds to ln s; features that were never measured add nothing.
@@ -92,6 +95,11 @@ class Prior:
         In a family that was measured they include what is particular to that family, and for models
         of a shape that was measured what is particular to the tensor.
         """
+        return self._terms(tensor, inventory, self._from_shape(inventory))
+
+    def _terms(
+        self, tensor: Tensor, inventory: Inventory, of_shape: Mapping[str, float]
+    ) -> Features:
         own = self._family(inventory).get("coefficients", {})
         found = {"square root of the size": fixed_term(tensor)}
         by_layer = 0.0
@@ -100,7 +108,7 @@ class Prior:
             if value and coefficient:
                 found[name] = coefficient * value
                 by_layer += found[name] if name.startswith(_LAYER_FEATURES) else 0.0
-        borrowed = self._from_shape(inventory).get(tensor.name, 0.0)
+        borrowed = of_shape.get(tensor.name, 0.0)
         if borrowed:
             found["measured in models of the same shape"] = borrowed
         if tensor.layer is not None:
@@ -109,10 +117,6 @@ class Prior:
             found[f"rounded to steps of {LAYER_STEP} over layers"] = rounded - by_layer
         return found
 
-    def ln_scale(self, inventory: Inventory) -> float:
-        """Ln S: loss of the whole model in nats per unit of relative squared error."""
-        return self._scale.ln_scale(inventory)
-
     def same_shape(self, inventory: Inventory) -> Mapping[str, Any]:
         """What was measured of models of the same shape; empty where none was."""
         found: Mapping[str, Any] = self._shapes.get(shape(inventory), {})
@@ -120,21 +124,21 @@ class Prior:
 
     def _from_shape(self, inventory: Inventory) -> dict[str, float]:
         """What models of the same shape add to ln s, by tensor."""
-        if self._borrowed is None or self._borrowed[0] is not inventory:
-            borrowed: dict[str, float] = {}
-            tensors = by_role(inventory)
-            for role, hundredths in self.same_shape(inventory).get("ln_hundredths", {}).items():
-                values = [int(word) / 100 for word in hundredths.split()]
-                borrowed |= {t.name: v for t, v in zip(tensors.get(role, ()), values, strict=False)}
-            self._borrowed = inventory, borrowed
-        return self._borrowed[1]
+        found: dict[str, float] = {}
+        tensors = by_role(inventory)
+        for role, hundredths in self.same_shape(inventory).get("ln_hundredths", {}).items():
+            values = [int(word) / 100 for word in hundredths.split()]
+            found |= {t.name: v for t, v in zip(tensors.get(role, ()), values, strict=False)}
+        return found
 
     def sensitivities(self, inventory: Inventory) -> dict[str, float]:
         """Loss of each quantizable, loaded tensor per unit of error, in nats; they sum to S."""
+        of_shape = self._from_shape(inventory)
         raw = {
-            t.name: math.exp(sum(self.terms(t, inventory).values())) for t in quantized(inventory)
+            t.name: math.exp(sum(self._terms(t, inventory, of_shape).values()))
+            for t in quantized(inventory)
         }
-        total, scale = math.fsum(raw.values()), math.exp(self.ln_scale(inventory))
+        total, scale = math.fsum(raw.values()), math.exp(self.scale.ln_scale(inventory))
         return {name: scale * value / total for name, value in raw.items()}
 
     def _family(self, inventory: Inventory) -> Mapping[str, Any]:
