@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 from quantplan.errors import InputError, RecipeError
+from quantplan.formats.bench_flags import bench_flags, from_bench_flags
 from quantplan.formats.gguf_tool_suite import read_recipe_file, recipe_file
 from quantplan.formats.ik_llama import custom_q, ik_flags, read_custom_q
 from quantplan.formats.koboldcpp import from_koboldcpp_flags, koboldcpp_flags
@@ -13,10 +14,8 @@ from quantplan.formats.launchers import commands_in, compose_file, shell_script,
 from quantplan.formats.llama_args import parse_flags
 from quantplan.formats.llama_cpp import (
     BASE_FTYPE,
-    bench_flags,
     cli_flags,
     command_line,
-    from_bench_flags,
     options,
     quantize_arguments,
     read_tensor_type_file,

@@ -8,7 +8,6 @@ What was measured is evidence for `quantplan.plan`.
 
 import hashlib
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -377,7 +376,7 @@ def _check(
 def _check_conditions(conditions: Conditions, path: Path, table: Path) -> None:
     """Holds conditions against those of a table that is there; writes them for a new one."""
     if not table.exists():
-        write_whole(path, conditions.model_dump_json(indent=1) + os.linesep)
+        write_whole(path, conditions.model_dump_json(indent=1) + "\n")
         return
     try:
         known = Conditions.model_validate_json(path.read_bytes())

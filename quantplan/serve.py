@@ -8,10 +8,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import FrameType
+from urllib.parse import urlsplit
 
 from quantplan.errors import InputError, LlamaCppError, RecipeError
+from quantplan.inventory.ranges import located
 from quantplan.inventory.sources import read_headers, read_inventory, shard_paths
 from quantplan.quantize.check import checked_layouts
 from quantplan.quantize.imatrix import read_imatrix
@@ -80,12 +82,13 @@ def prepare(
         raise InputError(f"there is no port {port}: give one from 0 (any free one) to {LAST_PORT}")
     if not recipe.flags:
         raise RecipeError("the recipe has no flags to serve with: plan, or import a command")
-    inventory = read_inventory(source)
-    path = Path(inventory.source)
-    is_written = not differences(recipe, inventory)
+    place = located(source)
+    # llama-server cannot serve what is elsewhere; the quantized file goes into this folder.
+    path = place if isinstance(place, Path) else Path(PurePosixPath(urlsplit(place).path).name)
+    is_here = path is place and path.exists()
+    is_written = is_here and not differences(recipe, read_inventory(path))
     if not is_written:
-        folder = Path() if "://" in source else path.parent
-        path = output or folder / f"{path.stem}-quantplan.gguf"
+        path = output or path.with_name(f"{path.stem}-quantplan.gguf")
         faults = differences(recipe, read_inventory(path)) if path.exists() else []
         is_written = path.exists() and not faults
         if not is_written:

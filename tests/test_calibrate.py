@@ -13,9 +13,10 @@ from quantplan.costs import load_data
 from quantplan.costs.calibration import Measurement, calibrate, for_model
 from quantplan.costs.decode import decode_s
 from quantplan.costs.traffic import Traffic, collect
+from quantplan.errors import RecipeError
+from quantplan.formats.bench_flags import bench_flags
 from quantplan.formats.llama_args import parse_flags
 from quantplan.formats.llama_bench import parse_bench
-from quantplan.runtime.bench import bench_flags
 from tests.support.models import toy_moe
 from tests.test_cli import quantplan as run
 
@@ -264,8 +265,12 @@ def test_a_benchmark_that_fails_is_shown(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_flags_are_translated_or_left_to_the_server(flags: str, words: str | None) -> None:
     """llama-bench gets flags in its own words, or does not run where it has none for one."""
-    found = bench_flags(flags.split(), frozenset(BENCH_FLAGS.split()))
-    assert (found if found is None else " ".join(found)) == words
+    known = frozenset(BENCH_FLAGS.split())
+    if words is None:
+        with pytest.raises(RecipeError, match=flags):
+            bench_flags(flags.split(), known)
+    else:
+        assert " ".join(bench_flags(flags.split(), known)) == words
 
 
 def test_load_modes_are_said_as_an_older_benchmark_says_them() -> None:
@@ -273,7 +278,8 @@ def test_load_modes_are_said_as_an_older_benchmark_says_them() -> None:
     older = frozenset(BENCH_FLAGS.replace("-lm", "-mmp").split())
     assert bench_flags(["-lm", "none"], older) == ("-fa", "1", "-ngl", "999", "-mmp", "0")
     assert bench_flags(["--no-mmap"], older) == ("-fa", "1", "-ngl", "999", "-mmp", "0")
-    assert bench_flags(["-lm", "mlock"], older) is None
+    with pytest.raises(RecipeError, match="-lm mlock"):
+        bench_flags(["-lm", "mlock"], older)
 
 
 def test_a_machine_of_another_kind_is_not_calibrated(tmp_path: Path) -> None:

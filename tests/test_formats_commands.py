@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from quantplan.errors import RecipeError
 from quantplan.exchange import export_recipe
+from quantplan.formats.bench_flags import bench_flags, from_bench_flags
 from quantplan.formats.ik_llama import ik_flags
 from quantplan.formats.koboldcpp import from_koboldcpp_flags, koboldcpp_flags
 from quantplan.formats.launchers import commands_in, compose_file, shell_script, systemd_unit
 from quantplan.formats.llama_args import parse_flags
 from quantplan.formats.llama_cpp import (
-    bench_flags,
     cli_flags,
-    from_bench_flags,
     placement_flags,
+    rpc_flags,
     workload_flags,
 )
 from quantplan.hardware import Machine
@@ -80,10 +80,27 @@ def test_llama_bench_gets_its_own_separators() -> None:
     assert theirs[theirs.index("-ts") + 1] == "20/26"
     assert theirs[theirs.index("-fa") + 1] == "1"
     assert theirs[theirs.index("-ot") + 1].endswith("=CPU;^output=CUDA1")
-    assert not {"-c", "-np", "-lm", "--fit"} & set(theirs)
+    assert not {"-c", "-np", "--fit"} & set(theirs)
     back = from_bench_flags(theirs)
-    assert back == [w for f, v in zip(ours[::2], ours[1::2], strict=True)
-                    if f not in ("-c", "-np", "-lm", "--fit") for w in (f, v)]  # fmt: skip
+    assert sorted(zip(back[::2], back[1::2], strict=True)) == sorted(
+        (flag, value)
+        for flag, value in zip(ours[::2], ours[1::2], strict=True)
+        if flag not in ("-c", "-np", "--fit")
+    )
+
+
+def test_devices_of_other_hosts_are_named_wherever_flags_are_written() -> None:
+    """llama-bench learns of a server before tensors go there; KoboldCpp, which cannot, refuses."""
+    machine = Machine.parse("RPC 10.0.0.2:50052 RTX 3090@1Gbit/s,0.2ms + RTX 3090 + 64GiB@80GB/s")
+    ours = [*rpc_flags(machine), *flags(0, 20, []), "-sm", "none", "-mg", "1", "--swa-full"]
+    theirs = bench_flags([*rpc_flags(machine), *flags(0, 20, [])])
+    assert theirs[:2] == ("-rpc", "10.0.0.2:50052")
+    assert from_bench_flags(theirs)[:2] == ["--rpc", "10.0.0.2:50052"]
+    with pytest.raises(RecipeError) as caught:
+        koboldcpp_flags(ours)
+    assert [fault.split()[-1] for fault in caught.value.faults] == [
+        "10.0.0.2:50052", "none", "1", "--swa-full",
+    ]  # fmt: skip
 
 
 def test_llama_cli_has_no_slots() -> None:

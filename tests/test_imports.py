@@ -81,6 +81,7 @@ ORDER = [
     "formats.regex",
     "formats.rules",
     "formats.llama_cpp",
+    "formats.bench_flags",
     "formats.ik_llama",
     "formats.gguf_tool_suite",
     "formats.koboldcpp",

@@ -161,6 +161,20 @@ def test_a_tied_embedding_that_the_cpu_repacks_is_held_twice(qtype: str, tmp_pat
         assert mib(mapped.repacked_bytes) == server.buffers.model.get("CPU_REPACK", 0)
 
 
+def test_the_mapped_span_of_shards_is_not_known(tmp_path: Path) -> None:
+    """Of a model in several files no span from the first to the last tensor is stated."""
+    source = toy_moe(tmp_path / "toy.gguf", "qwen3moe")
+    qp.quantize(recipe_for(source, {}), source, tmp_path / "out.gguf", split_max_bytes=4 << 20)
+    first, *others = sorted(tmp_path.glob("out-*.gguf"))
+    assert others
+    flags = ["-c", "512", "-np", "1", "--fit", "off"]
+    whole = qp.predict(qp.read_inventory(source), flags, NO_GPU).devices[-1]
+    split = qp.predict(qp.read_inventory(first), flags, NO_GPU).devices[-1]
+    assert whole.mapped_bytes
+    assert split.mapped_bytes is None
+    assert split.weights_bytes == whole.weights_bytes
+
+
 def mib(n_bytes: int | None) -> Any:
     """What llama.cpp prints for so many bytes."""
     assert n_bytes is not None

@@ -107,6 +107,14 @@ def test_faults_that_stay_are_errors(tmp_path: Path, blob: bytes, fault: str, sa
     assert time.perf_counter() - began < 10
 
 
+def test_a_file_that_changes_before_it_is_read_is_an_error(tmp_path: Path, blob: bytes) -> None:
+    """What was asked for its size and replaced then is not taken for what it was."""
+    with serve(tmp_path) as (url, _), HttpFile(f"{url}/blob", block_bytes=1 << 14) as file:
+        (tmp_path / "blob").write_bytes(blob[::-1] + b"more")
+        with pytest.raises(SourceError, match="has changed while it was read"):
+            file.read_at(0, 100)
+
+
 def test_no_server_is_an_error(tmp_path: Path) -> None:
     """Where nobody listens, and where there is no such file, the URL is named."""
     with serve(tmp_path) as (url, _), pytest.raises(SourceError, match="missing: HTTP 404"):

@@ -7,6 +7,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,31 @@ def test_saved_recipes_can_be_read_by_others(tmp_path: Path) -> None:
     """A saved recipe has the rights of an ordinary file, not those of a temporary one."""
     small().save(tmp_path / "recipe.json")
     assert stat.S_IMODE((tmp_path / "recipe.json").stat().st_mode) == 0o666 & ~umask()
+
+
+@posix
+def test_links_and_rights_stay_as_they_are(tmp_path: Path) -> None:
+    """What a link leads to is replaced, not the link, and keeps its own rights."""
+    kept, link = tmp_path / "kept.json", tmp_path / "link.json"
+    kept.write_text("old")
+    kept.chmod(0o600)
+    link.symlink_to(kept)
+    small().save(link)
+    assert link.is_symlink()
+    assert Recipe.load(kept) == small()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+
+
+@posix
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    """What is no file, as /dev/stdout in a pipeline, is written to and not replaced."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(pipe.read_text)
+        small().save(pipe)
+        assert Recipe.model_validate_json(text.result(timeout=10)) == small()
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize("folder", [".", "recipe.json"])

@@ -27,6 +27,7 @@ from quantplan.runtime.server import serving
 from quantplan.serve import Service, prepare
 from tests.support.buffers import BUILD
 from tests.support.faulty_server import faulty_server
+from tests.support.http_server import serve as serve_files
 from tests.support.llama_cpp import needs_llama_cpp, older_folder, packaged_folder, portable_cpu
 from tests.support.models import smollm2_path, toy_moe
 
@@ -548,6 +549,32 @@ def test_a_recipe_that_does_not_fit_its_source_is_not_served(tmp_path: Path, mod
         prepare(plan.recipe, other, llama_cpp)
     with pytest.raises(qp.RecipeError, match="is no directory"):
         prepare(plan.recipe, str(model), llama_cpp, output=tmp_path / "missing" / "q.gguf")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_a_remote_source_is_quantized_into_this_folder(
+    tmp_path: Path,
+    model: Path,
+    here: LlamaCpp,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_quantized: bool,
+) -> None:
+    """Whatever types it has, since llama-server cannot serve what is behind a URL."""
+    work = qp.Workload(context=256, ubatch=64, llama_cpp_build=BUILD)
+    machine = qp.Machine.parse("64MiB@20GB/s")
+    made = qp.plan(qp.read_inventory(model), machine, work)
+    if is_quantized:
+        target = model.with_name("quantized.gguf")
+        qp.quantize(made.recipe, model, target)
+        model = target
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with serve_files(model.parent) as (url, _):
+        service = prepare(made.recipe, f"{url}/{model.name}", here)
+    assert service.gguf == Path(f"{model.stem}-quantplan.gguf")
+    assert not service.is_written
 
 
 def test_a_dry_run_names_the_importance_matrix() -> None:

@@ -98,6 +98,15 @@ def test_types_that_need_an_imatrix_get_one_or_are_refused(tmp_path: Path) -> No
         ggml().prepare(QTYPES["IQ2_XXS"])
 
 
+@pytest.mark.parametrize("n_columns", [128, 512])
+def test_an_importance_matrix_of_another_model_is_refused(tmp_path: Path, n_columns: int) -> None:
+    """Columns that are too few or too many are named before anything is measured."""
+    path = model(tmp_path / "m.gguf", gaussian(4, 256))
+    importance = {NAME: np.ones((1, n_columns), dtype=np.float32)}
+    with pytest.raises(InputError, match=f"{n_columns} values for it; it is of another model"):
+        measure_weights(path, ["Q4_K"], imatrix=importance)
+
+
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     """NaN would end the process in ggml; it is an error before."""
     weights = gaussian(4, 256)

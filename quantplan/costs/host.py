@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from quantplan.costs.memory import BUFFER_ALIGNMENT, pad
 from quantplan.inventory import Architecture, Inventory, Tensor
+from quantplan.inventory.sources import is_split
 
 # Types that the CPU backend holds in another layout on x86 with AVX2 (ggml-cpu's repack.cpp), for
 # matrices whose rows come in groups of so many.
@@ -63,8 +64,7 @@ def mapped_bytes(inventory: Inventory, names: Collection[str]) -> int | None:
     Returns:
         None where the file is not known to be one: from the catalog, or split.
     """
-    is_split = int(inventory.metadata.get("split.count") or 1) > 1
-    if is_split or not inventory.source.endswith(".gguf"):
+    if is_split(inventory.source) or not inventory.source.endswith(".gguf"):
         return None
     alignment = int(inventory.metadata.get("general.alignment") or BUFFER_ALIGNMENT)
     begin, end, offset = None, 0, 0

@@ -8,6 +8,8 @@ from quantplan.formats.llama_cpp import options
 _SAME = {"-c": "--contextsize", "-ngl": "--gpulayers", "-ub": "--batchsize"}
 # By number, which old and new versions take.
 _QUANTIZED_KV = {"q8_0": "1", "q4_0": "2"}
+# What has no flag there because it is so, or is said below.
+_SAID = {"-ts", "-ot", "-np", "-kvu", "-no-kvu", "-b", "-ctk", "-ctv", "-fa", "-lm", "--fit"}
 
 
 def koboldcpp_flags(flags: Sequence[str]) -> list[str]:
@@ -18,7 +20,8 @@ def koboldcpp_flags(flags: Sequence[str]) -> list[str]:
 
     Raises:
         RecipeError: KoboldCpp cannot do it: KV types other than f16, q8_0 and q4_0 or different
-            ones for K and V, several slots, no flash attention. All faults are gathered.
+            ones for K and V, several slots, no flash attention, or there is no flag for something
+            else. All faults are gathered.
     """
     given = {flag: values for flag, *values in options(flags)}
     kinds = {values[0] for flag, values in given.items() if flag in ("-ctk", "-ctv")}
@@ -32,6 +35,12 @@ def koboldcpp_flags(flags: Sequence[str]) -> list[str]:
         faults.append(f"KoboldCpp is planned with one slot; this recipe wants {given['-np'][0]}")
     if given.get("-fa") == ["off"]:
         faults.append("this recipe wants no flash attention, for which KoboldCpp has other caches")
+    faults += [
+        f"KoboldCpp is not told by quantplan how to do what this recipe says: "
+        f"{' '.join([flag, *values])}"
+        for flag, values in given.items()
+        if flag not in {*_SAME, *_SAID} and [flag, *values] != ["-sm", "layer"]
+    ]
     if faults:
         raise RecipeError(faults)
     found = []

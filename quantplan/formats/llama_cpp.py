@@ -20,8 +20,6 @@ from quantplan.workload import Workload
 BASE_FTYPE = "Q8_0"
 """What llama-quantize is asked for; with F16, F32 or COPY it would ignore all types of tensors."""
 
-# Flags that llama-bench has too. It tests several contexts itself, and has no slots.
-_BENCH_FLAGS = {"-ngl", "-sm", "-ts", "-mg", "-ot", "-nkvo", "-b", "-ub", "-ctk", "-ctv", "-fa"}
 _SERVER_ONLY = {"-np", "-kvu", "-no-kvu"}
 
 
@@ -165,38 +163,6 @@ def cli_flags(flags: Sequence[str]) -> list[str]:
     """Flags of llama-server as llama-cli takes them, which has no slots."""
     return [word for flag, *values in options(flags) if flag not in _SERVER_ONLY
             for word in (flag, *values)]  # fmt: skip
-
-
-def bench_flags(flags: Sequence[str]) -> list[str]:
-    """Flags of llama-server as llama-bench takes them.
-
-    ``,`` parts test cases there, so that overrides are joined by ``;`` and proportions by ``/``.
-    Context and slots are left out: llama-bench sets them for each test.
-    """
-    found = []
-    for flag, *values in options(flags):
-        if flag in _BENCH_FLAGS:
-            joint = {"-ot": ";", "-ts": "/"}.get(flag, ",")
-            found += [flag, *(_bench_value(flag, value).replace(",", joint) for value in values)]
-            found += ["1"] if flag == "-nkvo" else []
-    return found
-
-
-def _bench_value(flag: str, value: str) -> str:
-    return {"on": "1", "off": "0"}.get(value, value) if flag == "-fa" else value
-
-
-def from_bench_flags(flags: Sequence[str]) -> list[str]:
-    """Flags of llama-bench as llama-server takes them; the opposite of `bench_flags`."""
-    found = []
-    for flag, *values in options(flags):
-        if flag == "-nkvo":
-            found += [flag] if values == ["1"] else []
-        elif flag in _BENCH_FLAGS:
-            between = {"-ot": ";", "-ts": "/"}.get(flag, ",")
-            switch = {"1": "on", "0": "off"} if flag == "-fa" else {}
-            found += [flag, *(switch.get(v, v).replace(between, ",") for v in values)]
-    return found
 
 
 def options(flags: Sequence[str]) -> list[list[str]]:

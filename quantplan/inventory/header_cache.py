@@ -6,10 +6,9 @@ with the hash of its content. What cannot be written or does not match is left o
 
 import contextlib
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 
+from quantplan.files import replace_whole
 from quantplan.folders import cache_folder
 
 _HASH_BYTES = hashlib.sha256().digest_size
@@ -30,13 +29,7 @@ def keep_header(key: str, header: bytes) -> None:
     path = _path(key)
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(number, "wb") as file:
-                file.write(hashlib.sha256(header).digest() + header)
-            Path(name).replace(path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
+        replace_whole(path, hashlib.sha256(header).digest() + header)
 
 
 def _path(key: str) -> Path:

@@ -72,11 +72,11 @@ class HttpFile(AbstractContextManager["HttpFile"]):
         )
         self._lock = threading.Lock()
         self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
-        self._validator: str | None = None
-        self.size = 1
-        _, self.size, self._validator = self._request(0, 1)
-        self.identity = f"{self.size} {self._validator}"
-        self.cache_key = f"{url} {self.identity}" if self._validator else None
+        self._version: tuple[int, str | None] | None = None
+        _, self._version = self._request(0, 1)
+        self.size, validator = self._version
+        self.identity = f"{self.size} {validator}"
+        self.cache_key = f"{url} {self.identity}" if validator else None
         self._pool = ThreadPoolExecutor(read_ahead + 1)
 
     def __exit__(self, *_: object) -> None:
@@ -124,8 +124,8 @@ class HttpFile(AbstractContextManager["HttpFile"]):
         begin = number * self._block_bytes
         return self._request(begin, min(begin + self._block_bytes, self.size))[0]
 
-    def _request(self, begin: int, end: int) -> tuple[bytes, int, str | None]:
-        """Fetches a range; returns it, the size of the file, and what tells its versions apart."""
+    def _request(self, begin: int, end: int) -> tuple[bytes, tuple[int, str | None]]:
+        """Fetches a range; returns it, and what tells versions of the file apart: size, tag."""
         span = f"bytes={begin}-{end - 1}"
         try:
             # urllib3 drops the authorization where a redirection leads to another host.
@@ -159,9 +159,10 @@ class HttpFile(AbstractContextManager["HttpFile"]):
                 f"{self.name}: the server sent {len(reply.data)} bytes instead of {end - begin}"
             )
         validator = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
-        if begin and (int(stated[3]), validator) != (self.size, self._validator):
+        version = int(stated[3]), validator
+        if self._version not in (None, version):
             raise SourceError(
                 f"{self.name}: the file has changed while it was read: {stated[3]} bytes, "
-                f"{validator}, instead of {self.size} bytes, {self._validator}; start again"
+                f"{validator}, instead of {self.identity.replace(' ', ' bytes, ', 1)}; start again"
             )
-        return reply.data, int(stated[3]), validator
+        return reply.data, version

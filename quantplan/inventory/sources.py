@@ -39,6 +39,12 @@ def _shard_urls(url: str) -> tuple[str, ...]:
     return tuple(urlunsplit(parts._replace(path=f"{folder}/{name}")) for name in names)
 
 
+def is_split(source: str) -> bool:
+    """Whether the name of a file is that of one of several shards."""
+    match = _SHARD.fullmatch(PurePosixPath(source).name)
+    return match is not None and int(match["count"]) > 1
+
+
 def _shard_names(name: str) -> list[str]:
     """The names of all shards, given one of them; a file that is no shard is alone."""
     match = _SHARD.fullmatch(name)

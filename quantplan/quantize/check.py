@@ -14,7 +14,7 @@ from quantplan.errors import RecipeError, SourceError
 from quantplan.inventory import Tensor
 from quantplan.inventory.header import TensorEntry
 from quantplan.qtypes import QTYPES, QType, Runtime
-from quantplan.quantize.imatrix import Importance
+from quantplan.quantize.imatrix import Importance, importance_fault
 from quantplan.quantize.layout import Files, Layout, Metadata, lay_out
 from quantplan.quantize.partial import begun_bytes
 from quantplan.recipe import Recipe, RecipeTensor
@@ -49,15 +49,11 @@ def checked_layouts(
         program: Whose llama-quantize will write; None for the bundled quantizer.
 
     Raises:
-        SourceError: The source is big-endian.
+        SourceError: A file of the source is big-endian.
         RecipeError: The recipe does not fit the source, or the target cannot be written there; all
             faults are named.
     """
-    swapped = [str(place) for place, header in files if header.byte_order != "<"]
-    if swapped:
-        raise SourceError(
-            f"{place} is big-endian; convert it for little-endian" for place in swapped
-        )
+    refuse_big_endian(files)
     faults = _tensor_faults(recipe, files, importance, allow_requantize, program)
     if faults:
         raise RecipeError([*faults, *_target_faults(files, target)])
@@ -75,6 +71,19 @@ def checked_layouts(
     if target_faults:
         raise RecipeError(dict.fromkeys(target_faults))
     return layouts
+
+
+def refuse_big_endian(files: Files) -> None:
+    """Weights are read as this machine writes them.
+
+    Raises:
+        SourceError: A file is big-endian; all such files are named.
+    """
+    swapped = [str(place) for place, header in files if header.byte_order != "<"]
+    if swapped:
+        raise SourceError(
+            f"{place} is big-endian; convert it for little-endian" for place in swapped
+        )
 
 
 def _tensor_faults(
@@ -132,12 +141,10 @@ def _tensor_fault(
         return f"{source.name}: there is no type {wanted.qtype!r}"
     if qtype == source.qtype:
         return None
-    n_columns, _, n_experts, *_ = *source.shape_ne, 1, 1
-    if importance is not None and importance.size != n_columns * n_experts:
-        return (
-            f"{source.name} has {n_columns} columns in {n_experts} experts, but the importance "
-            f"matrix has {importance.size} values for it; it is of another model"
-        )
+    if importance is not None:
+        misfit = importance_fault(source.name, source.shape_ne, importance)
+        if misfit:
+            return misfit
     fault = _source_fault(source, allow_requantize, program) or _type_fault(source, qtype, program)
     if fault is None and qtype.needs_imatrix and importance is None:
         fault = (

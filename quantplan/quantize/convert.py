@@ -18,7 +18,7 @@ from quantplan.quantize.layout import TensorMove
 _CHUNK_WEIGHTS = 1 << 17
 _COPIED_BYTES = 1 << 20
 # ggml sums squares in single precision: larger weights overflow, which ends the process.
-_MAX_MAGNITUDE = 1e9
+MAX_MAGNITUDE = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +140,10 @@ class Workspace:
 
 def _check_magnitudes(floats: NDArray[np.float32], name: str) -> None:
     low, high = floats.min(), floats.max()
-    if low >= -_MAX_MAGNITUDE and high <= _MAX_MAGNITUDE:
+    if low >= -MAX_MAGNITUDE and high <= MAX_MAGNITUDE:
         return
     worst = low if abs(low) > abs(high) else high
     raise WeightError(
         f"{name}: it holds the weight {worst:.3g}; weights must be finite and within "
-        f"{_MAX_MAGNITUDE:.0e} to be converted. The source is damaged; convert or download it again"
+        f"{MAX_MAGNITUDE:.0e} to be converted. The source is damaged; convert or download it again"
     )

@@ -51,6 +51,19 @@ def read_imatrix(path: str | os.PathLike[str]) -> Importance:
     return found
 
 
+def importance_fault(
+    name: str, shape_ne: tuple[int, ...], importance: NDArray[np.float32]
+) -> str | None:
+    """Why an importance cannot be that of a tensor; None where it can."""
+    n_columns, _, n_experts, *_ = *shape_ne, 1, 1
+    if importance.size == n_columns * n_experts:
+        return None
+    return (
+        f"{name} has {n_columns} columns in {n_experts} experts, but the importance "
+        f"matrix has {importance.size} values for it; it is of another model"
+    )
+
+
 def _read_gguf(path: Path) -> Importance:
     header = read_header(path)
     content = np.memmap(path, dtype=np.uint8, mode="r")

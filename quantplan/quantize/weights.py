@@ -14,11 +14,11 @@ from quantplan.inventory.header import Header, TensorEntry
 from quantplan.inventory.roles import is_quantizable, split_layer
 from quantplan.inventory.sources import read_headers
 from quantplan.qtypes import QTYPES, fitting_qtype
+from quantplan.quantize.check import refuse_big_endian
+from quantplan.quantize.convert import MAX_MAGNITUDE
 from quantplan.quantize.ggml import ggml
-from quantplan.quantize.imatrix import Importance
+from quantplan.quantize.imatrix import Importance, importance_fault
 from quantplan.schema import Frozen, read_saved
-
-_MAX_MAGNITUDE = 1e9
 
 
 class WeightErrors(Frozen):
@@ -85,9 +85,9 @@ def measure_weights(
         progress: Is told after each tensor how many are done, and how many there are.
 
     Raises:
-        InputError: A type is unknown, needs an importance matrix that is not given, or the number
-            of rows is below 1.
-        SourceError: The source cannot be read.
+        InputError: A type is unknown, needs an importance matrix that is not given, the number of
+            rows is below 1, or the importance matrix is another model's.
+        SourceError: The source cannot be read, or is big-endian.
         QuantizeError: The library cannot be used, or a sampled weight is not finite.
     """
     wanted = [name.upper() for name in types]
@@ -103,6 +103,15 @@ def measure_weights(
         raise InputError(faults)
     errors: dict[str, dict[str, float]] = {}
     files = read_headers(Path(source))
+    refuse_big_endian(files)
+    misfits = [
+        importance_fault(entry.name, entry.shape_ne, imatrix[entry.name])
+        for _, header in files
+        for entry in header.tensors
+        if imatrix is not None and entry.name in imatrix
+    ]
+    if any(misfits):
+        raise InputError(filter(None, misfits))
     n_tensors = sum(len(header.tensors) for _, header in files)
     n_done = 0
     for path, header in files:
@@ -138,8 +147,10 @@ def _sample(
     raw = np.ascontiguousarray(data[which]).reshape(-1)
     floats = np.empty(len(which) * n_columns, dtype=np.float32)
     rows = ggml().to_float32(entry.qtype, raw, floats).reshape(len(which), n_columns)
-    if not (np.isfinite(rows).all() and (np.abs(rows) < _MAX_MAGNITUDE).all()):
-        raise QuantizeError(f"{entry.name} has weights that are not finite or above 1e9")
+    if not (np.isfinite(rows).all() and (np.abs(rows) <= MAX_MAGNITUDE).all()):
+        raise QuantizeError(
+            f"{entry.name} has weights that are not finite or above {MAX_MAGNITUDE:.0e}"
+        )
     return rows, which // rows_per_expert
 
 
@@ -163,7 +174,7 @@ def _errors(
         lost = total = 0.0
         for expert in np.unique(experts):
             own = np.ascontiguousarray(rows[experts == expert])
-            weight = None if by_expert is None else by_expert[min(expert, len(by_expert) - 1)]
+            weight = None if by_expert is None else by_expert[expert]
             difference = ggml().round_trip(kind, own, weight) - own
             columns = np.float64(1.0)
             if weight is not None and is_weighted:

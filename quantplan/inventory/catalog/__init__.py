@@ -113,16 +113,13 @@ def _shipped_by_key() -> dict[str, str]:
 
 def _read_entry(name: str) -> Inventory:
     if name in own_names():
-        entry = read_own(name)
-        digest, source = entry["header_sha256"], entry["source"]
-    else:
-        raw = gzip.decompress(files(__name__).joinpath(name + ENTRY_SUFFIX).read_bytes())
-        entry = json.loads(raw)
-        digest, source = hashlib.sha256(raw).hexdigest(), f"catalog:{name}"
+        return read_own(name)
+    raw = gzip.decompress(files(__name__).joinpath(name + ENTRY_SUFFIX).read_bytes())
+    entry = json.loads(raw)
     return Inventory(
         name=name,
-        source=source,
-        header_sha256=digest,
+        source=f"catalog:{name}",
+        header_sha256=hashlib.sha256(raw).hexdigest(),
         metadata=entry["metadata"],
         array_lengths=entry["array_lengths"],
         tensors=tuple(

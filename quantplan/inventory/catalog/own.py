@@ -1,30 +1,37 @@
 """Catalog entries of the user's own, in a folder beside what ships with the package."""
 
 import gzip
-import json
 import re
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from quantplan.errors import SourceError
+from quantplan.files import replace_whole
 from quantplan.folders import ENTRY_SUFFIX, catalog_folder, own_names
 from quantplan.inventory import Inventory
+from quantplan.schema import faults_of
 
 _NAME = re.compile(r"\w[\w .+-]*")
 
 
-def read_own(name: str) -> dict[str, Any]:
-    """The content of an entry.
+def read_own(name: str) -> Inventory:
+    """An entry.
 
     Raises:
         SourceError: It cannot be read.
     """
     path = _path(name)
     try:
-        entry: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError) as error:
+        return Inventory.model_validate_json(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError) as error:
         raise SourceError(f"the catalog entry {path} cannot be read: {error}") from error
-    return entry
+    except ValidationError as error:
+        raise SourceError(
+            f"the catalog entry {path} is none that this version reads ({fault}); remove it, and "
+            "add the model again"
+            for fault in faults_of(error)[:1]
+        ) from error
 
 
 def write_own(inventory: Inventory, name: str) -> None:
@@ -37,20 +44,11 @@ def write_own(inventory: Inventory, name: str) -> None:
         raise SourceError(
             f"{name!r} is no name for a model: use letters, digits, spaces and . _ + - with --name"
         )
-    entry = {
-        "name": name,
-        "source": inventory.source,
-        "header_sha256": inventory.header_sha256,
-        "metadata": inventory.metadata,
-        "array_lengths": inventory.array_lengths,
-        "tensors": [[t.name, t.shape_ne, t.qtype] for t in inventory.tensors],
-    }
+    entry = inventory.model_copy(update={"name": name}).model_dump_json()
     path = _path(name)
-    temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(gzip.compress(json.dumps(entry).encode(), mtime=0))
-        temporary.replace(path)
+        replace_whole(path, gzip.compress(entry.encode(), mtime=0))
     except OSError as error:
         raise SourceError(f"{path} cannot be written: {error.strerror or error}") from error
 
