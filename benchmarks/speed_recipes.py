@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Mapping
 
 from quantplan import Inventory, Tensor, stock_mix
-from quantplan.costs.traffic import is_expert
 from quantplan.ftypes import FTYPES
 from quantplan.qtypes import QTYPES, qtype
 
@@ -90,7 +89,7 @@ def types_from_name(inventory: Inventory, quant: str) -> dict[str, str] | None:
             continue
         if tensor.role_class == "output":
             found[tensor.name] = said["output"] or rest
-        elif has_experts and is_expert(tensor):
+        elif has_experts and tensor.is_expert:
             found[tensor.name] = experts[-1 if tensor.role_class == "down_experts" else 0]
         else:
             found[tensor.name] = rest if has_experts else names[0]
@@ -132,8 +131,8 @@ def size_factor(
     def total(tensors: Iterable[Tensor]) -> float:
         return float(sum(t.bytes_as(types[t.name]) for t in tensors))
 
-    experts = total(t for t in inventory.tensors if is_expert(t))
-    rest = total(t for t in inventory.tensors if not is_expert(t))
+    experts = total(t for t in inventory.tensors if t.is_expert)
+    rest = total(t for t in inventory.tensors if not t.is_expert)
     if not experts:
         return 1.0, file_bytes / rest
     wanted = (file_bytes - rest) / experts

@@ -43,13 +43,17 @@ _SHARES_RAM = re.compile(
 )
 
 
+_Nvidia = tuple[str, GpuSpec, str]
+"""The driver's name of a GPU, what it is, and what was assumed of it."""
+
+
 def detect(*, measure: bool = True, margin_bytes: int | None = None) -> Machine:
     """Describes the machine that this runs on.
 
     NVIDIA GPUs are found through NVML (the package ``nvidia-ml-py``), if it is installed and a
-    driver is there; otherwise GPUs are those that the llama.cpp of this machine lists, or that an
-    Apple chip has. Their rates come from the table of known ones; what is not known is assumed, and
-    ``Machine.assumed`` says so.
+    driver is there, and are in the order of this machine's llama.cpp, if there is one; otherwise
+    GPUs are those that it lists, or that an Apple chip has. Their rates come from the table of
+    known ones; what is not known is assumed, and ``Machine.assumed`` says so.
 
     Args:
         measure: Measure the RAM's bandwidth (some seconds on all cores); else take that of the CPU
@@ -76,9 +80,7 @@ def detect(*, measure: bool = True, margin_bytes: int | None = None) -> Machine:
             )
         rate = known[1]
     total_bytes = psutil.virtual_memory().total
-    gpus, assumed = nvidia_gpus(), list[str]()
-    if not gpus:
-        gpus, assumed = other_gpus(name, total_bytes, rate)
+    gpus, assumed = nvidia_gpus() or other_gpus(name, total_bytes, rate)
     if measure and n_busy > _IDLE_SHARE * usable_threads():
         assumed.append(
             f"nothing else slowed the RAM down, but {n_busy:.1f} programs were busy in the last "
@@ -163,24 +165,58 @@ def _triad(
     np.add(a, c, out=a)
 
 
-def nvidia_gpus() -> list[GpuSpec]:
-    """The NVIDIA GPUs in the order of NVML, which is that of the PCI bus; [] without driver."""
+def nvidia_gpus() -> tuple[list[GpuSpec], list[str]] | None:
+    """The NVIDIA GPUs, and what was assumed of them; None without GPU or driver.
+
+    They are those that a llama.cpp lists, in its order. Without one they are in that of the PCI
+    bus, while CUDA has the fastest first unless the environment says otherwise.
+    """
     try:
         import pynvml  # noqa: PLC0415 (an optional dependency)
     except ImportError:
-        return []
+        return None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return []
+        return None
     try:
-        return [_nvidia_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        found = [_nvidia_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()
+    if not found:
+        return None
+    found, assumed = _as_llama_cpp_has_them(found) if len(found) > 1 else (found, [])
+    assumed += [said for _, _, said in found if said]
+    return [spec for _, spec, _ in found], assumed
 
 
-def _nvidia_gpu(pynvml: Any, index: int) -> GpuSpec:
-    """One GPU, from the table where its name is known; else with the memory's bus and clock."""
+def _as_llama_cpp_has_them(found: list[_Nvidia]) -> tuple[list[_Nvidia], list[str]]:
+    """Those GPUs of NVML that llama.cpp lists, in its order; else all, and what that assumes."""
+    try:
+        listed = _distinct(list_gpus(find_llama_cpp().server))
+    except LlamaCppError:
+        listed = []
+    left, ordered = list(found), []
+    for gpu in listed:
+        same = next((one for one in left if _plain(one[0]) == _plain(gpu.description)), None)
+        if same is not None:
+            left.remove(same)
+            ordered.append(same)
+    if ordered or len({name for name, _, _ in found}) == 1:
+        return ordered or found, []
+    said = (
+        "the GPUs are in the order of the PCI bus, as llama.cpp has them with "
+        "CUDA_DEVICE_ORDER=PCI_BUS_ID; compare with llama-server --list-devices"
+    )
+    return found, [said]
+
+
+def _nvidia_gpu(pynvml: Any, index: int) -> _Nvidia:
+    """One GPU.
+
+    It is that of the table where its name is known; else it has the memory's bus and clock, and
+    where a virtual GPU hides them, those of common cards.
+    """
 
     def call(what: str, *arguments: object) -> Any:
         return getattr(pynvml, f"nvmlDeviceGet{what}")(*arguments)
@@ -196,15 +232,29 @@ def _nvidia_gpu(pynvml: Any, index: int) -> GpuSpec:
             raise MachineError(
                 f"the driver does not say how much memory {name} has: describe the machine instead"
             ) from None
-        return known
+        return name, known, ""
     known = find_gpu(name, capacity)
     if known is not None:
-        return known.with_capacity(capacity)
-    bus_bits = int(str(call("MemoryBusWidth", handle)))
-    memory_clock = 2  # getattr(pynvml, "NVML_CLOCK_MEM")
-    clock_mhz = int(str(call("MaxClockInfo", handle, memory_clock)))
+        return name, known.with_capacity(capacity), ""
+    try:
+        bus_bits = int(str(call("MemoryBusWidth", handle)))
+        clock_mhz = int(str(call("MaxClockInfo", handle, pynvml.NVML_CLOCK_MEM)))
+    except pynvml.NVMLError:
+        return name, *_common_card(name, capacity)
     # Two transfers per clock of the rate that NVML states.
-    return GpuSpec(name, capacity, 2e6 * clock_mhz * bus_bits / 8)
+    return name, GpuSpec(name, capacity, 2e6 * clock_mhz * bus_bits / 8), ""
+
+
+def _common_card(name: str, capacity_bytes: int) -> tuple[GpuSpec, str]:
+    """A GPU of which only the memory's size is known, and what is assumed of it."""
+    alike = nearest_class(capacity_bytes)
+    rate = gb_per_s(alike.bandwidth_bytes_per_s)
+    said = (
+        f"{name} ({gib(capacity_bytes)}) is not in the table: it is taken for a common card of "
+        f"{alike.model}, at {rate}. State its bandwidth instead: --machine "
+        f"'{gib(capacity_bytes)}@...GB/s + ...'"
+    )
+    return GpuSpec(name, capacity_bytes, alike.bandwidth_bytes_per_s), said
 
 
 def other_gpus(
@@ -266,13 +316,7 @@ def _listed_gpu(gpu: ListedGpu, cpu: str, ram_bytes_per_s: float) -> tuple[GpuSp
             link_bytes_per_s=ram_bytes_per_s,
         )  # fmt: skip
         return spec, f"{what} reads its memory at the rate of the RAM"
-    alike = nearest_class(gpu.capacity_bytes)
-    rate = gb_per_s(alike.bandwidth_bytes_per_s)
-    said = (
-        f"{what} is not in the table: it is taken for a common card of {alike.model}, at {rate}. "
-        f"State its bandwidth instead: --machine '{gib(gpu.capacity_bytes)}@...GB/s + ...'"
-    )
-    return GpuSpec(gpu.description, gpu.capacity_bytes, alike.bandwidth_bytes_per_s), said
+    return _common_card(gpu.description, gpu.capacity_bytes)
 
 
 def _apple_gpu(cpu: str, total_bytes: int) -> GpuSpec | None:

@@ -164,8 +164,13 @@ class Machine(MachineValue):
         return read_saved(cls, path, "profile of a machine", MachineError)
 
     def with_margin(self, margin_bytes: int) -> Self:
-        """The machine with so much memory left free on every GPU."""
-        gpus = tuple(gpu.model_copy(update={"margin_bytes": margin_bytes}) for gpu in self.gpus)
+        """The machine with so much memory left free on every GPU.
+
+        Raises:
+            MachineError: The number is negative.
+        """
+        margin = {"margin_bytes": margin_bytes}
+        gpus = tuple(Device.model_validate(gpu.model_dump() | margin) for gpu in self.gpus)
         return self.model_copy(update={"gpus": gpus})
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,11 +1,11 @@
 """What a verification measured goes into the machine's profile, so that the next plan knows it."""
 
-import contextlib
 import shutil
 from pathlib import Path
 
 from quantplan.calibrate import calibrate_machine
 from quantplan.costs.calibration import model_key
+from quantplan.errors import InputError
 from quantplan.hardware import ComputeMeasurement, Machine
 from quantplan.inventory import Inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
@@ -79,8 +79,12 @@ def save_profile(machine: Machine, path: Path) -> Path | None:
     """
     before = path.with_name(f"{path.stem}.before{path.suffix}")
     kept = None
-    with contextlib.suppress(FileNotFoundError):
+    try:
         shutil.copyfile(path, before)
         kept = before
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be kept: {error.strerror or error}") from error
     machine.save(path)
     return kept

@@ -140,10 +140,6 @@ class Policy(Frozen):
         """
         return self.allow(pattern, qtype_name)
 
-    def describe(self) -> str:
-        """Name of the preset, and what a person added to it."""
-        return ", ".join([self.name, *(rule.text for rule in self.tensor_rules)])
-
     def tensor_rule(self, tensor: Tensor) -> TensorRule | None:
         """What a person said about a tensor; None where nothing, or where nothing can change it."""
         if not self.tensor_rules or not _may_change(tensor):

@@ -359,7 +359,9 @@ def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Byte
     inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
     architecture = inventory.architecture
     streams_to = machine.streaming_gpu.name if machine.streaming_gpu else ""
-    experts = (homes for name, homes in placement.tensors.items() if "_exps" in name)
+    experts = (
+        homes for name, homes in placement.tensors.items() if inventory.by_name[name].is_expert
+    )
     work = Work(
         device_kind=device.kind,
         has_layers=device.name in placement.caches,

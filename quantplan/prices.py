@@ -17,7 +17,6 @@ from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits, solve
 from quantplan.planner.solution import Solution
 from quantplan.policy import Policy
-from quantplan.policy import policy as policy_preset
 from quantplan.schema import Frozen
 
 _GIB = 2**30
@@ -143,20 +142,20 @@ def prices(
     Args:
         plan: A plan for a machine.
         inventory: The model that it is for.
-        policy: The rules that it was made with; by default the preset that it names.
+        policy: The rules that it was made with, where they are not those that it names.
         evidence: What it was made with.
         gap: Relative gap at which each search may stop.
         time_limit_s: Time for all searches together, in seconds.
         progress: Is told before each resource how many are done, and how many there are.
 
     Raises:
-        InputError: The plan is for another model.
+        InputError: The plan is for another model, or was made with rules that have no name.
     """
     if plan.provenance.header_sha256 != inventory.header_sha256:
         raise InputError(f"the plan is for {plan.model}, not for {inventory.name}")
     asked = plan.provenance
     goal = Goal.within(asked.min_decode_tps, asked.max_turn_s, asked.max_loss_nats)
-    rules = policy or policy_preset(asked.policy or "quality")
+    rules = policy or asked.rules
     deadline = time.monotonic() + time_limit_s
 
     def problem_on(machine: Machine) -> Problem:

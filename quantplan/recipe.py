@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from quantplan.display import Table, html_card, html_table
 from quantplan.errors import RecipeError
@@ -17,6 +17,8 @@ from quantplan.formats.llama_cpp import tensor_type_file
 from quantplan.hardware import Machine
 from quantplan.inventory import Tensor
 from quantplan.planner.goal import Status
+from quantplan.policy import Policy, TensorRule, policy
+from quantplan.qtypes import QTYPES
 from quantplan.schema import Frozen, read_saved
 from quantplan.workload import Workload
 
@@ -91,6 +93,7 @@ class Provenance(Frozen):
             None for metadata alone.
         cost_data: SHA-256 of every data file that the cost models read, by file name.
         policy: Name of the policy.
+        tensor_rules: What a person added to it.
         runtime: Runtime whose types and flags were used.
         machine: The machine that was planned for.
         workload: The workload that was planned for.
@@ -115,6 +118,7 @@ class Provenance(Frozen):
     evidence: str | None = None
     cost_data: dict[str, str] = Field(default_factory=dict)
     policy: str | None = None
+    tensor_rules: tuple[TensorRule, ...] = ()
     runtime: str
     machine: Machine | None = None
     workload: Workload | None = None
@@ -127,6 +131,21 @@ class Provenance(Frozen):
     objective_nats: float | None = None
     bound_nats: float | None = None
     gap: float | None = None
+
+    @property
+    def rules(self) -> Policy:
+        """The policy with what was added to it.
+
+        Raises:
+            InputError: There is no such policy, as in recipes that were not planned.
+        """
+        preset = policy(self.policy or "")
+        return preset.model_copy(update={"tensor_rules": self.tensor_rules})
+
+    @property
+    def policy_text(self) -> str:
+        """Name of the policy, and what was added to it; ``none`` where nothing was planned."""
+        return ", ".join([self.policy or "none", *(rule.text for rule in self.tensor_rules)])
 
 
 class RecipeTensor(Assignment):
@@ -164,6 +183,18 @@ class Recipe(Frozen):
     predicted: Prediction | None = None
     memory: tuple[MemoryUse, ...] = ()
     provenance: Provenance
+
+    @field_validator("tensors")
+    @classmethod
+    def _types_exist(cls, tensors: tuple[RecipeTensor, ...]) -> tuple[RecipeTensor, ...]:
+        faults = [
+            f"{t.tensor}: there is no type {t.qtype!r}"
+            for t in tensors
+            if t.qtype.upper() not in QTYPES
+        ]
+        if faults:
+            raise RecipeError(faults)
+        return tensors
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the recipe as JSON, whole or not at all.

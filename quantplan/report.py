@@ -40,7 +40,7 @@ def recipe_text(recipe: Recipe) -> str:
     else:
         origin = [
             f"{recipe.model}, planned by quantplan {made.quantplan_version} from {made.source}",
-            f"  {made.status}, proven gap {made.gap:.3%}, policy {made.policy}, {made.solver}",
+            f"  {made.status}, proven gap {made.gap:.3%}, policy {made.policy_text}, {made.solver}",
         ]
     return "\n".join(
         [

@@ -52,8 +52,7 @@ def test_rules_of_the_command_line_hold() -> None:
     kinds = {(a.tensor.split(".")[2], a.qtype) for a in found.assignments if "_exps" in a.tensor}
     assert {q for role, q in kinds if role in {"ffn_up_exps", "ffn_gate_exps"}} == {"Q4_K"}
     assert {q for role, q in kinds if role == "ffn_down_exps"} <= {"Q8_0", "Q5_0"}
-    assert found.provenance.policy is not None
-    assert found.provenance.policy.startswith("compact, ffn_up_exps=Q4_K")
+    assert found.provenance.policy_text.startswith("compact, ffn_up_exps=Q4_K")
 
 
 def test_faults_in_rules_are_told_together() -> None:
@@ -269,11 +268,11 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
     source = toy_moe(tmp_path / "toy.gguf")
     recipe = recipe_for(source, {})
     n_faults = len(recipe.tensors)
-    tensors = tuple(t.model_copy(update={"qtype": "Q9_9"}) for t in recipe.tensors)
+    tensors = tuple(t.model_copy(update={"shape_ne": (1,)}) for t in recipe.tensors)
     recipe.model_copy(update={"tensors": tensors}).save(tmp_path / "toy.json")
     done = quantplan("quantize", tmp_path / "toy.json", source, tmp_path / "out.gguf")
     assert done.returncode == 2
-    assert done.stderr.count("there is no type 'Q9_9'") == 10
+    assert done.stderr.count("but the recipe was made for (1,)") == 10
     assert done.stderr.splitlines()[-1].endswith(f"and {n_faults - 10} more")
 
 

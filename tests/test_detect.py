@@ -11,7 +11,7 @@ import pytest
 from quantplan import detect
 from quantplan.errors import MachineError
 from quantplan.hardware import Machine
-from quantplan.hardware_table import find_gpu
+from quantplan.hardware_table import GpuSpec, find_gpu
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
 from tests.test_cli import quantplan
 
@@ -43,11 +43,15 @@ def test_without_measuring_a_known_cpu_has_the_tables_rate(monkeypatch: pytest.M
 class Nvml:
     """NVML with two GPUs, one of them unknown to the table."""
 
+    NVML_CLOCK_MEM = 2
+
     class NVMLError(Exception):
         """NVML's own error."""
 
-    def __init__(self, names: list[str], *, has_driver: bool = True) -> None:
-        self.names, self.has_driver = names, has_driver
+    def __init__(
+        self, names: list[str], *, has_driver: bool = True, is_virtual: bool = False
+    ) -> None:
+        self.names, self.has_driver, self.is_virtual = names, has_driver, is_virtual
 
     def __getattr__(self, name: str) -> object:
         answers = {
@@ -56,12 +60,17 @@ class Nvml:
             "nvmlDeviceGetHandleByIndex": lambda index: index,
             "nvmlDeviceGetName": lambda index: self.names[index],
             "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=24 * 2**30),
-            "nvmlDeviceGetMemoryBusWidth": lambda _: 384,
+            "nvmlDeviceGetMemoryBusWidth": self.bus_bits,
             "nvmlDeviceGetMaxClockInfo": lambda _, kind: {2: 9751}[kind],
         }
         if name not in answers:
             raise AttributeError(name)
         return answers[name]
+
+    def bus_bits(self, _: int) -> int:
+        if self.is_virtual:
+            raise self.NVMLError
+        return 384
 
     def nvmlInit(self) -> None:  # noqa: N802 (NVML's name)
         if not self.has_driver:
@@ -72,7 +81,7 @@ def test_gpus_are_those_of_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     """A known GPU has the table's rates and its own memory; another one those of its bus."""
     names = ["NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 9999"]
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(names))
-    known, other = detect.nvidia_gpus()
+    known, other = nvidia()[0]
     assert (known.model, known.bandwidth_bytes_per_s) == ("RTX 4090", 1008e9)
     assert other.model == names[1]
     assert known.capacity_bytes == other.capacity_bytes == 24 * 2**30
@@ -83,7 +92,40 @@ def test_gpus_are_those_of_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_gpu_is_a_normal_case(monkeypatch: pytest.MonkeyPatch, module: Nvml | None) -> None:
     """Without the library, without a driver or without a GPU there is none, and no error."""
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    assert detect.nvidia_gpus() == []
+    assert detect.nvidia_gpus() is None
+
+
+def test_a_virtual_gpu_is_taken_for_a_common_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the driver hides the memory's bus, the rate is assumed, and said so."""
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(["GRID A9999-24C"], is_virtual=True))
+    (found,), (said,) = nvidia()
+    assert found.capacity_bytes == 24 * GIB
+    assert "GRID A9999-24C (24.00 GiB) is not in the table" in said
+
+
+def test_gpus_are_in_the_order_of_llama_cpp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA has the fastest GPU first and hides some, NVML has all as they are plugged in."""
+    names = ["NVIDIA GeForce RTX 3060", "NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 3090"]
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "none"))
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(names))
+    found, (said,) = nvidia()
+    assert [gpu.model for gpu in found] == ["RTX 3060", "RTX 4090", "RTX 3090"]
+    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in said
+    listed = [f"CUDA{i}: {name} (24576 MiB, 24000 MiB free)" for i, name in enumerate(names[1::-1])]
+    listing(tmp_path, monkeypatch, *listed)
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(names))
+    found, nothing = nvidia()
+    assert [gpu.model for gpu in found] == ["RTX 4090", "RTX 3060"]
+    assert not nothing
+
+
+def nvidia() -> tuple[list[GpuSpec], list[str]]:
+    """The GPUs that NVML knows."""
+    found = detect.nvidia_gpus()
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(

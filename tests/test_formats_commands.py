@@ -126,6 +126,15 @@ def test_koboldcpp_takes_words_and_its_own_names() -> None:
     assert len(caught.value.faults) == 2
 
 
+@pytest.mark.parametrize(
+    ("path", "volume"),
+    [("models/m.gguf", "./models"), ("m.gguf", "."), ("../m.gguf", ".."), ("/a/m.gguf", "/a")],
+)
+def test_compose_mounts_a_folder_and_no_volume(path: str, volume: str) -> None:
+    """A folder is named so that Compose does not take it for the name of a volume."""
+    assert f'"{volume}:/models:ro"' in compose_file(path, [])
+
+
 awkward = st.lists(
     st.text("ab .$%\\\"'{}()|^*?;,=#&~`\u00e9", min_size=1, max_size=12).map(lambda t: f"x{t}"),
     max_size=6,

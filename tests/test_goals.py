@@ -357,14 +357,18 @@ def test_a_frontier_has_no_point_that_another_beats(glm: Inventory, over: Over) 
 
 
 def test_prices_are_what_planning_again_gives(glm: Inventory) -> None:
-    """The price of a GiB of VRAM is the difference to the plan with it; duals agree."""
+    """The price of a GiB of VRAM is the difference to the plan with it, under the same rules; duals
+    agree.
+    """
     machine = Machine.parse(GLM)
-    made = plan(glm, machine, WORK, min_decode_tps=12.0)
+    rules = policy().pin("ffn_down_exps", "Q8_0")
+    made = plan(glm, machine, WORK, min_decode_tps=12.0, policy=rules)
     found = {price.resource: price for price in prices(made, glm).resources}
     assert set(found) == {"1 GiB of VRAM", "1 GiB of RAM", "10 % of RAM bandwidth"}
     gpu = machine.gpus[0]
     more = gpu.model_copy(update={"capacity_bytes": gpu.capacity_bytes + 2**30})
-    again = plan(glm, machine.model_copy(update={"gpus": (more,)}), WORK, min_decode_tps=12.0)
+    larger = machine.model_copy(update={"gpus": (more,)})
+    again = plan(glm, larger, WORK, min_decode_tps=12.0, policy=rules)
     before, after = made.provenance.objective_nats, again.provenance.objective_nats
     assert before is not None
     assert after is not None

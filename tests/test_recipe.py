@@ -171,6 +171,15 @@ def test_saved_recipes_can_be_read_by_others(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "recipe.json").stat().st_mode) == 0o666 & ~umask()
 
 
+def test_a_recipe_with_unknown_types_is_refused(tmp_path: Path) -> None:
+    """Every tensor whose type does not exist is named where the file is read."""
+    path = tmp_path / "recipe.json"
+    small().save(path)
+    path.write_text(path.read_text(encoding="utf-8").replace("Q4_K", "Q9_9"), encoding="utf-8")
+    with pytest.raises(RecipeError, match="there is no type 'Q9_9'"):
+        Recipe.load(path)
+
+
 @posix
 def test_links_and_rights_stay_as_they_are(tmp_path: Path) -> None:
     """What a link leads to is replaced, not the link, and keeps its own rights."""

@@ -114,6 +114,26 @@ def test_what_is_no_table_is_refused(tmp_path: Path, text: str, said: str) -> No
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_on_any_system(tmp_path: Path, end: str) -> None:
+    """Line ends do not matter, nor do columns that are left out at the end of a line."""
+    path = tmp_path / "table.csv"
+    lines = ["tensor,qtype,kld,standard_error", "blk.0.ffn_up.weight,Q4_K,0.01", "all,Q4_K"]
+    path.write_bytes(end.join([*lines, ""]).encode())
+    found = read_sensitivity_table(path)
+    assert [single.kld_nats for single in found.singles] == pytest.approx([0.01])
+    assert found.n_unmeasured == 1
+
+
+def test_a_damaged_archive_is_a_source_error(tmp_path: Path) -> None:
+    """What cannot be unpacked is named."""
+    path = tmp_path / "table.csv.gz"
+    packed = gzip.compress(b"tensor,qtype,kld\n" * 100)
+    path.write_bytes(packed[:12] + bytes(b ^ 255 for b in packed[12:]))
+    with pytest.raises(SourceError, match=r"table\.csv\.gz cannot be read"):
+        read_sensitivity_table(path)
+
+
 def test_a_missing_file_is_a_source_error(tmp_path: Path) -> None:
     """A path that leads nowhere is said so."""
     with pytest.raises(SourceError, match="cannot be read"):

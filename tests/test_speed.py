@@ -14,7 +14,7 @@ from quantplan.costs.decode import decode_s, read_s
 from quantplan.costs.factors import shipped
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.speed import SpeedPrediction, predict_speed, predict_traffic
-from quantplan.costs.traffic import Read, Traffic, collect, crossing_shares, is_expert, read_of
+from quantplan.costs.traffic import Read, Traffic, collect, crossing_shares, read_of
 from quantplan.qtypes import Runtime
 from tests.support.models import toy_inventory
 
@@ -52,7 +52,7 @@ def placed(inventory: Inventory, *, experts_on: str, rest_on: str, qtype: str = 
     """The traffic of a model with its experts (feed-forward matrices) on another device."""
     assignment = {}
     for tensor in inventory.tensors:
-        is_ffn = is_expert(tensor) or tensor.role_class == "ffn"
+        is_ffn = tensor.is_expert or tensor.role_class == "ffn"
         name = tensor.qtype if tensor.qtype == "F32" else qtype
         device = "CPU" if tensor.role == "token_embd" else experts_on if is_ffn else rest_on
         assignment[tensor.name] = (name, device)

@@ -56,8 +56,13 @@ def report(
 
     check_targets(output)
     made = read_plan(plan)
-    preset = policy or (made.provenance.policy or "").split(",")[0]
-    rules, evidence = parse_policy(preset, pin or [], allow or []), read_evidence(measured, weights)
+    asked = made.provenance
+    rules = (
+        parse_policy(policy or asked.policy or "", pin or [], allow or [])
+        if policy or pin or allow
+        else asked.rules
+    )
+    evidence = read_evidence(measured, weights)
     inventory, reason = None, "the frontier was not asked for (--points 0)" if points == 0 else ""
     try:
         inventory = read_model(model or made.provenance.source.removeprefix("catalog:"))

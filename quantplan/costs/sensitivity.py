@@ -151,5 +151,4 @@ def _size(tensor: Tensor) -> float:
 
 
 def _class(tensor: Tensor) -> str:
-    kind = tensor.role_class
-    return "experts" if kind in ("up_gate_experts", "down_experts") else kind
+    return "experts" if tensor.is_expert else tensor.role_class

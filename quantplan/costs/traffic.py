@@ -12,14 +12,8 @@ from quantplan.qtypes import qtype
 
 Where = Literal["gpu", "hybrid", "cpu"]
 
-_EXPERT_CLASSES = ("up_gate_experts", "down_experts")
 _ATTENTION_CLASSES = ("attention", "recurrent", "indexer")
 _SMALL_CLASSES = ("norm", "other")
-
-
-def is_expert(tensor: Tensor) -> bool:
-    """Whether only some of the tensor's matrices are read per token."""
-    return tensor.role_class in _EXPERT_CLASSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +46,14 @@ def read_of(inventory: Inventory, tensor: Tensor, qtype_name: str) -> Read:
     """What one tensor adds: active experts only, one row of the embedding, else everything."""
     held_bytes, held_weights = float(tensor.bytes_as(qtype_name)), float(tensor.n_weights)
     n_bytes, n_weights = held_bytes, held_weights
-    if is_expert(tensor):
+    if tensor.is_expert:
         share = inventory.architecture.active_share
         n_bytes, n_weights = held_bytes * share, held_weights * share
     elif tensor.role_class == "embedding":
         n_bytes, n_weights = float(qtype(qtype_name).row_bytes(tensor.shape_ne[0])), 0.0
     return Read(
         qtype=qtype_name,
-        is_expert=is_expert(tensor),
+        is_expert=tensor.is_expert,
         is_prompt_work=tensor.role_class not in ("embedding", "output"),
         n_bytes=n_bytes,
         n_weights=n_weights,
@@ -124,7 +118,7 @@ def boundary_transfers(layers: Sequence[str], output: str) -> dict[str, float]:
 
 
 def _block(tensor: Tensor) -> str | None:
-    if is_expert(tensor):
+    if tensor.is_expert:
         return "experts"
     if tensor.role_class == "ffn":
         return "ffn"

@@ -85,7 +85,9 @@ def compose_file(model_path: str, flags: Sequence[str]) -> str:
     folder, name = os.path.split(model_path)
     command = ["-m", f"/models/{name}", *flags, "--host", "0.0.0.0"]  # noqa: S104 (in a container)
     words = json.dumps([word.replace("$", "$$") for word in command])
-    volume = json.dumps(f"{folder or '.'}:/models:ro".replace("$", "$$"))
+    # Compose takes a folder whose path has no root and no dot in front for a volume's name.
+    place = folder if folder.startswith(("/", ".", "~")) else f"./{folder}".rstrip("/")
+    volume = json.dumps(f"{place}:/models:ro".replace("$", "$$"))
     return f"""services:
   llama-server:
     image: {_IMAGE}
@@ -120,13 +122,13 @@ def commands_in(text: str) -> list[list[str]]:
     found = []
     for line in text.replace("\\\n", " ").splitlines():
         is_unit, _, unit_command = line.strip().partition("ExecStart=")
-        if not is_unit and unit_command:
-            found += _programs(_unit_words(unit_command))
-        elif any(program in line for program in _PROGRAMS) and not line.lstrip().startswith("#"):
-            try:
+        try:
+            if not is_unit and unit_command:
+                found += _programs(_unit_words(unit_command))
+            elif any(name in line for name in _PROGRAMS) and not line.lstrip().startswith("#"):
                 found += _programs(shlex.split(line))
-            except ValueError as error:
-                raise RecipeError(f"{line.strip()!r} is no command line: {error}") from error
+        except ValueError as error:
+            raise RecipeError(f"{line.strip()!r} is no command line: {error}") from error
     if not found:
         raise RecipeError(f"no command of {', '.join(sorted(_PROGRAMS))} found")
     return found

@@ -7,12 +7,12 @@ value). What has no influence on memory is skipped; what has one that is not mod
 import argparse
 import datetime
 import re
-import shlex
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
 from quantplan.errors import InputError
 from quantplan.formats.args_notes import NOT_COUNTED, flag_notes, flag_warnings, misspelt
+from quantplan.formats.llama_cpp import flag_words
 from quantplan.inventory import Inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.placement import IkOptions, Launch, Override
@@ -209,11 +209,8 @@ def parse_flags(
     """
     if engine not in get_args(Runtime):
         raise InputError(f"unknown engine {engine!r}: use {' or '.join(get_args(Runtime))}")
-    arguments = shlex.split(flags) if isinstance(flags, str) else list(flags)
-    if arguments and not arguments[0].startswith("-"):
-        arguments = arguments[1:]
     parser = _parser(engine)
-    known, others = parser.split(arguments)
+    known, others = parser.split(flag_words(flags))
     foreign = [argument for argument in others if argument in _IK_ONLY]
     if foreign and engine == "llama.cpp":
         parser.error(f"{foreign[0]} is ik_llama.cpp's, llama.cpp refuses it; name that engine")

@@ -10,7 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from quantplan.errors import RecipeError
+from quantplan.errors import InputError, RecipeError
 from quantplan.formats.regex import names_patterns
 from quantplan.formats.rules import LLAMA_QUANTIZE, split_rules, write_rules
 from quantplan.hardware import Machine
@@ -163,6 +163,19 @@ def cli_flags(flags: Sequence[str]) -> list[str]:
     """Flags of llama-server as llama-cli takes them, which has no slots."""
     return [word for flag, *values in options(flags) if flag not in _SERVER_ONLY
             for word in (flag, *values)]  # fmt: skip
+
+
+def flag_words(flags: str | Sequence[str]) -> list[str]:
+    """The arguments of a command line, without a leading program name.
+
+    Raises:
+        InputError: A quote is not closed.
+    """
+    try:
+        found = shlex.split(flags) if isinstance(flags, str) else list(flags)
+    except ValueError as error:
+        raise InputError(f"the flags {flags!r} cannot be read: {error}") from error
+    return found[1:] if found and not found[0].startswith("-") else found
 
 
 def options(flags: Sequence[str]) -> list[list[str]]:

@@ -19,6 +19,7 @@ import gzip
 import io
 import math
 import re
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -109,12 +110,13 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+        # Lines may end as on any system, and without their last columns.
+        reader = csv.DictReader(io.StringIO(text, newline=None), restval="")
+        columns = list(reader.fieldnames or ())
+        rows = list(_rows(columns, reader))
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error, csv.Error) as error:
         why = getattr(error, "strerror", None) or error
         raise SourceError(f"{path} cannot be read: {why}") from error
-    reader = csv.DictReader(io.StringIO(text))
-    columns = list(reader.fieldnames or ())
-    rows = list(_rows(columns, reader))
     if not rows:
         raise SourceError(
             f"{path} has no KLDs; it must have a column QTYPE and one per tensor, or the "
@@ -184,27 +186,27 @@ def _rows(columns: list[str], reader: Iterable[dict[str, str]]) -> Iterator[_Row
         for row in reader:
             if row["metric"] == "kld":
                 name, scope = row["tensor_or_group"], row["scope"]
-                value = "" if row.get("flag") else (row["value"] or "").strip()
+                value = "" if row.get("flag") else row["value"].strip()
                 # Rows of the plain group mix measured values with interpolated ones.
                 sure = name.endswith(":measured_only")
-                group = row.get("bench_group") or ""
+                group = row.get("bench_group", "")
                 whole = scope != "tensor"
                 yield _Row(name, group, plain_type(row["qtype"]), value, whole, sure)
     elif {"tensor", "qtype", "kld"} <= lower.keys():
         for row in reader:
-            name, value = ((row[lower[c]] or "").strip() for c in ("tensor", "kld"))
+            name, value = (row[lower[c]].strip() for c in ("tensor", "kld"))
             whole = bool(_WHOLE.fullmatch(name))
             group, error, chunks = (
-                row.get(column) or "" for column in ("group", "standard_error", "chunks")
+                row.get(column, "") for column in ("group", "standard_error", "chunks")
             )
-            kind = plain_type(row[lower["qtype"]] or "")
+            kind = plain_type(row[lower["qtype"]])
             yield _Row(name, group, kind, value, whole, False, error, True, chunks)
     elif "qtype" in lower:
         for row in reader:
             for name in columns:
                 if name != lower["qtype"]:
                     whole = bool(_WHOLE.fullmatch(name))
-                    kind, value = plain_type(row[lower["qtype"]]), (row[name] or "").strip()
+                    kind, value = plain_type(row[lower["qtype"]]), row[name].strip()
                     yield _Row(name, "", kind, value, whole, False)
 
 

@@ -11,7 +11,13 @@ from pydantic import field_validator
 from quantplan.display import Table, html_card, html_table
 from quantplan.inventory.architecture import Architecture, read_architecture
 from quantplan.inventory.caches import LayerCache
-from quantplan.inventory.roles import RoleClass, is_quantizable, role_class, split_name
+from quantplan.inventory.roles import (
+    EXPERT_CLASSES,
+    RoleClass,
+    is_quantizable,
+    role_class,
+    split_name,
+)
 from quantplan.qtypes import qtype
 from quantplan.schema import Frozen
 from quantplan.units import gib
@@ -55,6 +61,11 @@ class Tensor(Frozen):
     def role_class(self) -> RoleClass:
         """Class of the role, which policies and cost models speak of."""
         return role_class(self.role)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether only some of the tensor's matrices are read per token."""
+        return self.role_class in EXPERT_CLASSES
 
     @cached_property
     def is_quantizable(self) -> bool:

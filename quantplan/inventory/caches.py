@@ -214,8 +214,8 @@ def _indexer_widths(keys: Keys, layer: int, v_length: int) -> tuple[int, int]:
     """Elements of the indexer's K and V rows of one layer."""
     width = keys.number("attention.indexer.key_length")
     if keys.arch in _SPARSE_ATTENTION:
-        types = keys.get("attention.indexer.types")
-        return (width, 0) if not types or types[layer] else (0, 0)
+        types = keys.per_layer("attention.indexer.types", layer + 1, 1)
+        return (width, 0) if types[layer] else (0, 0)
     if keys.arch in _SPARSE_ATTENTION_WITH_VALUES:
         is_sparse = layer >= keys.number("leading_dense_block_count")
         return (width, v_length) if is_sparse else (0, 0)

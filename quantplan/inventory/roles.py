@@ -19,6 +19,9 @@ RoleClass = Literal[
     "other",
 ]
 
+EXPERT_CLASSES: tuple[RoleClass, ...] = ("up_gate_experts", "down_experts")
+"""Classes of tensors of which a token reads some matrices only."""
+
 _LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 _EXPERTS = re.compile(r"ffn_(up|gate|gate_up|down)_(?:ch)?exps")
 _FFN = re.compile(r"ffn_(?:up|gate|down)(?:_shexp)?")

@@ -3,8 +3,6 @@
 from quantplan.inventory import Inventory
 from quantplan.schema import Frozen
 
-_EXPERTS = ("up_gate_experts", "down_experts")
-
 
 class ModelSummary(Frozen):
     """A model in a line.
@@ -33,7 +31,7 @@ def summarize(inventory: Inventory) -> ModelSummary:
     """
     architecture = inventory.architecture
     loaded = [t for t in inventory.tensors if inventory.is_loaded(t)]
-    experts = sum(t.n_weights for t in loaded if t.role_class in _EXPERTS)
+    experts = sum(t.n_weights for t in loaded if t.is_expert)
     others = sum(t.n_weights for t in loaded) - experts
     return ModelSummary(
         name=inventory.name,

@@ -121,7 +121,7 @@ def _search(plan: Plan) -> Iterator[Assumption]:
     made = plan.provenance
     yield Assumption(
         what="Policy",
-        value=made.policy or "none",
+        value=made.policy_text,
         source="rules about types and places that the optimiser may not trade away",
     )
     yield Assumption(

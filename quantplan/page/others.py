@@ -66,10 +66,11 @@ def why_not(made: Plan, inventory: Inventory, policy: Policy, evidence: Evidence
     """
     if inventory.header_sha256 != made.provenance.header_sha256:
         return f"{inventory.source} is not the model that the plan was made for"
-    if policy.describe() != made.provenance.policy:
+    asked = made.provenance
+    if (policy.name, policy.tensor_rules) != (asked.policy, asked.tensor_rules):
         return (
-            f"the plan was made with the policy {made.provenance.policy}; give the same --policy, "
-            "--pin and --allow"
+            f"the plan was made with the policy {asked.policy_text}; give the same --policy, "
+            "--pin and --allow, or none of them"
         )
     if made.predicted.upper_loss_nats is not None and not (evidence and evidence.upper_sds):
         return "the plan was made against the upper end of losses (--robust)"

@@ -11,7 +11,7 @@ from quantplan.costs.host import copies_tied_output
 from quantplan.costs.memory import cuda_padding_bytes
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.quality import LossTable
-from quantplan.costs.traffic import Read, Traffic, crossing_shares, is_expert, read_of
+from quantplan.costs.traffic import Read, Traffic, crossing_shares, read_of
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
 from quantplan.planner.goal import Goal
@@ -67,7 +67,7 @@ class Group:
     @property
     def has_experts(self) -> bool:
         """Whether these are experts, which may be on any GPU."""
-        return is_expert(self.tensors[0])
+        return self.tensors[0].is_expert
 
 
 def form_groups(
@@ -98,7 +98,7 @@ def form_groups(
         if inventory.is_loaded(tensor):
             place = _place(inventory, machine, policy, tensor)
             if place == "layer" and len(policy.candidates_for(tensor, is_loaded=True)) == 1:
-                key = "fixed experts" if is_expert(tensor) else "fixed"
+                key = "fixed experts" if tensor.is_expert else "fixed"
             elif tensor.role in tied_roles:
                 # Rules of a person that differ within a tie undo it.
                 key = f"tie {tied_roles[tensor.role]} {policy.tensor_rule(tensor)}"

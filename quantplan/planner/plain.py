@@ -120,7 +120,7 @@ class PlainCosts:
         shares = crossing_shares(inventory)
         for part, tensor in zip(self.part, self.in_layers, strict=True):
             self.shares[part, tensor.layer] += shares.get(tensor.name, 0.0)
-            self.has_experts[part, tensor.layer] |= "_exps" in tensor.name
+            self.has_experts[part, tensor.layer] |= tensor.is_expert
         self.is_matrix = np.array([len(tensor.shape_ne) > 1 for tensor in self.in_layers])
         self._prices: dict[tuple[str, tuple[int, ...], str], _Price] = {}
         self._buffers: dict[Work, int] = {}

@@ -1,13 +1,13 @@
 """Asks llama.cpp what memory a model takes with given flags."""
 
 import math
-import shlex
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantplan.errors import LlamaCppError
+from quantplan.formats.llama_cpp import flag_words
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import shard_paths
 from quantplan.runtime.find import LlamaCpp
@@ -124,9 +124,7 @@ def measure_memory(
 
 def kept_flags(flags: str | Sequence[str]) -> tuple[str, ...]:
     """Flags of llama-server without those that `quantplan.runtime` sets itself."""
-    arguments = shlex.split(flags) if isinstance(flags, str) else list(flags)
-    if arguments and not arguments[0].startswith("-"):
-        arguments = arguments[1:]
+    arguments = flag_words(flags)
     kept, position = [], 0
     while position < len(arguments):
         n_values = _DROPPED.get(arguments[position])

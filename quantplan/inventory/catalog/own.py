@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import zlib
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -24,7 +25,7 @@ def read_own(name: str) -> Inventory:
     path = _path(name)
     try:
         return Inventory.model_validate_json(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"the catalog entry {path} cannot be read: {error}") from error
     except ValidationError as error:
         raise SourceError(
