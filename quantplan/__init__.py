@@ -6,6 +6,7 @@ from quantplan import lazy
 from quantplan.version import __version__
 
 if TYPE_CHECKING:
+    from quantplan.costs.evidence import Evidence
     from quantplan.device import Device
     from quantplan.difference import RecipeDifference, diff_recipes
     from quantplan.errors import (
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
         InputError,
         LlamaCppError,
         MachineError,
+        MissingPackageError,
         NoPlanError,
         QuantizeError,
         QuantplanError,
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
         SolverError,
         SourceError,
         UnsupportedModelError,
+        WeightError,
         WorkloadError,
     )
+    from quantplan.evidence_files import read_evidence
     from quantplan.exchange import export_recipe, import_recipe
     from quantplan.folders import catalog_names
     from quantplan.frontier import Frontier, FrontierPoint, frontier
@@ -44,6 +48,7 @@ __all__ = [
     "Baseline",
     "Change",
     "Device",
+    "Evidence",
     "Frontier",
     "FrontierPoint",
     "InputError",
@@ -52,6 +57,7 @@ __all__ = [
     "Machine",
     "MachineError",
     "MemoryPrediction",
+    "MissingPackageError",
     "NoPlanError",
     "Plan",
     "Policy",
@@ -67,6 +73,7 @@ __all__ = [
     "Tensor",
     "UnsupportedModelError",
     "Verification",
+    "WeightError",
     "Workload",
     "WorkloadError",
     "__version__",
@@ -80,6 +87,7 @@ __all__ = [
     "predict",
     "prices",
     "quantize",
+    "read_evidence",
     "read_inventory",
     "stock_mix",
     "verify",
@@ -87,6 +95,7 @@ __all__ = [
 
 # The same names once more for the running program; a test compares them.
 _NAMES = {
+    "costs.evidence": ("Evidence",),
     "device": ("Device",),
     "difference": ("RecipeDifference", "diff_recipes"),
     "errors": (
@@ -94,6 +103,7 @@ _NAMES = {
         "InputError",
         "LlamaCppError",
         "MachineError",
+        "MissingPackageError",
         "NoPlanError",
         "QuantizeError",
         "QuantplanError",
@@ -101,8 +111,10 @@ _NAMES = {
         "SolverError",
         "SourceError",
         "UnsupportedModelError",
+        "WeightError",
         "WorkloadError",
     ),
+    "evidence_files": ("read_evidence",),
     "exchange": ("export_recipe", "import_recipe"),
     "folders": ("catalog_names",),
     "frontier": ("Frontier", "FrontierPoint", "frontier"),

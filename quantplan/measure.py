@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from pydantic import Field
+
 from quantplan.costs.evidence import ByChunk, Evidence, Measurement
+from quantplan.costs.families import quantized
 from quantplan.costs.resampling import mean_nats, standard_error_nats
 from quantplan.errors import InputError
 from quantplan.files import write_whole
@@ -110,6 +113,7 @@ class Conditions(Frozen):
         llama_cpp: The runtime and its build.
         chunks: Chunks of each text.
         chunk_tokens: Tokens per chunk.
+        shapes: Shapes of the tensors in GGUF order, by name; empty where they were not kept.
     """
 
     schema_version: Literal[1] = 1
@@ -121,6 +125,15 @@ class Conditions(Frozen):
     llama_cpp: str
     chunks: int
     chunk_tokens: int
+    shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+
+    @classmethod
+    def shapes_beside(cls, table: Path) -> dict[str, tuple[int, ...]]:
+        """Shapes of the model that a table is of; empty where they are not known."""
+        try:
+            return cls.model_validate_json(_conditions_path(table).read_bytes()).shapes
+        except (OSError, ValueError):
+            return {}
 
     @classmethod
     def of(cls, setup: Setup) -> Self:
@@ -134,6 +147,7 @@ class Conditions(Frozen):
             llama_cpp=str(setup.llama_cpp),
             chunks=setup.chunks,
             chunk_tokens=setup.chunk_tokens,
+            shapes={t.name: t.shape_ne for t in quantized(read_inventory(setup.source))},
         )
 
 
@@ -186,7 +200,7 @@ def measure_losses(
         setup, inventory, table,
         curve=curve, runs=runs, limit_s=limit_s, resume=resume, parallel=parallel,
     )  # fmt: skip
-    _check_conditions(Conditions.of(setup), table.with_name(f"{table.name}.json"), table)
+    _check_conditions(Conditions.of(setup), _conditions_path(table), table)
     campaign = _Campaign(inventory, table, curve)
     pool = executor or _Inline()
     budget = _Budget(runs, math.inf if limit_s is None else time.monotonic() + limit_s)
@@ -373,6 +387,10 @@ def _check(
         raise InputError(faults)
 
 
+def _conditions_path(table: Path) -> Path:
+    return table.with_name(f"{table.name}.json")
+
+
 def _check_conditions(conditions: Conditions, path: Path, table: Path) -> None:
     """Holds conditions against those of a table that is there; writes them for a new one."""
     if not table.exists():
@@ -382,7 +400,9 @@ def _check_conditions(conditions: Conditions, path: Path, table: Path) -> None:
         known = Conditions.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} does not say how {table} was measured: {error}") from error
-    own, other = (c.model_dump(exclude={"quantplan_version"}) for c in (conditions, known))
+    own, other = (
+        c.model_dump(exclude={"quantplan_version", "shapes"}) for c in (conditions, known)
+    )
     faults = [
         f"{table} was measured with {name} {other[name]}, not {value}: name another file"
         for name, value in own.items()

@@ -283,6 +283,9 @@ def plan(
         mix_nats = LossTable(inventory, evidence).model_kld_nats(mix)
         max_loss_nats = mix_nats if max_loss_nats is None else min(max_loss_nats, mix_nats)
     goal = Goal.within(min_decode_tps, max_turn_s, max_loss_nats)
+    if context == "max" and max_turn_s is not None:
+        turn = task.prompt_tokens + task.answer_tokens
+        task = task.model_copy(update={"context": max(task.context, turn)})
     _check(inventory, goal, task, gap, time_limit_s)
     rules = policy_preset(policy) if isinstance(policy, str) else policy
     rules.check(inventory, priced=type_errors())
@@ -363,6 +366,11 @@ def _check(
         faults.append(
             f"{inventory.name} has tensors of the types {', '.join(sorted(foreign))}, which "
             "llama.cpp does not load; they are ik_llama.cpp's"
+        )
+    if inventory.is_for_ik_only:
+        faults.append(
+            f"{inventory.name} is laid out for ik_llama.cpp, and llama.cpp does not load it: "
+            "convert it for llama.cpp, or ask `quantplan predict --engine ik` about flags"
         )
     if faults:
         raise InputError(faults)

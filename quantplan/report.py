@@ -66,5 +66,5 @@ def explanation_text(found: Explanation) -> str:
         for e in found.estimates
     ]
     rows.append("  the prior sensitivity is the product of:")
-    rows += [f"    {math.exp(value):8.3f}  {name}" for name, value in found.terms.items()]
+    rows += [f"    {math.exp(value):8.3g}  {name}" for name, value in found.terms.items()]
     return "\n".join(rows)

@@ -28,8 +28,9 @@ from quantplan.costs import load_data
 from quantplan.costs.evidence import Link, Measurement, fit_singles
 from quantplan.costs.scale import ScalePrior
 from quantplan.costs.sensitivity import Prior
+from quantplan.measure_groups import groups
 from scripts.quality_curves import Curves, fit_curves
-from scripts.quality_data import Measured, read_models
+from scripts.quality_data import Measured, Unit, read_models
 from scripts.quality_fit import fit, leave_one_family_out
 
 TARGET = Path(__file__).parents[1] / "quantplan" / "costs" / "data" / "quality.json"
@@ -64,19 +65,45 @@ def share_errors(
     """
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for name, model in models.items():
+        if model.units:
+            errors = unit_errors(model, documents.get(name) or documents[model.family])
+            middle = median(error for _, error in errors)
+            for unit, error in errors:
+                found[unit.tensors[0].role_class, model.family].append(error - middle)
+    return found
+
+
+def unit_errors(model: Measured, document: Mapping[str, Any]) -> list[tuple[Unit, float]]:
+    """Ln of measured over predicted sensitivity of what is at least twice the model's floor."""
+    link = Link(document["link"]["curvature"], document["link"]["valid_kld_nats"])
+    own = Prior(document).sensitivities(model.inventory)
+    floor = float(np.percentile([u.kld_nats for u in model.units], 5))
+    return [
+        (u, math.log(link.loss(u.kld_nats - floor) / sum(own[t.name] for t in u.tensors)))
+        for u in model.units
+        if u.kld_nats > 2 * floor
+    ]
+
+
+def within_groups(
+    models: Mapping[str, Measured], documents: Mapping[str, Mapping[str, Any]]
+) -> list[float]:
+    """The same errors less their mean over like tensors of neighbouring layers.
+
+    The groups are those that ``quantplan measure`` measures together.
+    """
+    found = []
+    for name, model in models.items():
         if not model.units:
             continue
-        document = documents.get(name) or documents[model.family]
-        link = Link(document["link"]["curvature"], document["link"]["valid_kld_nats"])
-        own = Prior(document).sensitivities(model.inventory)
-        floor = float(np.percentile([u.kld_nats for u in model.units], 5))
-        clear = [u for u in model.units if u.kld_nats > 2 * floor]
-        ratios = [
-            math.log(link.loss(u.kld_nats - floor)) - math.log(sum(own[t.name] for t in u.tensors))
-            for u in clear
-        ]
-        for unit, ratio in zip(clear, ratios, strict=True):
-            found[unit.tensors[0].role_class, model.family].append(ratio - median(ratios))
+        of = {t.name: group for group, ts in groups(model.inventory).items() for t in ts}
+        members: dict[str, list[float]] = defaultdict(list)
+        for unit, error in unit_errors(model, documents.get(name) or documents[model.family]):
+            members[of[unit.tensors[0].name]].append(error)
+        for errors in members.values():
+            # Errors from a mean of few are too small.
+            few = math.sqrt(len(errors) / max(len(errors) - 1, 1))
+            found += [few * (e - fmean(errors)) for e in errors if len(errors) > 1]
     return found
 
 
@@ -95,10 +122,21 @@ def class_sds(errors: Mapping[tuple[str, str], list[float]], pooled: float) -> d
     }
 
 
-def share_sds(errors: Mapping[tuple[str, str], list[float]]) -> dict[str, Any]:
-    """Standard deviation of ln of a tensor's share of the model's sensitivity, and by class."""
+def share_sds(
+    models: Mapping[str, Measured], documents: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Standard deviation of ln of a tensor's share of the model's sensitivity, and by class.
+
+    ``within_group`` is how much of it is left where the sum over a group is known.
+    """
+    errors = share_errors(models, documents)
     share = robust_sd([e for found in errors.values() for e in found])
-    return {"share": round(share, 3), "share_by_class": class_sds(errors, share)}
+    inside = robust_sd(within_groups(models, documents))
+    return {
+        "share": round(share, 3),
+        "share_by_class": class_sds(errors, share),
+        "within_group": round(inside / share, 3),
+    }
 
 
 def scale_sds(
@@ -125,6 +163,10 @@ def scale_sds(
 
 def repeat_errors(models: Mapping[str, Measured], curves: Curves) -> list[float]:
     """How far sensitivities of a tensor measured at several types are from their mean, in ln."""
+
+    def error(one: Measurement) -> float:
+        return curves.errors[one.qtype]
+
     found = []
     for model in models.values():
         by_tensor: dict[tuple[str, ...], list[float]] = {}
@@ -132,7 +174,7 @@ def repeat_errors(models: Mapping[str, Measured], curves: Curves) -> list[float]
             continue
         # A few tensors of a large table are no floor; the limit keeps the percentile meaningful.
         singles: list[Measurement] = [s for s in model.table.singles if s.qtype in curves.errors]
-        for single in fit_singles(singles, curves.errors, curves.link, 0.1):
+        for single in fit_singles(singles, error, curves.link, 0.1):
             if single.ln_sd < 0.5:
                 by_tensor.setdefault(single.tensors, []).append(single.ln_sensitivity)
         found += [v - fmean(vs) for vs in by_tensor.values() if len(vs) > 1 for v in vs]
@@ -162,7 +204,6 @@ def main() -> None:
     siblings = without_one(models)
     new_scale, new_floor = scale_sds(models, curves, left_out)
     known_scale, known_floor = scale_sds(models, curves, siblings)
-    shares = share_errors(models, left_out)
     alike = {
         n: models[n] for n, own in siblings.items() if Prior(own).same_shape(models[n].inventory)
     }
@@ -173,8 +214,8 @@ def main() -> None:
         "scale_known_family": known_scale,
         "floor_new_family": new_floor,
         "floor_known_family": known_floor,
-        **share_sds(shares),
-        "same_shape": share_sds(share_errors(alike, siblings)),
+        **share_sds(models, left_out),
+        "same_shape": share_sds(alike, siblings),
         "untested_type": round(robust_sd(both), 3),
         "single": round(robust_sd(repeat_errors(models, curves)), 3),
     }
@@ -195,8 +236,10 @@ def main() -> None:
         "(scale_spread); floor_*: root mean square error of the ln of the noise floor of curves, "
         "likewise; share: robust error of a tensor's sensitivity within a model of a family left "
         "out, share_by_class the same by class, families counting alike and pooled as by two "
-        "of them; same_shape: both for models left out whose shape another one has; type: robust "
-        "scatter of the error of a type between models, untested_type: "
+        "of them, within_group: how much of it is left where the sum over like tensors of "
+        "neighbouring layers is known; same_shape: all of these for models left out whose shape "
+        "another one has; type: robust scatter of the error of a type between models, "
+        "untested_type: "
         "robust difference between errors of types on Gaussian rows and in whole models; single: "
         "scatter of one tensor's sensitivity measured at several types",
     }

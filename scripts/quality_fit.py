@@ -19,7 +19,7 @@ from scripts.quality_shares import SensitivityFit
 _UNVALIDATED_SD = {
     "scale_new_family": 0.3, "scale_known_family": 0.3,
     "floor_new_family": 0.8, "floor_known_family": 0.5,
-    "share": 0.5, "single": 0.1,
+    "share": 0.5, "within_group": 0.5, "single": 0.1,
 }  # fmt: skip
 
 

@@ -384,6 +384,32 @@ def test_prices_are_what_planning_again_gives(glm: Inventory) -> None:
         prices(made, read_inventory("Qwen3.5-2B"))
 
 
+def test_a_long_turn_finds_its_context() -> None:
+    """With the context left open a turn may be longer than the context that is usual."""
+    model = read_inventory("Qwen3-30B-A3B")
+    work = Workload(prompt_tokens=8000)
+    machine = Machine.parse("RTX 4090 + 64GiB@80GB/s")
+    made = plan(model, machine, work, context="max", max_turn_s=60, baselines=False)
+    assert made.workload.context >= 8512
+    assert made.predicted.turn_s is not None
+    assert made.predicted.turn_s <= 60
+
+
+def test_what_is_far_from_fitting_is_no_fault_of_the_solver() -> None:
+    """The relaxation of a model three times too large for two GPUs ends in an answer."""
+    machine = Machine.parse("2x RTX 3090 + 128GiB@60GB/s")
+    with pytest.raises(NoPlanError, match="no plan fits"):
+        plan(read_inventory("Kimi-K2-Instruct"), machine, Workload(context=16384))
+
+
+@pytest.mark.parametrize("name", ["BitNet-b1.58-2B-4T", "DeepSeek-V3-ik-MLA"])
+def test_what_only_ik_llama_cpp_loads_is_not_planned(name: str) -> None:
+    """Models in a layout that llama.cpp refuses are refused with what to do."""
+    machine = Machine.parse("RTX 4090 + 1500GiB@80GB/s")
+    with pytest.raises(InputError, match="is laid out for ik_llama"):
+        plan(read_inventory(name), machine)
+
+
 @pytest.mark.parametrize(
     "numbers", [{"max_turn_s": -1.0}, {"max_loss_nats": math.nan}, {"no_worse_than": "Q99"}]
 )

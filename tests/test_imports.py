@@ -154,6 +154,7 @@ ORDER = [
     "measure_groups",
     "measure_halves",
     "measure",
+    "evidence_files",
     "report",
     "printed",
     "schemas",

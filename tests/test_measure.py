@@ -73,6 +73,11 @@ def test_measurements_become_evidence(setup: Setup, tmp_path: Path) -> None:
     tensor = own.by_name[first]
     assert after.own_ln_sd(tensor) < before.own_ln_sd(tensor) / 2
     assert "measured" in after.explain(tensor, "Q4_K").estimates[1].source
+    evidence = qp.read_evidence(table)
+    assert evidence is not None
+    sibling = toy_moe(tmp_path / "glm.gguf", "glm4moe", layers=2)
+    with pytest.raises(qp.InputError, match="is of another model than toy glm4moe"):
+        LossTable(qp.read_inventory(sibling), evidence)
     types = {t.name: "Q3_K" for t in own.tensors if t.is_quantizable}
     assert after.model_kld_nats(types) == pytest.approx(found.curve["Q3_K"], rel=0.5)
 

@@ -25,6 +25,18 @@ GPU = "RTX 4090 + 512GiB@80GB/s"
 TWO = "2x RTX 3090 + 512GiB@80GB/s"
 
 
+@needs_llama_cpp
+@pytest.mark.parametrize("flag", ["-kvu", "-no-kvu"])
+def test_slots_that_llama_server_chooses_share_their_cells(flag: str) -> None:
+    """Without -np the cache has no parts, whatever is said of them."""
+    path = smollm2_path()
+    assert path is not None
+    flags = ["-ngl", "0", "-c", "1024", "--fit", "off", flag]
+    predicted = qp.predict(qp.read_inventory(path), flags, qp.Machine.parse("64GiB@80GB/s"))
+    with llama_server(path, flags) as server:
+        assert round(predicted.devices[-1].kv_bytes / 2**20, 2) == sum(server.buffers.kv.values())
+
+
 @pytest.mark.parametrize("model", ["GLM-4.5-Air", "gemma-4-31B-it", "Qwen3.5-4B", "GLM-4.7-Flash"])
 @pytest.mark.parametrize(
     "machine",

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from typer.testing import CliRunner
 
 import quantplan as qp
+from quantplan.cli import app
 from quantplan.errors import RecipeError
 from quantplan.exchange import ExportFormat, ImportFormat, export_recipe, import_recipe
 from quantplan.formats.llama_cpp import options
@@ -35,6 +37,17 @@ def planned() -> Recipe:
     """A plan for a real model, with tensors on both devices."""
     work = qp.Workload(context=32768, kv_type="q8_0")
     return qp.plan(AIR, MACHINE, work, min_decode_tps=10).recipe
+
+
+def test_an_export_for_ik_llama_cpp_says_where_it_does_not_fit(tmp_path: Path) -> None:
+    """ik_llama.cpp's caches are as long as the context; the command is printed with a warning."""
+    path = tmp_path / "recipe.json"
+    model = qp.read_inventory("gemma-3-27b-it")
+    qp.plan(model, MACHINE, qp.Workload(context=16384), baselines=False).recipe.save(path)
+    done = CliRunner().invoke(app, ["export", str(path), "ik-server"])
+    assert done.exit_code == 0
+    assert done.stdout.startswith("llama-server -m")
+    assert "warning: ik_llama.cpp needs more memory than was planned" in done.stderr
 
 
 def types(recipe: Recipe) -> dict[str, str]:

@@ -125,6 +125,16 @@ def test_lines_end_as_on_any_system(tmp_path: Path, end: str) -> None:
     assert found.n_unmeasured == 1
 
 
+def test_perplexities_are_no_klds(tmp_path: Path) -> None:
+    """A table of perplexities, which look alike, is refused; a mark of what failed is no value."""
+    path = tmp_path / "table.csv"
+    path.write_text("\ufeffQTYPE,blk.0.ffn_up.weight,output.weight\nQ4_K,5.71,404.0\n", "utf-8")
+    with pytest.raises(SourceError, match="perplexities, not KLDs"):
+        read_sensitivity_table(path)
+    path.write_text("\ufeffQTYPE,blk.0.ffn_up.weight,output.weight\nQ4_K,0.01,404.0\n", "utf-8")
+    assert read_sensitivity_table(path).n_unmeasured == 1
+
+
 def test_a_damaged_archive_is_a_source_error(tmp_path: Path) -> None:
     """What cannot be unpacked is named."""
     path = tmp_path / "table.csv.gz"

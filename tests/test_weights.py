@@ -10,10 +10,11 @@ import pytest
 from quantplan.costs import load_data
 from quantplan.errors import InputError, QuantizeError, SourceError
 from quantplan.qtypes import QTYPES
+from quantplan.quantize import quantize
 from quantplan.quantize.ggml import ggml
 from quantplan.quantize.imatrix import read_imatrix
 from quantplan.quantize.weights import WeightErrors, measure_weights
-from tests.support.quantizer import tiny
+from tests.support.quantizer import recipe_for, tiny
 
 NAME = "blk.0.ffn_up.weight"
 
@@ -113,6 +114,14 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     weights[2, 7] = np.nan
     with pytest.raises(QuantizeError, match="not finite"):
         measure_weights(model(tmp_path / "m.gguf", weights), ["Q4_K"])
+
+
+def test_a_quantized_model_has_no_errors_to_measure(tmp_path: Path) -> None:
+    """Of a model that is quantized already nothing is written, and the message says why."""
+    source = model(tmp_path / "m.gguf", gaussian(64, 256))
+    quantize(recipe_for(source, {NAME: "Q8_0"}), source, tmp_path / "q.gguf")
+    with pytest.raises(SourceError, match="it is quantized already"):
+        measure_weights(tmp_path / "q.gguf", ["Q4_K"])
 
 
 def test_errors_survive_saving(tmp_path: Path) -> None:

@@ -13,14 +13,12 @@ from quantplan.errors import InputError
 from quantplan.llama_cpp import KVType
 
 if TYPE_CHECKING:
-    from quantplan.costs.evidence import Evidence
     from quantplan.hardware import Machine
     from quantplan.inventory import Inventory
     from quantplan.policy import Policy
     from quantplan.recipe import Recipe
     from quantplan.schema import Frozen
 
-_ROBUST_QUANTILE = 0.9
 _WIDEST, _NARROWEST = 80, 40
 
 
@@ -213,32 +211,6 @@ def parse_policy(name: str, pins: list[str], allowed: list[str]) -> "Policy":
     if faults:
         raise InputError(faults)
     return found
-
-
-def read_evidence(
-    measured: Path | None, weights: Path | None, robust: bool = False
-) -> "Evidence | None":
-    """Measurements of a model, from the files that were given, and how to count with them."""
-    import hashlib  # noqa: PLC0415
-    from dataclasses import replace  # noqa: PLC0415
-    from statistics import NormalDist  # noqa: PLC0415
-
-    from quantplan.costs.evidence import Evidence  # noqa: PLC0415
-    from quantplan.formats.sensitivity_tables import read_sensitivity_table  # noqa: PLC0415
-    from quantplan.quantize.weights import WeightErrors  # noqa: PLC0415
-
-    if measured is None and weights is None and not robust:
-        return None
-    found = Evidence() if measured is None else read_sensitivity_table(measured).evidence
-    if weights is not None:
-        found = replace(found, weight_errors=WeightErrors.load(weights).ratios())
-    files = tuple(
-        f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-        for path in (measured, weights)
-        if path is not None
-    )
-    upper_sds = NormalDist().inv_cdf(_ROBUST_QUANTILE) if robust else 0.0
-    return replace(found, files=files, upper_sds=upper_sds)
 
 
 def tell(value: "Frozen", text: str, as_json: bool) -> None:

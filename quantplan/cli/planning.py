@@ -26,7 +26,6 @@ from quantplan.cli.options import (
     json_option,
     parse_machine,
     parse_policy,
-    read_evidence,
     read_model,
     read_recipe,
     tell,
@@ -103,7 +102,7 @@ def plan(
     inventory = read_model(model)
     described = parse_machine(machine, margin, inventory)
     rules = parse_policy(policy, pin or [], allow or [])
-    evidence = read_evidence(measured, weights, robust)
+    evidence = qp.read_evidence(measured, weights, robust=robust)
     task = qp.Workload(
         context=context,
         kv_type=kv_type or "f16",
@@ -189,7 +188,7 @@ def frontier(
     inventory = read_model(model)
     described = parse_machine(machine, margin, inventory)
     rules = parse_policy(policy, pin or [], allow or [])
-    evidence = read_evidence(measured, weights)
+    evidence = qp.read_evidence(measured, weights)
     with working("tracing the frontier") as shown:
         found = qp.frontier(
             inventory,
@@ -230,7 +229,7 @@ def prices(
     inventory = read_model(model)
     described = parse_machine(machine, margin, inventory)
     rules = parse_policy(policy, pin or [], allow or [])
-    evidence = read_evidence(measured, weights)
+    evidence = qp.read_evidence(measured, weights)
     with working("planning with a little more of each") as shown:
         made = qp.plan(
             inventory,
@@ -312,6 +311,7 @@ def explain(
 ) -> None:
     """Say which evidence gives the predicted loss of a tensor at a type."""
     from quantplan.costs.quality import LossTable, type_errors  # noqa: PLC0415
+    from quantplan.evidence_files import read_evidence  # noqa: PLC0415
     from quantplan.report import explanation_text  # noqa: PLC0415
 
     inventory = read_model(model)

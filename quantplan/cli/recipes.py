@@ -1,7 +1,7 @@
 """Commands that compare recipes and speak other programs' formats."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,11 @@ from quantplan.cli.options import (
     tell,
     unchecked,
 )
+from quantplan.errors import InputError
+from quantplan.units import gib
+
+if TYPE_CHECKING:
+    from quantplan.recipe import Recipe
 
 
 def diff(
@@ -52,11 +57,47 @@ def export(
     import quantplan as qp  # noqa: PLC0415
     from quantplan.files import write_whole  # noqa: PLC0415
 
-    text = qp.export_recipe(read_recipe(recipe), unchecked(target), model_path=gguf_name)
+    made = read_recipe(recipe)
+    text = qp.export_recipe(made, unchecked(target), model_path=gguf_name)
     if output is None:
         typer.echo(text, nl=False)
     else:
         write_whole(output, text)
+    if target == "ik-server":
+        _say_whether_ik_fits(made, text)
+
+
+def _say_whether_ik_fits(made: "Recipe", command: str) -> None:
+    """Warns where ik_llama.cpp, whose caches and buffers differ, takes more than was planned."""
+    import quantplan as qp  # noqa: PLC0415
+
+    asked = made.provenance
+    if asked.machine is None:
+        return
+    try:
+        inventory = read_model(asked.source.removeprefix("catalog:"))
+    except InputError:
+        inventory = None
+    if inventory is None or inventory.header_sha256 != asked.header_sha256:
+        typer.echo(
+            f"note: {asked.source} is not there to predict ik_llama.cpp's memory from", err=True
+        )
+        return
+    types = {t.tensor: t.qtype for t in made.tensors}
+    found = qp.predict(
+        inventory.with_qtypes(types), command, asked.machine, engine="ik_llama.cpp"
+    )  # fmt: skip
+    short = [
+        f"{device.name} by {gib(device.margin_bytes - device.free_bytes)}"
+        for device in found.devices
+        if device.free_bytes < device.margin_bytes
+    ]
+    if short:
+        typer.echo(
+            f"warning: ik_llama.cpp needs more memory than was planned for llama.cpp, "
+            f"{' and '.join(short)} (margins kept): plan with less context or a larger --margin",
+            err=True,
+        )
 
 
 def import_(

@@ -10,7 +10,6 @@ from quantplan.cli.options import (
     WeightsOption,
     check_targets,
     parse_policy,
-    read_evidence,
     read_model,
     say,
 )
@@ -49,6 +48,7 @@ def report(
     It has the command, the memory, the frontier with a slider, all tensors, the plain answers and
     what the numbers rest on.
     """
+    from quantplan.evidence_files import read_evidence  # noqa: PLC0415
     from quantplan.files import write_whole  # noqa: PLC0415
     from quantplan.page.content import page_content  # noqa: PLC0415
     from quantplan.page.document import report_html  # noqa: PLC0415

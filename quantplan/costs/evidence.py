@@ -5,14 +5,15 @@ noise floor), through the inverse of the link from summed loss to KLD.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantplan.errors import InputError
+from quantplan.inventory import Inventory
 
 # Scatter of types beyond so many standard deviations counts linearly: some runs are broken.
 _HUBER_SDS = 2.0
@@ -63,6 +64,7 @@ class Evidence:
         singles: KLDs with a few tensors at a low type.
         weight_errors: Error of a type on the real weights over that on Gaussian rows, by tensor
             name and type.
+        shapes: Shapes of the tensors that were measured, by name, where they are known.
         files: Where the measurements were read from, for provenance.
         upper_sds: Losses count as so many of their standard deviations above what is expected. A
             plan against the upper end prefers what is known well. Deviations of what was measured
@@ -76,6 +78,7 @@ class Evidence:
     baseline: str | None = None
     singles: tuple[Measurement, ...] = ()
     weight_errors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     upper_sds: float = 0.0
 
@@ -84,6 +87,37 @@ class Evidence:
         """Whether anything was measured in enough chunks to hold half of them out."""
         own = [*self.curve_by_chunk.values(), *(one.by_chunk for one in self.singles)]
         return any(map(can_be_halved, own))
+
+    def of(self, inventory: Inventory) -> "Evidence":
+        """What is about tensors of a model.
+
+        Raises:
+            InputError: Shapes differ, or the model lacks most of the tensors: the evidence is of
+                another model.
+        """
+        known = inventory.by_name
+        odd = [n for n, shape in self.shapes.items() if n in known and known[n].shape_ne != shape]
+        names = {name for name, _ in self.weight_errors}
+        names |= {name for one in self.singles for name in one.tensors}
+        foreign = sorted(name for name in names if name not in known)
+        files = f" in {', '.join(self.files)}" if self.files else ""
+        if odd:
+            raise InputError(
+                f"what was measured{files} is of another model than {inventory.name}: {odd[0]} has "
+                f"the shape {self.shapes[odd[0]]} there and {known[odd[0]].shape_ne} here, and "
+                f"{len(odd) - 1} more tensors differ. Measure this model, or leave it out"
+            )
+        if len(foreign) > len(names) / 2:
+            raise InputError(
+                f"what was measured{files} is of another model than {inventory.name}, which has "
+                f"no {foreign[0]}, nor {len(foreign) - 1} more of the {len(names)} tensors. "
+                "Measure this model, or leave it out"
+            )
+        return replace(
+            self,
+            singles=tuple(one for one in self.singles if not known.keys().isdisjoint(one.tensors)),
+            weight_errors={key: r for key, r in self.weight_errors.items() if key[0] in known},
+        )
 
     def describe(self) -> str:
         """What there is, in a few words."""
@@ -270,7 +304,10 @@ class Single:
 
 
 def fit_singles(
-    singles: Iterable[Measurement], errors: Mapping[str, float], link: Link, single_sd: float
+    singles: Iterable[Measurement],
+    error: Callable[[Measurement], float],
+    link: Link,
+    single_sd: float,
 ) -> list[Single]:
     """Sensitivities from measurements of single tensors, the noise floor of each type removed.
 
@@ -278,17 +315,17 @@ def fit_singles(
     above it bounds what can be told from noise.
 
     Args:
-        singles: Measurements; types that are not in `errors` are left out.
-        errors: Relative squared error by type.
+        singles: Measurements.
+        error: Relative squared error of the type on the tensors of a measurement.
         link: From summed loss to KLD.
         single_sd: Standard deviation of ln loss of one measurement far above the floor.
     """
     found = []
     by_type: dict[str, list[Measurement]] = {}
     for one in singles:
-        if one.qtype in errors and one.kld_nats > 0:
+        if one.kld_nats > 0:
             by_type.setdefault(one.qtype, []).append(one)
-    for name, ones in by_type.items():
+    for ones in by_type.values():
         kld = np.array([one.kld_nats for one in ones])
         has_floor = len(ones) >= FEWEST_FOR_A_FLOOR
         floor = float(np.percentile(kld, _FLOOR_PERCENTILE)) if has_floor else 0.0
@@ -296,5 +333,5 @@ def fit_singles(
         for one in ones:
             above = max(one.kld_nats - floor, noise, 1e-9)
             sd = math.hypot(single_sd, math.hypot(noise, one.standard_error_nats) / above)
-            found.append(Single(one.tensors, math.log(link.loss(above) / errors[name]), sd))
+            found.append(Single(one.tensors, math.log(link.loss(above) / error(one)), sd))
     return found

@@ -12,8 +12,10 @@ predict families that were left out.
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -63,7 +65,7 @@ class Explanation(Frozen):
         sensitivity_nats: Loss per unit of relative squared error.
         error: Relative squared error of the type on this tensor.
         share: Share of the model's sensitivity.
-        terms: What each feature adds to the logarithm of the prior sensitivity.
+        terms: What each feature adds to the logarithm of the prior sensitivity; they sum to it.
         estimates: What each source of evidence says alone; they are combined with weights of one
             over the variance of the logarithm.
     """
@@ -77,6 +79,14 @@ class Explanation(Frozen):
     share: float
     terms: dict[str, float]
     estimates: tuple[Estimate, ...]
+
+
+def _usual_ratios(ratios: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    """Geometric mean of what types do to the weights of each tensor, over Gaussian rows."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for (name, _), ratio in ratios.items():
+        found[name].append(math.log(ratio))
+    return {name: math.exp(fmean(values)) for name, values in found.items()}
 
 
 @cache
@@ -142,7 +152,7 @@ class LossTable:
         self._tested = set(data["type_error"])
         self._prior = Prior(data)
         self._alike: tuple[str, ...] = tuple(self._prior.same_shape(inventory).get("models", ()))
-        self._share_sds = self._sd.get("same_shape", self._sd) if self._alike else self._sd
+        self._borrowed = self._prior.borrowed(inventory)
         self._family_is_known = self._prior.scale.is_known(inventory)
         self._curve_prior = self._prior.scale.curve(inventory)
         self._scale_sd = self._curve_prior.ln_scale_sd
@@ -151,7 +161,7 @@ class LossTable:
         self._has_curve = False
         self._resampled: tuple[LossTable, ...] = ()
         plain = copy.copy(self)
-        self._use(evidence or Evidence())
+        self._use((evidence or Evidence()).of(inventory))
         if self._evidence.upper_sds and self._evidence.holds_out:
             self._resampled = tuple(
                 plain._with(one) for one in resamples(self._evidence, "fit", _RESAMPLES)
@@ -166,12 +176,15 @@ class LossTable:
     def _use(self, evidence: Evidence) -> None:
         """Combines the prior with what was measured."""
         self._evidence = evidence
+        self._ratios = _usual_ratios(evidence.weight_errors)
         if evidence.curve:
             self._use_curve()
         self._s = dict(self._prior_s)
         self._ln_sd = {n: math.hypot(self._scale_sd, self._share_sd(n)) for n in self._s}
-        # Number of tensors measured together, sensitivity by the measurement alone, ln sd.
-        self._singles: dict[str, tuple[int, float, float]] = {}
+        # Without what all tensors have in common.
+        self._own_sd = {name: self._share_sd(name) for name in self._s}
+        # Number of tensors measured together, sensitivity by each measurement alone, ln sd.
+        self._singles: dict[str, list[tuple[int, float, float]]] = {}
         self._by_chunk = {
             n for one in evidence.singles if can_be_halved(one.by_chunk) for n in one.tensors
         }
@@ -179,10 +192,20 @@ class LossTable:
 
     def _share_sd(self, name: str) -> float:
         """Standard deviation of ln of a tensor's share of the model's sensitivity, by the prior."""
-        by_class = self._share_sds.get("share_by_class", {})
+        sds = self._sd_of_shares(name)
         role_class = self._inventory.by_name[name].role_class
-        found: float = by_class.get(role_class, self._share_sds["share"])
+        found: float = sds.get("share_by_class", {}).get(role_class, sds["share"])
         return found
+
+    def _sd_of_shares(self, name: str) -> Mapping[str, Any]:
+        """Less is unsure of tensors that were measured in models of the same shape."""
+        is_alike = name in self._borrowed and "same_shape" in self._sd
+        found: Mapping[str, Any] = self._sd["same_shape"] if is_alike else self._sd
+        return found
+
+    def _within_sd(self, name: str) -> float:
+        """What is left of that where the sum over like tensors of neighbouring layers is known."""
+        return self._share_sd(name) * float(self._sd_of_shares(name)["within_group"])
 
     def _type_sd(self, qtype_name: str) -> float:
         """Standard deviation of ln error of a type; more where no whole model was run at it."""
@@ -193,8 +216,11 @@ class LossTable:
     def _use_curve(self) -> None:
         """Replaces scale and errors of types by what the model's own curve says."""
         prior = self._curve_prior
+        # On the real weights of this model types err as they do in the runs of its curve.
+        whole = list(self._prior_s)
+        errors = {name: e * self._ratio(whole, name) for name, e in self._errors.items()}
         fit = fit_curve(
-            self._evidence.curve, self._evidence.baseline, self._errors, self._link,
+            self._evidence.curve, self._evidence.baseline, errors, self._link,
             type_sd=self._sd["type"], prior=prior, height_sd=self._evidence.curve_ln_sd,
         )  # fmt: skip
         self._has_curve = True
@@ -208,34 +234,61 @@ class LossTable:
         }
         self._errors = {**self._errors, **own_errors}
 
+    def _ratio(self, names: Collection[str], qtype_name: str) -> float:
+        """Error of a type on the weights of some tensors over that of the type, by loss."""
+        if not self._ratios:
+            return 1.0
+        total = sum(self._prior_s[name] for name in names)
+        return sum(self._prior_s[n] * self._ratio_of(n, qtype_name) for n in names) / total
+
+    def _ratio_of(self, name: str, qtype_name: str) -> float:
+        """The same of one tensor; types that were not measured err as the others do there."""
+        found = self._evidence.weight_errors.get((name, qtype_name))
+        return self._ratios.get(name, 1.0) if found is None else found
+
     def _use_singles(self) -> None:
         """Combines prior and measured sensitivities, weighted by one over their variances.
 
         Many measurements together are scaled to the sum that the prior gives their tensors: the
         noise floor and the lack of additivity falsify their sum more than their proportions.
         """
-        found = [
-            (single, [name for name in single.tensors if name in self._s])
-            for single in fit_singles(
-                self._evidence.singles, self._errors, self._link, self._sd["single"]
-            )
+        usable = [
+            replace(single, tensors=names)
+            for single in self._evidence.singles
+            if (names := tuple(name for name in single.tensors if name in self._s))
+            and single.qtype in self._errors
         ]
-        found = [(single, names) for single, names in found if names]
-        offset = 0.0
+        found = fit_singles(
+            usable,
+            lambda one: self._errors[one.qtype] * self._ratio(one.tensors, one.qtype),
+            self._link,
+            self._sd["single"],
+        )
+        offset = scale_sd = 0.0
         if len(found) >= FEWEST_FOR_A_FLOOR:
-            by_prior = sum(self._s[name] for _, names in found for name in names)
-            offset = math.log(by_prior / sum(math.exp(s.ln_sensitivity) for s, _ in found))
-        for single, names in found:
-            measured = single.ln_sensitivity + offset
-            own, prior = single.ln_sd**-2, self._ln_sd[names[0]] ** -2
-            together = math.log(sum(self._s[name] for name in names))
+            by_prior = sum(self._s[name] for single in found for name in single.tensors)
+            offset = math.log(by_prior / sum(math.exp(s.ln_sensitivity) for s in found))
+            scale_sd = self._scale_sd
+        for single in found:
+            measured, names = single.ln_sensitivity + offset, single.tensors
+            total, prior_total = (
+                sum(of[name] for name in names) for of in (self._s, self._prior_s)
+            )
+            shares = {name: self._s[name] / total for name in names}
+            own = single.ln_sd**-2
+            prior = 1 / sum(shares[name] * self._ln_sd[name] ** 2 for name in names)
             for name in names:
-                alone = self._prior_s[name] * math.exp(
-                    measured - math.log(sum(self._prior_s[n] for n in names))
+                alone = self._prior_s[name] / prior_total * math.exp(measured)
+                # Of what is measured together, the sum is known, and not who has how much of it.
+                inside = self._within_sd(name) * math.sqrt(
+                    sum((share - (name == n)) ** 2 for n, share in shares.items())
                 )
-                self._singles[name] = (len(names), alone, single.ln_sd)
-                self._s[name] *= math.exp(own / (own + prior) * (measured - together))
-                self._ln_sd[name] = (own + prior) ** -0.5
+                self._singles.setdefault(name, []).append(
+                    (len(names), alone, math.hypot(single.ln_sd, inside))
+                )
+                self._s[name] *= math.exp(own / (own + prior) * (measured - math.log(total)))
+                self._own_sd[name] = math.hypot((own + prior) ** -0.5, inside)
+                self._ln_sd[name] = math.hypot(self._own_sd[name], scale_sd)
 
     def error(self, tensor: Tensor, qtype_name: str) -> float:
         """Relative squared error of a type on a tensor; of its real weights where measured.
@@ -243,8 +296,7 @@ class LossTable:
         Raises:
             KeyError: The type was never measured.
         """
-        ratio = self._evidence.weight_errors.get((tensor.name, qtype_name), 1.0)
-        return ratio * self._errors[qtype_name]
+        return self._ratio_of(tensor.name, qtype_name) * self._errors[qtype_name]
 
     def loss_nats(self, tensor: Tensor, qtype_name: str) -> float:
         """Predicted loss in nats per token when the tensor has the type.
@@ -283,14 +335,8 @@ class LossTable:
         return math.hypot(self._ln_sd[tensor.name], self._type_sd(qtype_name))
 
     def own_ln_sd(self, tensor: Tensor) -> float:
-        """Standard deviation of ln sensitivity without what is common to all tensors.
-
-        What a measurement leaves unsure is its own.
-        """
-        if tensor.name in self._singles:
-            return self._ln_sd[tensor.name]
-        variance: float = self._ln_sd.get(tensor.name, 0.0) ** 2 - self._scale_sd**2
-        return math.sqrt(max(0.0, variance))
+        """Standard deviation of ln sensitivity without what is common to all tensors."""
+        return self._own_sd.get(tensor.name, 0.0)
 
     @property
     def scale_ln_sd(self) -> float:
@@ -348,7 +394,7 @@ class LossTable:
         error = self.error(tensor, qtype_name)
         prior = self._prior_s.get(tensor.name, 0.0)
         known = "measured" if self._family_is_known else "never measured"
-        if self._alike:
+        if tensor.name in self._borrowed:
             known += f", tensors as in {' and '.join(self._alike)}"
         scale = ", scaled to the model's own curve" if self._has_curve else ""
         estimates = [
@@ -358,10 +404,13 @@ class LossTable:
                 ln_sd=math.hypot(self._scale_sd, self._share_sd(tensor.name)),
             )
         ]
-        if tensor.name in self._singles:
-            together, sensitivity, ln_sd = self._singles[tensor.name]
+        for together, sensitivity, ln_sd in self._singles.get(tensor.name, ()):
             what = f"measured with {together - 1} others" if together > 1 else "measured alone"
             estimates.append(Estimate(source=what, loss_nats=sensitivity * error, ln_sd=ln_sd))
+        terms = self._prior.terms(tensor, self._inventory)
+        if prior:
+            rest = math.log(prior) - sum(terms.values())
+            terms["the model's scale, over the sum of these products of all tensors"] = rest
         return Explanation(
             tensor=tensor.name,
             qtype=qtype_name,
@@ -370,6 +419,6 @@ class LossTable:
             sensitivity_nats=self._s.get(tensor.name, 0.0),
             error=error,
             share=self._s.get(tensor.name, 0.0) / sum(self._s.values()),
-            terms=self._prior.terms(tensor, self._inventory),
+            terms=terms,
             estimates=tuple(estimates),
         )

@@ -131,6 +131,12 @@ class Prior:
             found |= {t.name: v for t, v in zip(tensors.get(role, ()), values, strict=False)}
         return found
 
+    def borrowed(self, inventory: Inventory) -> frozenset[str]:
+        """Tensors of the parts that were measured in models of the same shape."""
+        of_shape = self._from_shape(inventory)
+        measured = {part(inventory.by_name[name], inventory) for name, v in of_shape.items() if v}
+        return frozenset(n for n in of_shape if part(inventory.by_name[n], inventory) in measured)
+
     def sensitivities(self, inventory: Inventory) -> dict[str, float]:
         """Loss of each quantizable, loaded tensor per unit of error, in nats; they sum to S."""
         of_shape = self._from_shape(inventory)

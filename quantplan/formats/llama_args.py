@@ -281,7 +281,8 @@ def _workload(
     return Workload(
         context=found.ctx_size or trained or _DEFAULT_CONTEXT,
         slots=_AUTO_SLOTS if auto else found.parallel,
-        kv_unified=ik is not None or (auto if found.kv_unified is None else found.kv_unified),
+        # Where llama-server chooses the slots, they share their cells whatever is said.
+        kv_unified=ik is not None or auto or bool(found.kv_unified),
         batch=found.batch_size,
         ubatch=min(found.ubatch_size, found.batch_size),
         kv_type_k=found.cache_type_k,

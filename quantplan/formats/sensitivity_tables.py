@@ -109,7 +109,7 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
     path = Path(path)
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
         # Lines may end as on any system, and without their last columns.
         reader = csv.DictReader(io.StringIO(text, newline=None), restval="")
         columns = list(reader.fieldnames or ())
@@ -125,12 +125,16 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
     faults = [
         f"{path}: {row.name} at {row.qtype}: {row.value!r} is not a KLD"
         for row in rows
-        if row.value not in _UNMEASURED
+        if not _is_unmeasured(row.value)
         and not all(map(_is_kld, (row.value, row.error or "0", *_chunk_words(row))))
     ]
     if faults:
         raise SourceError(faults)
-    found = [row for row in rows if row.value not in _UNMEASURED]
+    found = [row for row in rows if not _is_unmeasured(row.value)]
+    if found and all(float(row.value) > 1 for row in found):
+        raise SourceError(
+            f"{path} has no value below 1: these are perplexities, not KLDs in nats per token"
+        )
     return SensitivityTable(
         singles=tuple(_singles(row for row in found if not row.is_whole)),
         curve=_curve([row for row in found if row.is_whole]),
@@ -162,6 +166,10 @@ def append_measurement(path: Path, measurement: Measurement, group: str) -> None
         if not file.tell():
             rows.insert(0, ",".join(PLAIN_COLUMNS) + "\n")
         file.write("".join(rows))
+
+
+def _is_unmeasured(value: str) -> bool:
+    return value in _UNMEASURED or value.removesuffix(".0") in _UNMEASURED
 
 
 def _is_kld(value: str) -> bool:

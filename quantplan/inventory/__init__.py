@@ -147,6 +147,15 @@ class Inventory(Frozen):
         return embedding.shape_ne[1] if embedding else 0
 
     @property
+    def is_for_ik_only(self) -> bool:
+        """Whether llama.cpp refuses the model: what it does not know, or tensors too many.
+
+        So says b10434 of them (``unknown model architecture``, ``wrong number of tensors``).
+        """
+        has_both = {"attn_kv_b", "attn_k_b"} <= {t.role for t in self.tensors}
+        return has_both or self.metadata.get("general.architecture") == "bitnet-25"
+
+    @property
     def has_tied_output(self) -> bool:
         """Whether the output matrix is the embedding matrix."""
         return "output.weight" not in self.by_name

@@ -161,10 +161,14 @@ class LinearProgram:
         """Runs HiGHS with some variables settled, and says how that ended."""
         for variable, value in fixed.items():
             highs.changeColBounds(variable.index, value, value)
+        ended = highspy.HighsModelStatus
         _BEFORE_RUNS.get()()
         highs.run()
+        if highs.getModelStatus() == ended.kUnknown:
+            # It may lose its way from the basis of the run before; from none it does not.
+            highs.clearSolver()
+            highs.run()
         status, info = highs.getModelStatus(), highs.getInfo()
-        ended = highspy.HighsModelStatus
         if status in (ended.kInfeasible, ended.kUnboundedOrInfeasible):
             return Answer("infeasible", math.inf, math.inf)
         bound = float(info.mip_dual_bound) if is_mixed else -math.inf

@@ -246,6 +246,7 @@ def build_problem(
     Returns:
         A problem with every layer on the output's device, for the caller to split.
     """
+    evidence = evidence and evidence.of(inventory)
     losses = LossTable(inventory, evidence)
     groups = form_groups(inventory, machine, workload, policy, goal=goal, losses=losses)
     problem = Problem(inventory, machine, workload, policy, groups, (), goal, evidence)

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from quantplan.costs import load_data
 from quantplan.errors import InputError, QuantizeError, SourceError
@@ -32,6 +33,8 @@ class WeightErrors(Frozen):
         has_imatrix: Whether errors are weighted by an importance matrix.
         errors: ``|W' - W|^2 / |W|^2`` by tensor name and type, columns of matrices in the layers
             weighted by importance.
+        shapes: Shapes of these tensors in GGUF order, row length first; empty in files of versions
+            that did not keep them.
     """
 
     schema_version: Literal[1] = 1
@@ -40,6 +43,7 @@ class WeightErrors(Frozen):
     rows_per_tensor: int
     has_imatrix: bool
     errors: dict[str, dict[str, float]]
+    shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -87,7 +91,7 @@ def measure_weights(
     Raises:
         InputError: A type is unknown, needs an importance matrix that is not given, the number of
             rows is below 1, or the importance matrix is another model's.
-        SourceError: The source cannot be read, or is big-endian.
+        SourceError: The source cannot be read, is big-endian, or is quantized already.
         QuantizeError: The library cannot be used, or a sampled weight is not finite.
     """
     wanted = [name.upper() for name in types]
@@ -102,6 +106,7 @@ def measure_weights(
     if faults:
         raise InputError(faults)
     errors: dict[str, dict[str, float]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     files = read_headers(Path(source))
     refuse_big_endian(files)
     misfits = [
@@ -122,15 +127,21 @@ def measure_weights(
                 weights = (imatrix or {}).get(entry.name)
                 is_weighted = split_layer(entry.name)[0] is not None
                 errors[entry.name] = _errors(rows, which, wanted, weights, is_weighted)
+                shapes[entry.name] = entry.shape_ne
             n_done += 1
             if progress is not None:
                 progress(n_done, n_tensors)
+    if not errors:
+        raise SourceError(
+            f"{source} has no matrices of F32, F16 or BF16 to measure: it is quantized already"
+        )
     return WeightErrors(
         source=str(source),
         library=f"ggml {ggml().version}",
         rows_per_tensor=rows_per_tensor,
         has_imatrix=imatrix is not None,
         errors=errors,
+        shapes=shapes,
     )
 
 
