@@ -79,11 +79,8 @@ def verify(
     """
     if (base is None) != (text is None):
         raise InputError("KLD needs both: the unquantized model (base) and a text")
-    machine = machine or recipe.provenance.machine
     inventory = read_inventory(os.fspath(gguf))
-    _check(recipe, inventory, machine)
-    if machine is None:  # refused above
-        raise RecipeError("the recipe states no machine")
+    machine = _checked_machine(recipe, inventory, machine or recipe.provenance.machine)
     runtime = llama_cpp or find_llama_cpp()
     flags = (*missing_rpc_flags(recipe.flags, machine), *extra_flags, *recipe.flags)
     path = Path(inventory.source)
@@ -136,8 +133,8 @@ def verify(
     )
 
 
-def _check(recipe: Recipe, inventory: Inventory, machine: Machine | None) -> None:
-    """Refuses what promises nothing.
+def _checked_machine(recipe: Recipe, inventory: Inventory, machine: Machine | None) -> Machine:
+    """The machine of a promise; what promises nothing is refused.
 
     Raises:
         RecipeError: Every fault is named.
@@ -148,8 +145,9 @@ def _check(recipe: Recipe, inventory: Inventory, machine: Machine | None) -> Non
     if machine is None:
         faults.append("the recipe states no machine: name it (--machine)")
     faults += differences(recipe, inventory)
-    if faults:
+    if faults or machine is None:
         raise RecipeError(faults)
+    return machine
 
 
 def differences(recipe: Recipe, inventory: Inventory) -> list[str]:

@@ -16,7 +16,7 @@ from quantplan.cli import app
 from quantplan.costs import load_data
 from quantplan.costs.evidence import CurvePrior, Evidence, Link, Measurement, fit_curve
 from quantplan.costs.families import family, shape
-from quantplan.costs.quality import LossTable, kld_nats, link, type_error, type_errors
+from quantplan.costs.quality import LossTable, kld_nats, link, type_errors
 from quantplan.costs.sensitivity import LAYER_STEP, Prior
 from quantplan.errors import InputError
 from quantplan.inventory import Tensor
@@ -35,13 +35,14 @@ FAMILIES = [
 ]
 QUANTIZED = sorted(load_data("type_error.json")["relative_squared_error"].keys() - {"F16", "BF16"})
 DENSE = read("Qwen3.5-4B")
+ERRORS = type_errors()
 VAGUE = CurvePrior(ln_scale=1.2, ln_scale_sd=1.0, ln_floor=-6.0, ln_floor_sd=1.0)
 
 
 @pytest.mark.parametrize("types", FAMILIES)
 def test_more_bits_of_a_family_have_less_error(types: tuple[str, ...]) -> None:
     """Within a family of types, more bits per weight never have a larger error."""
-    assert all(type_error(a) > type_error(b) > 0 for a, b in pairwise(types))
+    assert all(ERRORS[a] > ERRORS[b] > 0 for a, b in pairwise(types))
 
 
 def test_pooled_errors_agree_with_those_on_gaussian_rows() -> None:
@@ -69,7 +70,7 @@ def test_shares_add_up_to_the_scale(name: str) -> None:
     table = LossTable(inventory)
     loss = sum(table.loss_nats(t, "Q4_K") for t in inventory.tensors)
     scale = math.exp(Prior(load_data("quality.json")).scale.ln_scale(inventory))
-    assert loss == pytest.approx(scale * type_error("Q4_K"))
+    assert loss == pytest.approx(scale * ERRORS["Q4_K"])
     kld = table.model_kld_nats({t.name: "Q4_K" for t in inventory.tensors})
     assert kld == pytest.approx(kld_nats(loss))
 
@@ -102,14 +103,14 @@ def test_loss_follows_the_error_of_the_type(
     widths: list[int], experts: int, has_tied_output: bool, better: str, worse: str
 ) -> None:
     """For every matrix the type with the larger error has the larger loss, in proportion."""
-    better, worse = sorted((better, worse), key=type_error)
+    better, worse = sorted((better, worse), key=ERRORS.__getitem__)
     inventory = toy_inventory(widths, experts=experts, has_tied_output=has_tied_output)
     table = LossTable(inventory)
     for tensor in inventory.tensors:
         losses = table.loss_nats(tensor, better), table.loss_nats(tensor, worse)
         if tensor.is_quantizable:
             assert 0 < losses[0] <= losses[1]
-            ratio = type_error(worse) / type_error(better)
+            ratio = ERRORS[worse] / ERRORS[better]
             assert losses[1] / losses[0] == pytest.approx(ratio)
             assert table.ln_sd(tensor, worse) > 0
         else:

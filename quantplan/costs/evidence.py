@@ -18,7 +18,14 @@ from quantplan.inventory import Inventory
 # Scatter of types beyond so many standard deviations counts linearly: some runs are broken.
 _HUBER_SDS = 2.0
 _CURVE_STEPS, _LARGEST_STEP = 60, 0.7
-_FLOOR_PERCENTILE = 5
+# A median absolute deviation times this is a standard deviation, where the rest is Gaussian.
+_ROBUST = 1.4826
+# A KLD of less than so many floors says little about its type, and no type is further from the
+# pooled one than so many standard deviations.
+_CLEAR_FLOORS, _MOST_SDS = 1.5, 3
+_CONVERGED = 1e-4
+# The floor of single measurements, and the least that it scatters by, relatively.
+_FLOOR_PERCENTILE, _LEAST_FLOOR_SCATTER = 5, 0.02
 # Each text must have so many chunks to hold half of them out: two show a standard error.
 _FEWEST_CHUNKS = 4
 # Fewer measurements than this show no floor, and their sum says nothing of the whole model.
@@ -238,12 +245,11 @@ def fit_curve(
     raw = {}
     for name, value in zip(known, kld, strict=True):
         own = link.loss(float(value) - floor) / math.exp(ln_scale) - base
-        # What is mostly floor says little about the type.
-        if value > 1.5 * floor and own > 0:
+        if value > _CLEAR_FLOORS * floor and own > 0:
             raw[name] = math.log(own / errors[name])
-    scatter = 1.4826 * median(abs(d) for d in raw.values()) if raw else 0.0
+    scatter = _ROBUST * median(abs(d) for d in raw.values()) if raw else 0.0
     share = type_sd**2 / (type_sd**2 + max(scatter**2 - type_sd**2, 0.0))
-    limit = 3 * type_sd
+    limit = _MOST_SDS * type_sd
     shrunk = {name: share * min(max(d, -limit), limit) for name, d in raw.items()}
     return CurveFit(ln_scale, ln_scale_sd, floor, shrunk)
 
@@ -282,7 +288,7 @@ def _solve_curve(
         normal = slope.T @ (slope * weight[:, None]) + np.diag(precision)
         step = np.linalg.solve(normal, slope.T @ (weight * miss) + precision * (mean - theta))
         theta += np.clip(step, -_LARGEST_STEP, _LARGEST_STEP)
-        if np.abs(step).max() < 1e-4:
+        if np.abs(step).max() < _CONVERGED:
             break
     sd = math.sqrt(float(np.linalg.inv(normal)[0, 0]))
     return float(theta[0]), sd, math.exp(float(theta[1]))
@@ -329,7 +335,7 @@ def fit_singles(
         kld = np.array([one.kld_nats for one in ones])
         has_floor = len(ones) >= FEWEST_FOR_A_FLOOR
         floor = float(np.percentile(kld, _FLOOR_PERCENTILE)) if has_floor else 0.0
-        noise = max(floor - float(kld.min()), 0.02 * floor)
+        noise = max(floor - float(kld.min()), _LEAST_FLOOR_SCATTER * floor)
         for one in ones:
             above = max(one.kld_nats - floor, noise, 1e-9)
             sd = math.hypot(single_sd, math.hypot(noise, one.standard_error_nats) / above)

@@ -105,15 +105,6 @@ def type_errors(data: Mapping[str, Any] | None = None) -> dict[str, float]:
     return {**load_data("type_error.json")["relative_squared_error"], **pooled}
 
 
-def type_error(qtype_name: str) -> float:
-    """Relative squared error of a type.
-
-    Raises:
-        KeyError: The type was never measured.
-    """
-    return type_errors()[qtype_name]
-
-
 def link(data: Mapping[str, Any] | None = None) -> Link:
     """The function from summed loss to KLD.
 

@@ -74,7 +74,11 @@ class Tensor(Frozen):
 
     @property
     def n_bytes(self) -> int:
-        """Exact bytes at the type it has in the source."""
+        """Exact bytes at the type it has in the source.
+
+        Raises:
+            KeyError: There is no such type.
+        """
         return self.bytes_as(self.qtype)
 
     def bytes_as(self, qtype_name: str) -> int:
@@ -84,6 +88,7 @@ class Tensor(Frozen):
             qtype_name: Upper-case name of the type, such as ``Q4_K``.
 
         Raises:
+            KeyError: There is no such type.
             ValueError: The rows are not a whole number of the type's blocks.
         """
         return qtype(qtype_name).tensor_bytes(self.shape_ne)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantplan.errors import SourceError
-from quantplan.inventory.header import Header, read_header
+from quantplan.inventory.header import Header, TensorEntry, read_header
 
 Importance = dict[str, NDArray[np.float32]]
 """By tensor name, an array of shape (experts or 1, columns)."""
@@ -67,7 +67,7 @@ def importance_fault(
 def _read_gguf(path: Path) -> Importance:
     header = read_header(path)
     content = np.memmap(path, dtype=np.uint8, mode="r")
-    stored = {entry.name: _floats(header, content, entry.name) for entry in header.tensors}
+    stored = {entry.name: _floats(header, content, entry) for entry in header.tensors}
     found = {}
     for name, sums in stored.items():
         if name.endswith(_SUMS):
@@ -81,10 +81,9 @@ def _read_gguf(path: Path) -> Importance:
     return found
 
 
-def _floats(header: Header, content: NDArray[np.uint8], name: str) -> NDArray[np.float32]:
-    entry = next(e for e in header.tensors if e.name == name)
+def _floats(header: Header, content: NDArray[np.uint8], entry: TensorEntry) -> NDArray[np.float32]:
     if entry.qtype.name != "F32":
-        raise SourceError(f"{name} of an importance matrix is {entry.qtype.name}, not F32")
+        raise SourceError(f"{entry.name} of an importance matrix is {entry.qtype.name}, not F32")
     begin = header.data_offset + entry.offset
     values = np.array(content[begin : begin + entry.n_bytes]).view("<f4")
     return values.reshape(-1, entry.shape_ne[0]).astype(np.float32)
