@@ -161,7 +161,13 @@ def place(
             hits[index] += 1
         if matching:
             won[matching[0]].append(tensor.name)
-            tensors[tensor.name] = (rules[matching[0]][1],)
+            # Rules apply to the copy that some architectures make of a tied embedding, too.
+            is_copied = (
+                tensor.role == "token_embd"
+                and inventory.has_tied_output
+                and inventory.architecture.always_copies_tied_output
+            )
+            tensors[tensor.name] = (rules[matching[0]][1],) * (2 if is_copied else 1)
         else:
             tensors[tensor.name] = _homes(inventory, tensor, layers, output, repacks=repacks)
     caches = layers if launch.cache_on_gpu else (machine.ram.name,) * len(layers)

@@ -37,6 +37,15 @@ def test_slots_that_llama_server_chooses_share_their_cells(flag: str) -> None:
         assert round(predicted.devices[-1].kv_bytes / 2**20, 2) == sum(server.buffers.kv.values())
 
 
+def test_a_rule_places_both_copies_of_a_tied_embedding() -> None:
+    """Where an architecture always copies its tied embedding, a rule moves the copy along."""
+    for name, n_copies in (("gemma-4-31B-it", 2), ("gemma-3-27b-it", 1)):
+        model = qp.read_inventory(name)
+        flags = ["-ngl", "99", "-ot", "token_embd=CPU", "-c", "1024"]
+        ram = qp.predict(model, flags, qp.Machine.parse(GPU)).devices[-1]
+        assert ram.weights_bytes == n_copies * model.by_name["token_embd.weight"].n_bytes
+
+
 @pytest.mark.parametrize("model", ["GLM-4.5-Air", "gemma-4-31B-it", "Qwen3.5-4B", "GLM-4.7-Flash"])
 @pytest.mark.parametrize(
     "machine",
