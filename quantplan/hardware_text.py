@@ -150,12 +150,9 @@ def _known(what: str, text: str, names: tuple[str, ...], numbers: str) -> str:
 
 def _amount(text: str) -> int:
     try:
-        amount = parse_bytes(text)
+        return parse_bytes(text)
     except ValueError as error:
         raise MachineError(str(error)) from error
-    if text[-1].isdecimal():
-        raise MachineError(f"the capacity {text!r} has no unit: write {text}GiB")
-    return amount
 
 
 def _rate(text: str) -> float:

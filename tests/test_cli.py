@@ -168,6 +168,10 @@ def test_prediction_knows_ik_llama_cpp_and_a_margin() -> None:
     [
         (["predict", "GLM-4.5-Air", "--machine", "24GiB + 64GiB@80GB/s", "--margin", "much"],
          "--margin: 'much' is not an amount"),
+        (["predict", "GLM-4.5-Air", "--machine", "24GiB + 64GiB@80GB/s", "--margin", "2"],
+         "--margin: '2' has no unit: write 2GiB"),
+        (["quantize", "a.json", "a.gguf", "b.gguf", "--split-max-size", "40"],
+         "--split-max-size: '40' has no unit: write 40GiB"),
         (["predict", "GLM-4.5-Air", "--machine", "24GiB + 64GiB@80GB/s", "--recipe", "a.json",
           "--", "-ngl", "9"], "not both"),
         (["plan", "GLM-4.5-Ai", "--machine", "24GiB + 64GiB@80GB/s"], "GLM-4.5-Air"),
