@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError
 from quantplan.errors import MachineError
 from quantplan.hardware_table import GpuSpec, load_hardware
 from quantplan.network import Network
-from quantplan.schema import Frozen
+from quantplan.schema import Frozen, shortened
 
 
 class MachineValue(Frozen):
@@ -18,13 +18,24 @@ class MachineValue(Frozen):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise MachineError(fault_text(fault) for fault in error.errors()) from error
+            raise MachineError(_faults(error)) from error
 
 
-def fault_text(fault: Any) -> str:
-    """One validation fault as a sentence."""
-    where = " ".join(map(str, fault["loc"]))
-    return f"machine {where}: {fault['msg']} (got {fault['input']!r})"
+def _faults(error: ValidationError) -> list[str]:
+    """Validation faults as sentences: one for all fields that are missing, one for the unknown."""
+    fields: dict[str, list[str]] = {"missing": [], "extra_forbidden": []}
+    said = []
+    for fault in error.errors(include_url=False):
+        where = " ".join(map(str, fault["loc"]))
+        if fault["type"] in fields:
+            fields[fault["type"]].append(where)
+        else:
+            said.append(f"machine {where}: {fault['msg']} (got {shortened(repr(fault['input']))})")
+    if missing := fields["missing"]:
+        said.append(f"the machine lacks {', '.join(missing)}")
+    if unknown := fields["extra_forbidden"]:
+        said.append(f"a machine has no {shortened(', '.join(unknown))}")
+    return said
 
 
 class Device(MachineValue):

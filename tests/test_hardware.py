@@ -143,6 +143,17 @@ def test_profiles_are_machines(tmp_path: Path) -> None:
         Machine.parse(str(tmp_path / "none.json"))
 
 
+def test_another_kind_of_json_is_refused_in_few_words(tmp_path: Path) -> None:
+    """A file of another kind, however long, is said to be no profile, without what it holds."""
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"gpus": "x" * 10**5, "tensors": [{"name": "y"}] * 10**4}))
+    with pytest.raises(MachineError, match=r"recipe\.json is no profile of a machine") as caught:
+        Machine.parse(str(path))
+    parts = ("machine gpus: Input should be", "lacks ram", "a machine has no tensors")
+    assert all(part in fault for part, fault in zip(parts, caught.value.faults, strict=True))
+    assert len(str(caught.value)) < 1000
+
+
 def test_ram_alone_is_a_machine_without_gpu() -> None:
     """One term is the RAM, and the CPU reads host memory over no link."""
     machine = Machine.parse(RAM)
