@@ -19,6 +19,7 @@ ORDER = [
     "folders",
     "schema",
     "display",
+    "near",
     "qtypes",
     "inventory.roles",
     "inventory.keys",
