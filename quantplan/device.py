@@ -164,6 +164,7 @@ class Device(MachineValue):
         model: str = "RAM",
         cores: int | None = None,
         margin_bytes: int | None = None,
+        shared_bytes: int = 0,
     ) -> Self:
         """The CPU with its RAM.
 
@@ -173,7 +174,9 @@ class Device(MachineValue):
                 about four fifths of what the memory's channels offer on paper.
             model: What it is, for people.
             cores: Physical cores; by default as many as usually go with the bandwidth.
-            margin_bytes: Memory to leave free; by default 5 %, at most 4 GiB.
+            margin_bytes: Memory to leave free; by default 5 % of all, at most 4 GiB: the system
+                needs as much where a GPU shares the memory.
+            shared_bytes: Part of the memory that is a GPU's, and not this device's.
 
         Raises:
             MachineError: A number is out of range; all of them are named.
@@ -186,7 +189,7 @@ class Device(MachineValue):
             name="CPU",
             kind="cpu",
             model=model,
-            capacity_bytes=capacity_bytes,
+            capacity_bytes=capacity_bytes - shared_bytes,
             margin_bytes=_margin(capacity_bytes, "ram") if margin_bytes is None else margin_bytes,
             bandwidth_bytes_per_s=bandwidth_bytes_per_s,
             flops_per_s=flops,

@@ -256,6 +256,16 @@ def test_output_that_cannot_be_written_is_one_message(arguments: list[str]) -> N
     ]
 
 
+def test_what_is_assumed_of_a_machine_is_told() -> None:
+    """Memory that GPU and CPU share is planned for once, and stderr says how it was divided."""
+    command = ["predict", "Qwen3-32B", "--machine", "M4 Pro + 48GiB@273GB/s", "--json", "--"]
+    done = quantplan(*command, "-ngl", "40", "-c", "8192")
+    found = qp.MemoryPrediction.model_validate_json(done.stdout)
+    assert sum(device.capacity_bytes for device in found.devices) == 48 * 2**30
+    assert not found.fits
+    assert "assumed: macOS lets the M4 Pro have 36.00 GiB of the RAM" in done.stderr
+
+
 def test_without_machine_this_one_is_described(tmp_path: Path) -> None:
     """Without --machine the present machine is planned for; stderr says what it is."""
     source = toy_moe(tmp_path / "toy.gguf")

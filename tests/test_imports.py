@@ -36,6 +36,7 @@ ORDER = [
     "inventory.sources",
     "network",
     "hardware_table",
+    "unified",
     "hardware_text",
     "inventory.summary",
     "device",

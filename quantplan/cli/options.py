@@ -172,6 +172,8 @@ def parse_machine(
                 raise
             advice = "A profile is what `quantplan machine --save FILE.json` writes."
             raise InputError((*error.faults, advice)) from error
+        for said in given.assumed if not text.endswith(".json") else ():
+            typer.echo(f"assumed: {said}", err=True)
         return given if inventory is None else for_model(given, inventory.architecture)
     from quantplan.detect import detect  # noqa: PLC0415
 
