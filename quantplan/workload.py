@@ -22,7 +22,7 @@ class Workload(Frozen):
 
     Attributes:
         context: Tokens of context in total (``-c``); all slots share it.
-        slots: Requests served at the same time (``-np``), at most `MAX_SLOTS`.
+        slots: Requests served at the same time (``-np``), at most 256.
         kv_unified: One KV buffer for all slots (``-kvu``) instead of an equal part for each.
         batch: Logical batch in tokens (``-b``).
         ubatch: Physical batch in tokens (``-ub``).

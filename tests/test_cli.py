@@ -203,7 +203,7 @@ MISTAKES = {
     "size below 0": (["plan", "GLM-4.5-Air", "--machine", "-8GiB + 32GiB@60GB/s"],
                      ["'-8GiB'", "leave it out"]),
     "no bandwidth": (["plan", "GLM-4.5-Air", "--machine", "24GiB + 64GiB"],
-                     ["'64GiB'", "64GiB@80GB/s"]),
+                     ["the RAM's bandwidth is missing", "64GiB@80GB/s"]),
     "no unit": (["plan", "GLM-4.5-Air", "--machine", "RTX 4090 + 64@80GB/s"], ["64GiB"]),
     "context in k": ([*AIR[:-1], "32k"], ["--ctx 32k", "32768"]),
     "doubled comma": ([*AIR, "--allow", "exps=Q4_K,,"], ["exps=Q4_K,,", "leave out a comma"]),

@@ -36,8 +36,8 @@ MachineOption = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help="GPUs and RAM: 'RTX 4090 + 64GiB@80GB/s', '2x 24GiB + 128GiB@200GB/s', or the "
-        "profile of a machine (.json); without, this machine.",
+        help="GPUs and RAM: 'RTX 4090 + 64GiB@80GB/s', '2x 24GiB + 128GiB@200GB/s', "
+        "'M3 Max + 64GiB', or the profile of a machine (.json); without, this machine.",
     ),
 ]
 LlamaBuildOption = Annotated[
