@@ -194,6 +194,6 @@ def _capacity(index: int, free: Mapping[str, int], models: list[str]) -> int:
     if f"CUDA{index}" in free:
         return free[f"CUDA{index}"] * MIB
     try:
-        return Machine.parse(f"{models[index].strip()} + 1GiB@1GB/s").gpus[0].capacity_bytes
+        return Machine.parse(f"{models[index].strip()} + 1TiB@1GB/s").gpus[0].capacity_bytes
     except (QuantplanError, IndexError):
         return _PLENTY_BYTES

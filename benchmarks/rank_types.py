@@ -46,7 +46,7 @@ def device_of(hardware: str, backend: str, note: str) -> Device | None:
         cores, rate = rates or (8, 110e9)  # an M2 Max reads about so much with its cores
         return Device.ram(2**40, rate, cores=int(threads[1]) if threads else cores)
     try:
-        return Machine.parse(f"{name} + 1GiB@1GB/s").gpus[0]
+        return Machine.parse(f"{name} + 1TiB@1GB/s").gpus[0]
     except MachineError:
         return None
 

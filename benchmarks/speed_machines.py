@@ -49,7 +49,7 @@ def _gpus(term: str, first: int) -> list[Device] | None:
         _short(name),
     ):
         try:
-            found = Machine.parse(f"{candidate} + 1GiB@1GB/s").gpus
+            found = Machine.parse(f"{candidate} + 1TiB@1GB/s").gpus
         except MachineError:
             continue
         devices = list(found) * (int(count[1]) if count else 1)

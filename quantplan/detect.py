@@ -20,13 +20,12 @@ from quantplan.errors import LlamaCppError, MachineError
 from quantplan.hardware import Machine
 from quantplan.hardware_table import (
     GpuSpec,
-    cpu_presets,
     find_cpu,
     find_gpu,
-    load_hardware,
     nearest_class,
 )
 from quantplan.runtime.find import ListedGpu, find_llama_cpp, list_gpus
+from quantplan.unified import share_ram
 from quantplan.units import gb_per_s, gib
 
 # Larger than any cache in common use; three arrays of it per thread at most fill a quarter of RAM.
@@ -76,25 +75,22 @@ def detect(*, measure: bool = True, margin_bytes: int | None = None) -> Machine:
         if known is None:
             raise MachineError(
                 f"the bandwidth of {name} is not known, and was not to be measured: measure it, or "
-                f"give numbers such as 64GiB@80GB/s. Known are {', '.join(cpu_presets())}"
+                "give numbers such as 64GiB@80GB/s"
             )
         rate = known[1]
-    total_bytes = psutil.virtual_memory().total
-    gpus, assumed = nvidia_gpus() or other_gpus(name, total_bytes, rate)
+    gpus, assumed = nvidia_gpus() or other_gpus(name, rate)
     if measure and n_busy > _IDLE_SHARE * usable_threads():
         assumed.append(
             f"nothing else slowed the RAM down, but {n_busy:.1f} programs were busy in the last "
             "minute: measure again when the machine is idle"
         )
-    shared_bytes = sum(gpu.capacity_bytes for gpu in gpus if gpu.is_unified)
-    if 0 < shared_bytes < total_bytes:
-        total_bytes -= shared_bytes
-        assumed.append(f"the GPU shares the RAM, of which {gib(total_bytes)} are left to the CPU")
+    total_bytes = psutil.virtual_memory().total
+    gpus, shared_bytes, sharing = share_ram(gpus, total_bytes)
     return Machine(
         gpus=tuple(Device.of(i, gpu, margin_bytes) for i, gpu in enumerate(gpus)),
-        ram=Device.ram(total_bytes, rate, model=name, cores=cores),
+        ram=Device.ram(total_bytes, rate, model=name, cores=cores, shared_bytes=shared_bytes),
         measured=measured,
-        assumed=tuple(assumed),
+        assumed=(*assumed, *sharing),
     )
 
 
@@ -257,23 +253,19 @@ def _common_card(name: str, capacity_bytes: int) -> tuple[GpuSpec, str]:
     return GpuSpec(name, capacity_bytes, alike.bandwidth_bytes_per_s), said
 
 
-def other_gpus(
-    cpu: str, total_bytes: int, ram_bytes_per_s: float
-) -> tuple[list[GpuSpec], list[str]]:
+def other_gpus(cpu: str, ram_bytes_per_s: float) -> tuple[list[GpuSpec], list[str]]:
     """GPUs that llama.cpp lists, or that an Apple chip has, and what was assumed of them.
 
     Args:
         cpu: Name of the CPU, which on Apple's and AMD's chips says what GPU is in it.
-        total_bytes: The RAM.
-        ram_bytes_per_s: Its rate, which is that of a GPU that shares it and is not known.
+        ram_bytes_per_s: The RAM's rate, which is that of a GPU that shares it and is not known.
     """
     try:
         llama_cpp = find_llama_cpp()
         listed = list_gpus(llama_cpp.server) if llama_cpp.devices else ()
     except LlamaCppError as error:
-        if apple := _apple_gpu(cpu, total_bytes):
-            said = f"macOS lets the GPU have {gib(apple.capacity_bytes)} of the RAM"
-            return [apple], [said]
+        if cpu.startswith("Apple") and (inside := find_gpu(cpu)):
+            return [inside], []
         reason = str(error).partition("\n")[0]
         return [], [f"no GPU, as neither NVML nor a llama.cpp lists one here ({reason})"]
     if not listed:
@@ -312,21 +304,11 @@ def _listed_gpu(gpu: ListedGpu, cpu: str, ram_bytes_per_s: float) -> tuple[GpuSp
         if inside is not None and "radeon" in gpu.description.lower():
             return inside.with_capacity(gpu.capacity_bytes), f"{what} is a {inside.model}"
         spec = GpuSpec(
-            gpu.description, gpu.capacity_bytes, ram_bytes_per_s, is_unified=True,
-            link_bytes_per_s=ram_bytes_per_s,
+            gpu.description, gpu.capacity_bytes, ram_bytes_per_s, unified="other",
+            is_sized=True, link_bytes_per_s=ram_bytes_per_s,
         )  # fmt: skip
         return spec, f"{what} reads its memory at the rate of the RAM"
     return _common_card(gpu.description, gpu.capacity_bytes)
-
-
-def _apple_gpu(cpu: str, total_bytes: int) -> GpuSpec | None:
-    """The GPU of an Apple chip, with the memory that macOS lets it wire by default."""
-    found = find_gpu(cpu) if cpu.startswith("Apple") else None
-    if found is None:
-        return None
-    rule = load_hardware()["defaults"]["apple_gpu_memory"]
-    is_small = total_bytes <= rule["small_gib"] * 2**30
-    return found.with_capacity(int(total_bytes * rule["small_share" if is_small else "share"]))
 
 
 def _plain(description: str) -> str:

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError
 from quantplan.errors import MachineError
 from quantplan.hardware_table import GpuSpec, load_hardware
 from quantplan.network import Network
-from quantplan.schema import Frozen
+from quantplan.schema import Frozen, shortened
 
 
 class MachineValue(Frozen):
@@ -18,13 +18,24 @@ class MachineValue(Frozen):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise MachineError(fault_text(fault) for fault in error.errors()) from error
+            raise MachineError(_faults(error)) from error
 
 
-def fault_text(fault: Any) -> str:
-    """One validation fault as a sentence."""
-    where = " ".join(map(str, fault["loc"]))
-    return f"machine {where}: {fault['msg']} (got {fault['input']!r})"
+def _faults(error: ValidationError) -> list[str]:
+    """Validation faults as sentences: one for all fields that are missing, one for the unknown."""
+    fields: dict[str, list[str]] = {"missing": [], "extra_forbidden": []}
+    said = []
+    for fault in error.errors(include_url=False):
+        where = " ".join(map(str, fault["loc"]))
+        if fault["type"] in fields:
+            fields[fault["type"]].append(where)
+        else:
+            said.append(f"machine {where}: {fault['msg']} (got {shortened(repr(fault['input']))})")
+    if missing := fields["missing"]:
+        said.append(f"the machine lacks {', '.join(missing)}")
+    if unknown := fields["extra_forbidden"]:
+        said.append(f"a machine has no {shortened(', '.join(unknown))}")
+    return said
 
 
 class Device(MachineValue):
@@ -153,6 +164,7 @@ class Device(MachineValue):
         model: str = "RAM",
         cores: int | None = None,
         margin_bytes: int | None = None,
+        shared_bytes: int = 0,
     ) -> Self:
         """The CPU with its RAM.
 
@@ -162,7 +174,9 @@ class Device(MachineValue):
                 about four fifths of what the memory's channels offer on paper.
             model: What it is, for people.
             cores: Physical cores; by default as many as usually go with the bandwidth.
-            margin_bytes: Memory to leave free; by default 5 %, at most 4 GiB.
+            margin_bytes: Memory to leave free; by default 5 % of all, at most 4 GiB: the system
+                needs as much where a GPU shares the memory.
+            shared_bytes: Part of the memory that is a GPU's, and not this device's.
 
         Raises:
             MachineError: A number is out of range; all of them are named.
@@ -175,7 +189,7 @@ class Device(MachineValue):
             name="CPU",
             kind="cpu",
             model=model,
-            capacity_bytes=capacity_bytes,
+            capacity_bytes=capacity_bytes - shared_bytes,
             margin_bytes=_margin(capacity_bytes, "ram") if margin_bytes is None else margin_bytes,
             bandwidth_bytes_per_s=bandwidth_bytes_per_s,
             flops_per_s=flops,

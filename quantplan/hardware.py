@@ -128,20 +128,27 @@ class Machine(MachineValue):
 
         The terms are joined by ``+``; the last one is the RAM. A GPU is a preset name
         (``RTX 4090``, ``24GiB``) or a capacity with a bandwidth (``24GiB@936GB/s``), with a count
-        in front (``2x RTX 3090``). RAM is always a capacity with a bandwidth; a RAM term alone is a
-        machine without a GPU. A capacity may also stand with a name: ``M2 Max 64GiB`` as a GPU,
-        ``96GiB Ryzen 9 9950X`` as the RAM. ``RPC HOST:PORT`` before a GPU and ``@RATE,LATENCY``
-        behind it make it one that another host lends (`quantplan.network.Network`); such GPUs come
-        first, as in llama.cpp. A text that ends in ``.json`` is the path of a profile.
+        in front (``2x RTX 3090``). RAM is a capacity with a bandwidth, or a CPU's (``96GiB Ryzen 9
+        9950X``); a RAM term alone is a machine without a GPU. A capacity behind a GPU's name is
+        that of its memory: ``RTX 4090 48GiB``. ``RPC HOST:PORT`` before a GPU and
+        ``@RATE,LATENCY`` behind it make it one that another host lends
+        (`quantplan.network.Network`); such GPUs come first, as in llama.cpp. A text that ends in
+        ``.json`` is the path of a profile.
+
+        Where a GPU shares the RAM (Apple's chips, Radeon 8060S, GB10), the last term is all the
+        memory of the machine, ``M3 Max + 64GiB``, and its bandwidth may be left out. The GPU has
+        the part that the system usually lets it have, or the capacity behind its name
+        (``M3 Max 56GiB + 64GiB``), which must leave something; the rest is the RAM.
 
         Args:
-            text: For example ``RTX 4090 + 64GiB@80GB/s`` or ``2x RTX 3090 + 128GiB@200GB/s``.
+            text: For example ``RTX 4090 + 64GiB@80GB/s``, ``2x RTX 3090 + 128GiB@200GB/s`` or
+                ``M3 Max + 64GiB``.
             margin_bytes: Memory to leave free on every GPU, for the driver, its workspaces and
                 whatever else runs there; by default 10 %, at most 1 GiB, which a desktop exceeds.
 
         Raises:
-            MachineError: The text is not understood, or has more than 16 GPUs. All faults are
-                gathered; unknown GPUs come with similar names.
+            MachineError: The text is not understood, has more than 16 GPUs, or several that share
+                the RAM. All faults of the terms are gathered; unknown GPUs come with similar names.
         """
         if text.endswith(".json"):
             found = cls.load(Path(text))
@@ -150,8 +157,13 @@ class Machine(MachineValue):
         return cls(
             gpus=tuple(Device.of(i, gpu, margin_bytes) for i, gpu in enumerate(gpus)),
             ram=Device.ram(
-                ram.capacity_bytes, ram.bandwidth_bytes_per_s, model=ram.model, cores=ram.cores
+                ram.capacity_bytes,
+                ram.bandwidth_bytes_per_s,
+                model=ram.model,
+                cores=ram.cores,
+                shared_bytes=ram.shared_bytes,
             ),
+            assumed=ram.assumed,
         )
 
     @classmethod

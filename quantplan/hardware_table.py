@@ -32,7 +32,9 @@ class GpuSpec:
         flops_per_s: Half-precision matrix rate; None for a rate that suits the bandwidth.
         vector_flops_per_s: Single-precision rate; None for the usual share of the matrix rate.
         link_bytes_per_s: Host-to-device rate; None for PCIe 4.0 x16.
-        is_unified: Whether its memory is the RAM.
+        unified: Its memory is a part of the RAM, which this rule (``defaults.unified_memory``)
+            usually sets; None where it has memory of its own.
+        is_sized: Whether the memory was stated for this one; else it is the table's.
         network: The way to it, where another host lends it.
     """
 
@@ -42,12 +44,18 @@ class GpuSpec:
     flops_per_s: float | None = None
     vector_flops_per_s: float | None = None
     link_bytes_per_s: float | None = None
-    is_unified: bool = False
+    unified: str | None = None
+    is_sized: bool = False
     network: Network | None = None
+
+    @property
+    def is_unified(self) -> bool:
+        """Whether its memory is a part of the RAM."""
+        return self.unified is not None
 
     def with_capacity(self, capacity_bytes: int) -> "GpuSpec":
         """The same GPU with another size of memory."""
-        return replace(self, capacity_bytes=capacity_bytes)
+        return replace(self, capacity_bytes=capacity_bytes, is_sized=True)
 
 
 @cache
@@ -77,7 +85,7 @@ def gpu_spec(name: str) -> GpuSpec:
         flops_per_s=found["half_tflops"] * 1e12,
         vector_flops_per_s=found["single_tflops"] * 1e12,
         link_bytes_per_s=found["link_gb_s"] * 1e9,
-        is_unified=found.get("unified", False),
+        unified=found.get("unified"),
     )
 
 
@@ -162,5 +170,9 @@ def find_cpu(text: str) -> tuple[int, float] | None:
 
 def key(name: str) -> str:
     """Compares names without case, spaces, hyphens and vendor words."""
-    text = re.sub(r"\b(nvidia|geforce|amd|radeon|intel|apple)\b", "", name.lower())
-    return re.sub(r"[\s\-_+]+", "", text)
+    return re.sub(r"[\s\-_+]+", "", without_vendor(name))
+
+
+def without_vendor(name: str) -> str:
+    """A name without vendor words, in lower case."""
+    return re.sub(r"\b(nvidia|geforce|amd|radeon|intel|apple)\b", "", name.lower())

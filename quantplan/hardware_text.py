@@ -1,6 +1,5 @@
 """Machines as people write them: ``2x RTX 3090 + 128GiB@200GB/s``."""
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 
@@ -12,9 +11,13 @@ from quantplan.hardware_table import (
     gpu_presets,
     gpu_spec,
     key,
+    load_hardware,
+    without_vendor,
 )
+from quantplan.near import near_names
 from quantplan.network import split_network
-from quantplan.units import gib, parse_bytes, parse_bytes_per_s
+from quantplan.unified import check_parts, share_ram, sharing
+from quantplan.units import gb_per_s, gib, parse_bytes, parse_bytes_per_s
 
 _TERM = re.compile(
     r"\s*(?:(?P<count>\d{1,3})\s*[xX](?:\s+|(?=[^\s@]{2})))?"  # 24XB is a misspelt unit
@@ -23,6 +26,8 @@ _TERM = re.compile(
 _CAPACITY = r"(?P<capacity>\d+(?:\.\d+)?\s*[GMT]i?B)"
 _CAPACITY_FIRST = re.compile(rf"\s*{_CAPACITY}\s+(?P<name>[^@]*?[A-Za-z][^@]*?)\s*", re.IGNORECASE)
 _CAPACITY_LAST = re.compile(rf"\s*(?P<name>[^@]+?)\s+{_CAPACITY}\s*", re.IGNORECASE)
+_CAPACITY_ALONE = re.compile(rf"\s*{_CAPACITY}\s*", re.IGNORECASE)
+_MEMORY = re.compile(r"(?:LP)?DDR\d?X?(?:[-\s]*(?P<mt_s>\d{4,5}))?\b.*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +39,23 @@ class RamSpec:
         bandwidth_bytes_per_s: Rate at which all cores read.
         model: What it is, for people.
         cores: Physical cores, where the CPU is known.
+        shared_bytes: Part of the memory that is a GPU's.
+        assumed: What is not known of it and was taken to be so, one sentence each.
     """
 
     capacity_bytes: int
     bandwidth_bytes_per_s: float
     model: str = "RAM"
     cores: int | None = None
+    shared_bytes: int = 0
+    assumed: tuple[str, ...] = ()
 
 
 def parse_text(text: str) -> tuple[list[GpuSpec], RamSpec]:
     """Reads GPUs and RAM from a line of text; see `Machine.parse` for what it may say.
+
+    Returns:
+        The GPUs in the order in which llama.cpp has them, and the RAM.
 
     Raises:
         MachineError: The text is not understood. All faults are gathered.
@@ -58,13 +70,16 @@ def parse_text(text: str) -> tuple[list[GpuSpec], RamSpec]:
             faults += error.faults
     ram: RamSpec | None = None
     try:
-        ram = _parse_ram(ram_term)
+        ram = _parse_ram(ram_term, sharing(gpus))
     except MachineError as error:
         faults += error.faults
     if faults or ram is None:
         raise MachineError(faults)
+    check_parts(gpus, ram.capacity_bytes)
+    gpus, shared_bytes, assumed = share_ram(gpus, ram.capacity_bytes)
     # llama.cpp has the devices of other hosts before its own, those of one host together.
-    return sorted(gpus, key=lambda gpu: gpu.network is None), ram
+    gpus.sort(key=lambda gpu: gpu.network is None)
+    return gpus, replace(ram, shared_bytes=shared_bytes, assumed=(*assumed, *ram.assumed))
 
 
 def _parse_gpus(term: str) -> list[GpuSpec]:
@@ -82,23 +97,87 @@ def _parse_own_gpus(term: str) -> list[GpuSpec]:
     if match["rate"]:
         capacity, rate = _capacity_and_rate(match)
         return [GpuSpec(f"{gib(capacity)} GPU", capacity, rate)] * count
-    return [_named_gpu(match["what"])] * count
+    spec = _gpu_in(match["what"])
+    if spec is None:
+        spec = gpu_spec(_known("GPU", match["what"], gpu_presets(), "24GiB@936GB/s"))
+    return [spec] * count
 
 
-def _parse_ram(term: str) -> RamSpec:
+def _parse_ram(term: str, sharing_it: list[GpuSpec]) -> RamSpec:
+    """The RAM.
+
+    Args:
+        term: The last term.
+        sharing_it: The GPUs whose memory it is too.
+    """
     match = _TERM.fullmatch(term)
     if match is not None and match["rate"] and not match["count"]:
         return RamSpec(*_capacity_and_rate(match))
+    if alone := _CAPACITY_ALONE.fullmatch(term):
+        return _ram_at_usual_rate(alone["capacity"], sharing_it)
     named = _CAPACITY_FIRST.fullmatch(term)
-    if named is None or (match is not None and match["rate"]):
-        raise MachineError(
-            f"the RAM is missing: the last term {term.strip()!r} is not a capacity with a "
-            "bandwidth or a CPU. Write for example RTX 4090 + 64GiB@80GB/s (dual-channel DDR5-5600 "
-            "reads about 70 to 80 GB/s), or 96GiB Ryzen 9 9950X"
-        )
+    if named is None or (match is not None and match["rate"]) or _gpu_in(term):
+        raise MachineError(_missing_ram(term))
+    if memory := _MEMORY.fullmatch(named["name"]):
+        raise MachineError(_only_memory(named["capacity"], memory))
     name = _known("CPU", named["name"], cpu_presets(), "96GiB@80GB/s")
     cores, rate = cpu_rates(name)
     return RamSpec(_amount(named["capacity"]), rate, name, cores)
+
+
+def _ram_at_usual_rate(capacity: str, sharing_it: list[GpuSpec]) -> RamSpec:
+    """RAM of which no rate is given: that of a GPU that shares it tells what the CPU reaches."""
+    if not sharing_it:
+        raise MachineError(
+            f"the RAM's bandwidth is missing: write {capacity}@80GB/s (dual-channel DDR5-5600 "
+            f"reads about 70 to 80 GB/s), or the CPU, such as {capacity} Ryzen 9 9950X; "
+            "`quantplan machine` measures that of this machine"
+        )
+    gpu = sharing_it[0]
+    rate = gpu.bandwidth_bytes_per_s * load_hardware()["defaults"]["ram_measured_share"]
+    said = (
+        f"the CPU reads the RAM at {gb_per_s(rate)}, where the {gpu.model} has "
+        f"{gb_per_s(gpu.bandwidth_bytes_per_s)}; another rate is written {capacity}@...GB/s"
+    )
+    return RamSpec(_amount(capacity), rate, assumed=(said,))
+
+
+def _missing_ram(term: str) -> str:
+    """Says what to write as the last term."""
+    gpu = _gpu_in(term)
+    if gpu is not None and gpu.is_unified:
+        capacity = gib(gpu.capacity_bytes) if gpu.is_sized else "64GiB"
+        example = f"{gpu.model} + {capacity}, with all the memory of the machine behind the +"
+    else:
+        example = (
+            f"{gpu.model if gpu else 'RTX 4090'} + 64GiB@80GB/s (dual-channel DDR5-5600 reads "
+            "about 70 to 80 GB/s), or 96GiB Ryzen 9 9950X"
+        )
+    return (
+        f"the RAM is missing: the last term {term.strip()!r} is not a capacity with a bandwidth or "
+        f"a CPU. Write for example {example}"
+    )
+
+
+def _only_memory(capacity: str, memory: re.Match[str]) -> str:
+    """Says how to give the rate of memory whose kind alone was given."""
+    per_mt_s = 2 * 8 * load_hardware()["defaults"]["ram_measured_share"] / 1e3
+    rate = f"{int(memory['mt_s'] or 5600) * per_mt_s:.0f}GB/s"
+    return (
+        f"{memory[0]!r} is a kind of memory, which does not say how many channels there are: give "
+        f"the bandwidth, {capacity}@{rate} for two channels{'' if memory['mt_s'] else ' of 5600'}"
+    )
+
+
+def _gpu_in(term: str) -> GpuSpec | None:
+    """The known GPU that a term names, with a size before or behind it; None where it has none."""
+    sized = _CAPACITY_FIRST.fullmatch(term) or _CAPACITY_LAST.fullmatch(term)
+    for name, capacity in [(term, None), *([(sized["name"], sized["capacity"])] if sized else [])]:
+        found = _look_up(name, gpu_presets())
+        if found is not None:
+            spec = gpu_spec(found)
+            return spec if capacity is None else spec.with_capacity(_amount(capacity))
+    return None
 
 
 def _capacity_and_rate(match: re.Match[str]) -> tuple[int, float]:
@@ -114,15 +193,6 @@ def _capacity_and_rate(match: re.Match[str]) -> tuple[int, float]:
     return int(values[0]), values[1]
 
 
-def _named_gpu(text: str) -> GpuSpec:
-    """A GPU by name, or by name and capacity where the name alone is another size."""
-    sized = _CAPACITY_LAST.fullmatch(text)
-    names = {key(name) for name in gpu_presets()}
-    if sized is not None and key(text) not in names and key(sized["name"]) in names:
-        return _named_gpu(sized["name"]).with_capacity(_amount(sized["capacity"]))
-    return gpu_spec(_known("GPU", text, gpu_presets(), "24GiB@936GB/s"))
-
-
 def _known(what: str, text: str, names: tuple[str, ...], numbers: str) -> str:
     """The name that is meant by a text.
 
@@ -135,27 +205,29 @@ def _known(what: str, text: str, names: tuple[str, ...], numbers: str) -> str:
     Raises:
         MachineError: There is no such name; similar ones are named.
     """
-    by_key = {key(n): n for n in names}
-    by_key.update({k.replace("gib", "gb"): n for k, n in by_key.items() if n.endswith("GiB")})
-    known = by_key.get(key(text))
-    if text.lstrip().startswith("-"):  # which names are compared without
+    known = _look_up(text, names)
+    if text.lstrip().startswith("-"):
         raise MachineError(f"{text.strip()!r} is below 0, or has a '-' too many: leave it out")
     if known is None:
-        near = difflib.get_close_matches(key(text), by_key, n=3, cutoff=0.6)
-        similar = " or ".join(dict.fromkeys(by_key[k] for k in near))
-        hint = f"did you mean {similar}?" if near else f"known are {', '.join(names)}."
-        raise MachineError(f"unknown {what} {text!r}: {hint} Or give numbers: {numbers}")
+        near = near_names(without_vendor(text), names)
+        hint = f"did you mean {' or '.join(near)}? Or give" if near else "give"
+        raise MachineError(f"unknown {what} {text!r}: {hint} numbers, such as {numbers}")
     return known
+
+
+def _look_up(text: str, names: tuple[str, ...]) -> str | None:
+    if text.lstrip().startswith("-"):  # which names are compared without
+        return None
+    by_key = {key(n): n for n in names}
+    by_key.update({k.replace("gib", "gb"): n for k, n in by_key.items() if n.endswith("GiB")})
+    return by_key.get(key(text))
 
 
 def _amount(text: str) -> int:
     try:
-        amount = parse_bytes(text)
+        return parse_bytes(text)
     except ValueError as error:
         raise MachineError(str(error)) from error
-    if text[-1].isdecimal():
-        raise MachineError(f"the capacity {text!r} has no unit: write {text}GiB")
-    return amount
 
 
 def _rate(text: str) -> float:

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quantplan.errors import InputError
 
+# Characters of what was given that a message shows; whole documents have hundreds of thousands.
+_SHOWN = 60
+
 
 class Frozen(BaseModel):
     """An immutable value that refuses unknown fields."""
@@ -25,6 +28,11 @@ def faults_of(error: ValidationError) -> list[str]:
         ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
         for fault in error.errors(include_url=False, include_input=False)
     ]
+
+
+def shortened(text: str) -> str:
+    """What a message shows of a text: all of a short one, else its start."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 _Kind = TypeVar("_Kind", bound=Frozen)
@@ -50,8 +58,6 @@ def read_saved(
         return kind.model_validate_json(Path(path).read_bytes())
     except OSError as found:
         raise error(f"{name} cannot be read: {found.strerror or found}") from found
-    except InputError as found:  # of a value inside, such as the machine of a recipe
-        raise error(f"{name}: {fault}" for fault in found.faults) from found
-    except ValidationError as found:
-        faults = faults_of(found)
+    except (InputError, ValidationError) as found:  # the first of machines, and those in recipes
+        faults = found.faults if isinstance(found, InputError) else faults_of(found)
         raise error(f"{name} is no {what} that this version reads: {f}" for f in faults) from found

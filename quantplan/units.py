@@ -5,7 +5,7 @@ import re
 
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _BYTE_FACTORS = {
-    "": 1, "b": 1,
+    "b": 1,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
     "g": 2**30, "m": 2**20, "t": 2**40,
@@ -19,16 +19,20 @@ def parse_bytes(text: str) -> int:
     """Parses an amount of memory.
 
     Args:
-        text: A number with an optional unit: ``24GiB``, ``64 GB``, ``512MiB``; ``G`` means GiB, as
-            on memory modules. Without a unit it is bytes.
+        text: A number with its unit: ``24GiB``, ``64 GB``, ``512MiB``; ``G`` means GiB, as on
+            memory modules. Only 0 needs none: who leaves it out rarely means bytes.
 
     Returns:
         Bytes, rounded to the nearest integer.
 
     Raises:
-        ValueError: The text is not such an amount.
+        ValueError: The text is not such an amount, or has no unit.
     """
     match = _QUANTITY.fullmatch(text)
+    if match and not match[2]:
+        if float(match[1]) == 0:
+            return 0
+        raise ValueError(f"{text.strip()!r} has no unit: write {match[1]}GiB")
     factor = _BYTE_FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise ValueError(f"{text!r} is not an amount of memory such as 24GiB or 512MiB")
@@ -63,7 +67,7 @@ def parse_bytes_per_s(text: str) -> float:
     if bits := _BITS.fullmatch(text):
         return float(bits[1]) * _BIT_FACTORS[bits[2].lower()] / 8
     amount, slash, second = text.strip().rpartition("/")
-    if not slash or second.strip().lower() != "s":
+    if not slash or second.strip().lower() != "s" or amount.strip()[-1:].isdecimal():
         raise ValueError(f"{text!r} is not a bandwidth such as 80GB/s")
     return float(parse_bytes(amount))
 

@@ -6,10 +6,13 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from quantplan.errors import WorkloadError
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD, AnyKVType
-from quantplan.schema import Frozen
+from quantplan.schema import Frozen, shortened
 
 MAX_CONTEXT = 2**31 - 1
 """llama.cpp counts tokens in 32 bits."""
+
+MAX_SLOTS = 256
+"""llama.cpp makes no context for more (``LLAMA_MAX_SEQ`` in its ``src/llama-cparams.h``)."""
 
 _FLOAT_KV = ("f32", "f16", "bf16")
 
@@ -19,7 +22,7 @@ class Workload(Frozen):
 
     Attributes:
         context: Tokens of context in total (``-c``); all slots share it.
-        slots: Requests served at the same time (``-np``).
+        slots: Requests served at the same time (``-np``), at most 256.
         kv_unified: One KV buffer for all slots (``-kvu``) instead of an equal part for each.
         batch: Logical batch in tokens (``-b``).
         ubatch: Physical batch in tokens (``-ub``).
@@ -39,7 +42,7 @@ class Workload(Frozen):
     """
 
     context: int = Field(default=4096, ge=1, le=MAX_CONTEXT)
-    slots: int = Field(default=1, ge=1)
+    slots: int = Field(default=1, ge=1, le=MAX_SLOTS)
     kv_unified: bool = True
     batch: int = Field(default=2048, ge=1)
     ubatch: int = Field(default=512, ge=1, validate_default=True)
@@ -91,4 +94,4 @@ class Workload(Frozen):
 def _fault(fault: Any) -> str:
     """One validation fault as a sentence."""
     message = fault["msg"].removeprefix("Value error, ")
-    return f"workload {fault['loc'][0]}: {message} (got {fault['input']!r})"
+    return f"workload {fault['loc'][0]}: {message} (got {shortened(repr(fault['input']))})"

@@ -168,6 +168,10 @@ def test_prediction_knows_ik_llama_cpp_and_a_margin() -> None:
     [
         (["predict", "GLM-4.5-Air", "--machine", "24GiB + 64GiB@80GB/s", "--margin", "much"],
          "--margin: 'much' is not an amount"),
+        (["predict", "GLM-4.5-Air", "--machine", "24GiB + 64GiB@80GB/s", "--margin", "2"],
+         "--margin: '2' has no unit: write 2GiB"),
+        (["quantize", "a.json", "a.gguf", "b.gguf", "--split-max-size", "40"],
+         "--split-max-size: '40' has no unit: write 40GiB"),
         (["predict", "GLM-4.5-Air", "--machine", "24GiB + 64GiB@80GB/s", "--recipe", "a.json",
           "--", "-ngl", "9"], "not both"),
         (["plan", "GLM-4.5-Ai", "--machine", "24GiB + 64GiB@80GB/s"], "GLM-4.5-Air"),
@@ -199,7 +203,7 @@ MISTAKES = {
     "size below 0": (["plan", "GLM-4.5-Air", "--machine", "-8GiB + 32GiB@60GB/s"],
                      ["'-8GiB'", "leave it out"]),
     "no bandwidth": (["plan", "GLM-4.5-Air", "--machine", "24GiB + 64GiB"],
-                     ["'64GiB'", "64GiB@80GB/s"]),
+                     ["the RAM's bandwidth is missing", "64GiB@80GB/s"]),
     "no unit": (["plan", "GLM-4.5-Air", "--machine", "RTX 4090 + 64@80GB/s"], ["64GiB"]),
     "context in k": ([*AIR[:-1], "32k"], ["--ctx 32k", "32768"]),
     "doubled comma": ([*AIR, "--allow", "exps=Q4_K,,"], ["exps=Q4_K,,", "leave out a comma"]),
@@ -250,6 +254,16 @@ def test_output_that_cannot_be_written_is_one_message(arguments: list[str]) -> N
     assert done.stderr.splitlines() == [
         "quantplan: what is printed cannot be written: No space left on device; print elsewhere"
     ]
+
+
+def test_what_is_assumed_of_a_machine_is_told() -> None:
+    """Memory that GPU and CPU share is planned for once, and stderr says how it was divided."""
+    command = ["predict", "Qwen3-32B", "--machine", "M4 Pro + 48GiB@273GB/s", "--json", "--"]
+    done = quantplan(*command, "-ngl", "40", "-c", "8192")
+    found = qp.MemoryPrediction.model_validate_json(done.stdout)
+    assert sum(device.capacity_bytes for device in found.devices) == 48 * 2**30
+    assert not found.fits
+    assert "assumed: macOS lets the M4 Pro have 36.00 GiB of the RAM" in done.stderr
 
 
 def test_without_machine_this_one_is_described(tmp_path: Path) -> None:

@@ -252,6 +252,25 @@ def test_an_apple_chip_has_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert machine.ram.capacity_bytes == 32 * GIB
 
 
+@pytest.mark.parametrize(
+    ("line", "gpu_gib", "ram_gib"),
+    [
+        ("CUDA0: NVIDIA GB10 (130500 MiB, 120000 MiB free)", 120, 8),
+        ("MTL0: Apple M2 Max (110000 MiB, 100000 MiB free)", 110000 / 1024, 128 - 110000 / 1024),
+        ("ROCm0: AMD Radeon(TM) Graphics (131072 MiB, 98000 MiB free)", 128, 128),
+    ],
+)
+def test_a_driver_that_shares_all_leaves_the_cpu_a_part(
+    line: str, gpu_gib: float, ram_gib: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the RAM is no GPU's, but what the driver says less of is; and what firmware has set
+    aside is not in the RAM.
+    """
+    listing(tmp_path, monkeypatch, line)
+    parts = [device.capacity_bytes / GIB for device in detect.detect().devices]
+    assert parts == pytest.approx([gpu_gib, ram_gib])
+
+
 def test_a_machine_on_which_nothing_lists_gpus_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +289,7 @@ def test_the_real_llama_cpp_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for key, text in (portable_cpu(tmp_path) | {"GGML_VK_VISIBLE_DEVICES": "0"}).items():
         monkeypatch.setenv(key, text)
     monkeypatch.setenv("LLAMA_CPP_DIR", str(packaged_folder()))
-    gpus, assumed = detect.other_gpus("some CPU", 8 * GIB, 10e9)
+    gpus, assumed = detect.other_gpus("some CPU", 10e9)
     if not gpus:
         pytest.skip("llama.cpp finds no Vulkan device: install mesa-vulkan-drivers")
     assert gpus[0].is_unified

@@ -163,7 +163,7 @@ def test_a_file_that_is_something_else_is_named(
     with pytest.raises(kind, match=r"file\.json cannot be read: No such file"):
         load(path)
     path.write_text('{"schema_version": 9, "surprise": 1}', encoding="utf-8")
-    with pytest.raises(kind, match="surprise: Extra inputs are not permitted") as caught:
+    with pytest.raises(kind, match="surprise") as caught:
         load(path)
     assert type(caught.value) is kind
     assert len(caught.value.faults) > 1

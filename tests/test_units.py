@@ -12,7 +12,6 @@ from quantplan.units import gb_per_s, gib, mib, parse_bytes, parse_bytes_per_s
 
 # Powers as the standards define them; a bare letter is binary, as on memory modules.
 UNITS = {
-    "": 1,
     "B": 1,
     "KiB": 1024,
     "MiB": 1024**2,
@@ -69,8 +68,16 @@ def test_amounts_are_exact(whole: int, decimals: int, unit: str, case: type, spa
 @given(st.integers(0, 2**53))
 @settings(deadline=None)
 def test_plain_bytes_are_exact(n_bytes: int) -> None:
-    """A number without a unit is that many bytes."""
-    assert parse_bytes(str(n_bytes)) == n_bytes
+    """A number of bytes is that many."""
+    assert parse_bytes(f"{n_bytes}B") == n_bytes
+
+
+@pytest.mark.parametrize("text", ["2", " 40 ", "1.5"])
+def test_an_amount_needs_its_unit(text: str) -> None:
+    """A bare number is refused with how to write it, except for nothing."""
+    with pytest.raises(ValueError, match=rf"'{text.strip()}' has no unit: write .*GiB"):
+        parse_bytes(text)
+    assert parse_bytes("0") == parse_bytes("0.0") == 0
 
 
 @pytest.mark.parametrize("text", NOT_AMOUNTS)
@@ -106,7 +113,9 @@ def test_bandwidths(text: str, rate: float) -> None:
     assert parse_bytes_per_s(text) == rate
 
 
-@pytest.mark.parametrize("text", ["80GB", "80GB/", "/s", "80GB/min", "s", "", "80/GB/s", "x/s"])
+@pytest.mark.parametrize(
+    "text", ["80GB", "80/s", "80GB/", "/s", "80GB/min", "s", "", "80/GB/s", "x/s"]
+)
 def test_what_is_no_bandwidth_is_refused(text: str) -> None:
     """A text that is no bandwidth is refused."""
     with pytest.raises(ValueError, match="is not a"):

@@ -61,6 +61,13 @@ def test_counts_are_positive_integers(field: str, value: Any) -> None:
         Workload(**{field: value})
 
 
+def test_llama_cpp_serves_no_more_than_256_at_once() -> None:
+    """As many slots as llama.cpp has sequences are fine, one more is refused with the limit."""
+    assert Workload(slots=256).slots == 256
+    with pytest.raises(WorkloadError, match=r"workload slots: .* 256 \(got 257\)"):
+        Workload(slots=257)
+
+
 def test_all_faults_come_at_once() -> None:
     """Every field out of range is reported in one error."""
     with pytest.raises(WorkloadError) as caught:

@@ -34,8 +34,8 @@ MachineOption = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help="GPUs and RAM: 'RTX 4090 + 64GiB@80GB/s', '2x 24GiB + 128GiB@200GB/s', or the "
-        "profile of a machine (.json); without, this machine.",
+        help="GPUs and RAM: 'RTX 4090 + 64GiB@80GB/s', '2x 24GiB + 128GiB@200GB/s', "
+        "'M3 Max + 64GiB', or the profile of a machine (.json); without, this machine.",
     ),
 ]
 LlamaBuildOption = Annotated[
@@ -170,6 +170,8 @@ def parse_machine(
                 raise
             advice = "A profile is what `quantplan machine --save FILE.json` writes."
             raise InputError((*error.faults, advice)) from error
+        for said in given.assumed if not text.endswith(".json") else ():
+            typer.echo(f"assumed: {said}", err=True)
         return given if inventory is None else for_model(given, inventory.architecture)
     from quantplan.detect import detect  # noqa: PLC0415
 

@@ -48,7 +48,7 @@ def plan(
     kv: Annotated[
         str, typer.Option(help="Type of the KV cache; auto to choose f16 or q8_0.")
     ] = "f16",
-    slots: Annotated[int, typer.Option(help="Requests served at the same time.")] = 1,
+    slots: Annotated[int, typer.Option(help="Requests served at the same time, at most 256.")] = 1,
     ubatch: Annotated[str, typer.Option(help="Physical batch in tokens; auto to choose.")] = "512",
     gpus: Annotated[
         Literal["all", "auto"], typer.Option(help="auto to choose how many equal GPUs to use.")

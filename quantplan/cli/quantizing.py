@@ -86,6 +86,7 @@ def quantize(
     import quantplan as qp  # noqa: PLC0415
     from quantplan.printed import WrittenFile  # noqa: PLC0415
 
+    split_max_bytes = parse_size("--split-max-size", split_max_size)
     try:
         with writing() as report:
             result = qp.quantize(
@@ -94,7 +95,7 @@ def quantize(
                 target,
                 imatrix=imatrix,
                 allow_requantize=allow_requantize,
-                split_max_bytes=parse_size("--split-max-size", split_max_size),
+                split_max_bytes=split_max_bytes,
                 resume=resume,
                 verify=verify,
                 backend=_backend(backend),

@@ -12,6 +12,7 @@ from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.catalog import catalog_names, read_catalog
 from quantplan.inventory.header import Header, SkippedArray, read_header
 from quantplan.inventory.ranges import Location, located
+from quantplan.near import near_names
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
@@ -202,10 +203,7 @@ def read_named(name: str, n_tensors: int | None = None) -> Inventory:
 
 
 def _unknown_name(name: str) -> str:
-    import difflib  # noqa: PLC0415 (only this message needs it)
-
     names = catalog_names()
-    near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=3, cutoff=0.5)
-    similar = [n for n in names if n.lower() in near]
-    hint = f"Did you mean {' or '.join(similar)}?" if similar else f"Known: {', '.join(names)}."
+    near = near_names(name, names, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names)}."
     return f"{name!r} is neither a file nor a catalog name. {hint}"

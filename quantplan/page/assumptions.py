@@ -67,6 +67,8 @@ def _device(device: Device) -> Assumption:
 def _machine(plan: Plan) -> Iterator[Assumption]:
     for text in plan.machine.measured:
         yield Assumption(what="Measured here", value=text, source="this machine's profile")
+    for text in plan.machine.assumed:
+        yield Assumption(what="Assumed here", value=text, source="not stated and not measured")
 
 
 def _runtime(plan: Plan) -> Iterator[Assumption]:
