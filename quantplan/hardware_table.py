@@ -8,8 +8,8 @@ from importlib.resources import files
 from typing import Any
 
 from quantplan.network import Network
+from quantplan.units import GIB, MIB
 
-MIB = 2**20
 # What a vendor adds to a name for another chip, or the same one with other clocks or memory.
 _VARIANTS = {
     "ti", "super", "d", "xt", "xtx", "gre", "max", "pro", "ultra", "q", "laptop", "mobile",
@@ -115,7 +115,7 @@ def _names(words: list[str], known: list[str], capacity_bytes: int | None) -> bo
     for word in known:
         size = _CAPACITY.fullmatch(word)
         if size and capacity_bytes and not any(_CAPACITY.fullmatch(w) for w in words):
-            stated = int(size[1]) * 2**30
+            stated = int(size[1]) * GIB
             if abs(capacity_bytes / stated - 1) > _CAPACITY_TOLERANCE:
                 return False
         elif word not in rest:

@@ -16,6 +16,7 @@ ORDER = [
     "errors",
     "files",
     "units",
+    "threads",
     "folders",
     "schema",
     "display",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,13 @@ import pytest
 
 import quantplan as qp
 from quantplan.errors import InputError, LlamaCppError
-from quantplan.runtime import Divergence, LlamaCpp, find_llama_cpp, measure_divergence
+from quantplan.runtime import (
+    Divergence,
+    LlamaCpp,
+    find_llama_cpp,
+    measure_divergence,
+    perplexity,
+)
 from quantplan.runtime.logits_worker import decode, encode, log_softmax
 from quantplan.runtime.perplexity import fingerprint
 from tests.support.llama_cpp import llama_server, needs_llama_cpp, packaged_folder, portable_cpu
@@ -296,6 +303,29 @@ def test_reads_what_llama_perplexity_saves(tmp_path: Path) -> None:
     nexts = [(chunk * CHUNK + CHUNK // 2 + 1 + i) % 7 for chunk in range(CHUNKS)
              for i in range(CHUNK // 2 - 1)]  # fmt: skip
     assert found.ln_ppl.value == pytest.approx(-log_p[range(len(nexts)), nexts].mean(), abs=1e-4)
+
+
+def test_keeps_to_the_processors_that_it_may_use(
+    tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many threads compute as the process may use, however many processors there are."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    (tmp_path / "libllama.so").touch()
+    build = LlamaCpp(
+        server=tmp_path / "llama-server", runtime="llama.cpp", build=1, devices=(),
+        has_load_mode=True, has_unified_cache=True, has_fit=True,
+    )  # fmt: skip
+    asked = []
+
+    def end(command: list[str]) -> None:
+        asked.append(json.loads(Path(command[-1]).read_text(encoding="utf-8"))["threads"])
+        raise LlamaCppError("ended")
+
+    monkeypatch.setattr(perplexity, "running", end)
+    with pytest.raises(LlamaCppError, match="ended"):
+        measure(build, models, tmp_path, threads=None)
+    assert asked == [2]
 
 
 def test_standard_errors_are_those_over_chunks() -> None:

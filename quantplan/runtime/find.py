@@ -13,9 +13,9 @@ from pathlib import Path
 
 from quantplan.errors import LlamaCppError
 from quantplan.qtypes import Runtime
-from quantplan.runtime.log import MIB
 from quantplan.runtime.process import ending, failure, running
 from quantplan.schema import Frozen
+from quantplan.units import MIB
 
 _PROGRAM = "llama-server"
 TOOLS = ("llama-bench", "llama-perplexity", "llama-quantize", "llama-fit-params", "ggml-rpc-server")

@@ -30,6 +30,7 @@ from quantplan.runtime.divergence import Divergence
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.process import running
 from quantplan.runtime.saved_logits import read_chunks, read_head
+from quantplan.threads import usable_threads
 
 ChunkProgress = Callable[[int, int], None]
 """Is called with the chunks that are done and the chunks to do, those of the base included."""
@@ -233,7 +234,7 @@ class _Job:
             "done": sorted(store.done()),
             "chunks": self.chunks,
             "chunk_tokens": self.chunk_tokens,
-            "threads": self.threads or os.cpu_count() or 1,
+            "threads": self.threads or usable_threads(),
             "gpu_layers": self.gpu_layers,
         }
         path = one.text.with_name("job.json")

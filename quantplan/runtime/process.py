@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from quantplan.errors import LlamaCppError
+from quantplan.units import MIB
 
 ADDRESS = "127.0.0.1"
 _STOP_LIMIT_S = 10.0
@@ -27,7 +28,7 @@ PORT_TAKEN = "another program listens on the port"
 """The likely cause that is told where a server cannot have its port."""
 
 # A program that prints more than this, in bytes, has gone wrong.
-_MAX_LOG_BYTES = 64 * 2**20
+_MAX_LOG_BYTES = 64 * MIB
 _DEVICE_FULL = (
     "a device is full: shorten the context (-c), put fewer weights there, or plan again with a "
     "larger --margin"
@@ -112,7 +113,7 @@ class Process:
             if code is not None:
                 raise failure(self.name, ending(code), self.log)
             if self.log_path.stat().st_size > _MAX_LOG_BYTES:
-                fate = f"prints without end: more than {_MAX_LOG_BYTES // 2**20} MiB"
+                fate = f"prints without end: more than {_MAX_LOG_BYTES // MIB} MiB"
                 raise failure(self.name, fate, self.log)
             if time.monotonic() > deadline:
                 raise failure(self.name, f"is not ready after {limit_s:.0f} s", self.log)
