@@ -109,6 +109,7 @@ ORDER = [
     "plan",
     "frontier",
     "prices",
+    "runtime.locate",
     "runtime.process",
     "usage",
     "plots",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from quantplan.errors import LlamaCppError
+from quantplan.runtime.locate import VARIABLE
 from quantplan.units import MIB
 
 ADDRESS = "127.0.0.1"
@@ -59,7 +60,7 @@ _CAUSES = {
 _FOREIGN = (
     "it is compiled for instructions that this processor does not have, quantplan doctor names "
     "them; use a llama.cpp that is built on this machine, or whose CPU backend comes in variants "
-    "(libggml-cpu-*), and name its folder by LLAMA_CPP_DIR"
+    f"(libggml-cpu-*), and name its folder by {VARIABLE}"
 )
 _SIGNALS: dict[int, str] = {
     signal.SIGILL: _FOREIGN,
