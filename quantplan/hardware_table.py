@@ -7,6 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from quantplan.llama_cpp import Vendor
 from quantplan.network import Network
 from quantplan.units import GIB, MIB
 
@@ -34,6 +35,7 @@ class GpuSpec:
         link_bytes_per_s: Host-to-device rate; None for PCIe 4.0 x16.
         is_unified: Whether its memory is the RAM.
         network: The way to it, where another host lends it.
+        vendor: Whose it is; None where that is not known.
     """
 
     model: str
@@ -44,6 +46,7 @@ class GpuSpec:
     link_bytes_per_s: float | None = None
     is_unified: bool = False
     network: Network | None = None
+    vendor: Vendor | None = None
 
     def with_capacity(self, capacity_bytes: int) -> "GpuSpec":
         """The same GPU with another size of memory."""
@@ -78,7 +81,14 @@ def gpu_spec(name: str) -> GpuSpec:
         vector_flops_per_s=found["single_tflops"] * 1e12,
         link_bytes_per_s=found["link_gb_s"] * 1e9,
         is_unified=found.get("unified", False),
+        vendor=found.get("vendor"),
     )
+
+
+def vendor_of(model: str) -> Vendor | None:
+    """Whose the GPU of that name in the table is; None where there is none."""
+    vendor: Vendor | None = load_hardware()["gpus"].get(model, {}).get("vendor")
+    return vendor
 
 
 def find_gpu(text: str, capacity_bytes: int | None = None) -> GpuSpec | None:

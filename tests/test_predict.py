@@ -279,6 +279,16 @@ def test_flags_that_are_not_modelled_are_named() -> None:
     assert all(f"{flag} has an influence" in text for flag in ("--lora a.gguf", "-dev CUDA0"))
 
 
+@pytest.mark.parametrize("name", ["CUDA", "ROCm", "SYCL", "MTL", "Vulkan"])
+def test_every_builds_names_of_gpus_are_understood(name: str) -> None:
+    """-ot may call GPUs as any build does, whatever the machine's GPUs are."""
+    machine = qp.Machine.parse("2x RX 7900 XTX + 256GiB@80GB/s")
+    flags = "-ngl 99 -ts 1,0 -ot exps={}1"
+    wanted = qp.predict(AIR, flags.format("GPU"), machine)
+    assert wanted.devices[1].weights_bytes > 0
+    assert qp.predict(AIR, flags.format(name), machine).devices == wanted.devices
+
+
 @pytest.mark.parametrize(
     ("flags", "machine", "says"),
     [

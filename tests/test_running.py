@@ -344,7 +344,10 @@ def test_flags_are_said_in_the_words_of_the_build(here: LlamaCpp) -> None:
     assert flags_for(here, ["--no-mmap", "-c", "64", "--mlock"]) == ("-lm", "mlock", "-c", "64")
     assert flags_for(here, ["-dio"]) == ("-lm", "dio")
     two = here.model_copy(update={"devices": ("Vulkan0", "Vulkan1")})
-    assert flags_for(two, ["-ot", "a=CUDA1,b=CPU"]) == ("-ot", "a=Vulkan1,b=CPU")
+    for name in ("CUDA1", "ROCm1", "SYCL1", "Vulkan1"):
+        assert flags_for(two, ["-ot", f"a={name},b=CPU"]) == ("-ot", "a=Vulkan1,b=CPU")
+    both = here.model_copy(update={"devices": ("CUDA0", "ROCm0")})
+    assert flags_for(both, ["-ot", "a=ROCm0,b=Vulkan1"]) == ("-ot", "a=ROCm0,b=ROCm0")
     with pytest.raises(qp.LlamaCppError, match="does not know --amb, --no-such-flag:"):
         flags_for(here, ["--amb", "512", "-c", "64", "--no-such-flag"])
     folder = older_folder()
