@@ -20,5 +20,8 @@ COMMON_BACKEND = "Vulkan"
 GPU_BUFFERS = "|".join((*BACKENDS.values(), COMMON_BACKEND, "CANN", "MUSA", "OpenCL"))
 """A regular expression for what builds call the GPUs of this host, without the number."""
 
+OLDEST_KNOWN_BUILD = 10434
+"""The oldest llama.cpp build whose behaviour was checked."""
+
 NEWEST_KNOWN_BUILD = 11434
 """The newest llama.cpp build whose behaviour was checked."""

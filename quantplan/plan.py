@@ -18,6 +18,7 @@ from quantplan.inventory import Inventory
 from quantplan.plan_notes import (
     backend_notes,
     baseline_notes,
+    build_notes,
     evidence_notes,
     imatrix_notes,
     plan_notes,
@@ -337,6 +338,7 @@ def _plan_of(
             *text_notes(held_out, changes),
             *plan_notes(machine, problem, solution),
             *backend_notes(machine, outcome.flags),
+            *build_notes(problem.workload, outcome.flags),
             *imatrix_notes(outcome.tensors, problem.inventory),
             *evidence_notes(problem.evidence),
         ),

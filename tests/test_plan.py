@@ -86,6 +86,24 @@ def test_a_plan_says_which_build_its_names_of_gpus_are_for(
     assert all(re.search(text, note) for text, note in zip(said, notes, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (7000, ["older than b10434, .* may refuse -lm, --fit, -fa or .* quantplan run and verify"]),
+        (10434, []),
+        (11434, []),
+        (99999, ["newer than b11434"]),
+    ],
+)
+def test_a_build_that_was_not_checked_is_told(build: int, said: list[str]) -> None:
+    """Outside the checked range a note says so, and which flags an older build may refuse."""
+    work = Workload(context=1024, llama_cpp_build=build)
+    made = plan(read("Qwen3.5-0.8B"), Machine.parse("64GiB@80GB/s"), work, baselines=False)
+    notes = [note for note in made.notes if note.startswith("llama.cpp b")]
+    assert len(notes) == len(said)
+    assert all(re.search(text, note) for text, note in zip(said, notes, strict=True))
+
+
 # What a plan holds.
 
 

@@ -21,6 +21,9 @@ from quantplan.workload import Workload
 BASE_FTYPE = "Q8_0"
 """What llama-quantize is asked for; with F16, F32 or COPY it would ignore all types of tensors."""
 
+YOUNG_FLAGS = ("-lm", "--fit", "-kvu", "-no-kvu", "-fa")
+"""Flags of plans that older builds lack, or that took no value there."""
+
 _SERVER_ONLY = {"-np", "-kvu", "-no-kvu"}
 
 
