@@ -2,10 +2,11 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from quantplan.errors import MachineError
-from quantplan.hardware_table import GpuSpec, load_hardware
+from quantplan.hardware_table import GpuSpec, load_hardware, vendor_of
+from quantplan.llama_cpp import Vendor
 from quantplan.network import Network
 from quantplan.schema import Frozen, shortened
 
@@ -58,6 +59,8 @@ class Device(MachineValue):
         prefill_slowdown: The same for prefill.
         network: The way to it, where another host lends it (``ggml-rpc-server``); None for a device
             of this host.
+        vendor: Whose GPU it is, by default that of the model in the table of known ones; None where
+            that is not known. It says what ``-ot`` calls the GPU.
 
     Raises:
         MachineError: A number is out of range; all of them are named.
@@ -75,6 +78,12 @@ class Device(MachineValue):
     decode_slowdown: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     prefill_slowdown: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     network: Network | None = None
+    vendor: Vendor | None = Field(default=None, validate_default=True)
+
+    @field_validator("vendor")
+    @classmethod
+    def _vendor_of_a_known_model(cls, value: Vendor | None, info: ValidationInfo) -> Vendor | None:
+        return value or vendor_of(info.data.get("model", ""))
 
     @property
     def usable_bytes(self) -> int:
@@ -106,6 +115,7 @@ class Device(MachineValue):
         link_bytes_per_s: float | None = None,
         margin_bytes: int | None = None,
         network: Network | None = None,
+        vendor: Vendor | None = None,
     ) -> Self:
         """A GPU from plain numbers.
 
@@ -121,6 +131,7 @@ class Device(MachineValue):
             link_bytes_per_s: Host-to-device rate; by default PCIe 4.0 x16.
             margin_bytes: Memory to leave free; by default 10 %, at most 1 GiB.
             network: The way to it, where another host lends it.
+            vendor: Whose it is; by default that of the model, where it is in the table.
 
         Raises:
             MachineError: A number is out of range; all of them are named.
@@ -138,6 +149,7 @@ class Device(MachineValue):
             vector_flops_per_s=vector_flops_per_s or flops * defaults["gpu_single_share"],
             link_bytes_per_s=link_bytes_per_s or defaults["link_gb_s"] * 1e9,
             network=network,
+            vendor=vendor,
         )
 
     @classmethod
@@ -153,6 +165,7 @@ class Device(MachineValue):
             link_bytes_per_s=spec.link_bytes_per_s,
             margin_bytes=margin_bytes,
             network=spec.network,
+            vendor=spec.vendor,
         )
 
     @classmethod

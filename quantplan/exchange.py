@@ -16,6 +16,7 @@ from quantplan.formats.llama_cpp import (
     BASE_FTYPE,
     cli_flags,
     command_line,
+    gpu_backend,
     options,
     quantize_arguments,
     read_tensor_type_file,
@@ -33,6 +34,7 @@ from quantplan.formats.rules import (
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
+from quantplan.llama_cpp import COMMON_BACKEND
 from quantplan.placement import place
 from quantplan.qtypes import Runtime
 from quantplan.recipe import Provenance, Recipe, RecipeTensor
@@ -90,7 +92,9 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
         "systemd": lambda: systemd_unit(
             recipe.model, ["llama-server", "-m", _absolute(model_path), *_flags(recipe)]
         ),
-        "docker-compose": lambda: compose_file(model_path, _flags(recipe)),
+        "docker-compose": lambda: compose_file(
+            model_path, _flags(recipe), _backend_in_container(recipe)
+        ),
     }
     if target not in writers:
         raise InputError(f"unknown format {target!r}; known are {', '.join(writers)}")
@@ -125,14 +129,40 @@ def _flags(recipe: Recipe) -> tuple[str, ...]:
     return recipe.flags
 
 
+def _backend_in_container(recipe: Recipe) -> str | None:
+    """What a container's llama.cpp must be built for; None where no GPU of this host is used.
+
+    Raises:
+        RecipeError: The GPUs are of NVIDIA and of others, which no one image is for.
+    """
+    machine, given = recipe.provenance.machine, options(recipe.flags)
+    if ["-ngl", "0"] in given:
+        return None
+    if machine is None:
+        return "CUDA"
+    vendors = {gpu.vendor for gpu in machine.gpus if not gpu.network}
+    if not vendors:
+        return None
+    backend = gpu_backend(machine)
+    if backend == COMMON_BACKEND and "nvidia" in vendors:
+        raise RecipeError(
+            f"the machine has GPUs of {', '.join(sorted(filter(None, vendors)))}, and a container "
+            "gets NVIDIA's in another way than the others: export systemd or shell, or plan for "
+            "the GPUs of one vendor"
+        )
+    return backend
+
+
 def _ik_flags(recipe: Recipe) -> list[str]:
     if recipe.flags and recipe.provenance.runtime == "ik_llama.cpp":
         return list(recipe.flags)
     layers = [t.layer for t in recipe.inventory_tensors if t.layer is not None]
+    machine = recipe.provenance.machine
     return ik_flags(
         _flags(recipe),
         n_layers=max(layers, default=-1) + 1,
         has_output=any(t.tensor == "output.weight" for t in recipe.tensors),
+        backend=gpu_backend(machine) if machine else "CUDA",
     )
 
 

@@ -20,7 +20,7 @@ from quantplan.planner.solution import Solution
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
 from quantplan.schema import Frozen
-from quantplan.units import gib
+from quantplan.units import GIB, gib
 from quantplan.workload import Workload
 
 Over = Literal["speed", "size", "context"]
@@ -88,7 +88,7 @@ class Frontier(Frozen):
             {
                 "decode_tps": [p.decode_tps for p in points],
                 "loss_nats": [p.loss_nats for p in points],
-                "file_gib": [p.file_bytes / 2**30 for p in points],
+                "file_gib": [p.file_bytes / GIB for p in points],
                 "context": [p.context for p in points],
                 "status": [p.status for p in points],
                 "gap": [p.gap for p in points],

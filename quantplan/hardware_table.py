@@ -7,9 +7,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from quantplan.llama_cpp import Vendor
 from quantplan.network import Network
+from quantplan.units import GIB, MIB
 
-MIB = 2**20
 # What a vendor adds to a name for another chip, or the same one with other clocks or memory.
 _VARIANTS = {
     "ti", "super", "d", "xt", "xtx", "gre", "max", "pro", "ultra", "q", "laptop", "mobile",
@@ -36,6 +37,7 @@ class GpuSpec:
             usually sets; None where it has memory of its own.
         is_sized: Whether the memory was stated for this one; else it is the table's.
         network: The way to it, where another host lends it.
+        vendor: Whose it is; None where that is not known.
     """
 
     model: str
@@ -47,6 +49,7 @@ class GpuSpec:
     unified: str | None = None
     is_sized: bool = False
     network: Network | None = None
+    vendor: Vendor | None = None
 
     @property
     def is_unified(self) -> bool:
@@ -86,7 +89,14 @@ def gpu_spec(name: str) -> GpuSpec:
         vector_flops_per_s=found["single_tflops"] * 1e12,
         link_bytes_per_s=found["link_gb_s"] * 1e9,
         unified=found.get("unified"),
+        vendor=found.get("vendor"),
     )
+
+
+def vendor_of(model: str) -> Vendor | None:
+    """Whose the GPU of that name in the table is; None where there is none."""
+    vendor: Vendor | None = load_hardware()["gpus"].get(model, {}).get("vendor")
+    return vendor
 
 
 def find_gpu(text: str, capacity_bytes: int | None = None) -> GpuSpec | None:
@@ -123,7 +133,7 @@ def _names(words: list[str], known: list[str], capacity_bytes: int | None) -> bo
     for word in known:
         size = _CAPACITY.fullmatch(word)
         if size and capacity_bytes and not any(_CAPACITY.fullmatch(w) for w in words):
-            stated = int(size[1]) * 2**30
+            stated = int(size[1]) * GIB
             if abs(capacity_bytes / stated - 1) > _CAPACITY_TOLERANCE:
                 return False
         elif word not in rest:

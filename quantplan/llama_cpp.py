@@ -8,5 +8,20 @@ KVType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0",
 AnyKVType = Literal[KVType, "q6_0"]
 """Those, and one that only ik_llama.cpp has."""
 
+Vendor = Literal["nvidia", "amd", "intel", "apple"]
+"""Whose a GPU is."""
+
+BACKENDS: dict[Vendor, str] = {"nvidia": "CUDA", "amd": "ROCm", "intel": "SYCL", "apple": "MTL"}
+"""What ``-ot`` calls the GPUs of a vendor, numbered from 0, in builds for that vendor."""
+
+COMMON_BACKEND = "Vulkan"
+"""What builds call GPUs that use them whatever their vendor."""
+
+GPU_BUFFERS = "|".join((*BACKENDS.values(), COMMON_BACKEND, "CANN", "MUSA", "OpenCL"))
+"""A regular expression for what builds call the GPUs of this host, without the number."""
+
+OLDEST_KNOWN_BUILD = 10434
+"""The oldest llama.cpp build whose behaviour was checked."""
+
 NEWEST_KNOWN_BUILD = 11434
 """The newest llama.cpp build whose behaviour was checked."""

@@ -18,6 +18,7 @@ from quantplan.costs.host import copies_tied_output
 from quantplan.errors import InputError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
+from quantplan.llama_cpp import GPU_BUFFERS
 from quantplan.schema import Frozen
 from quantplan.workload import Workload
 
@@ -26,7 +27,7 @@ MAX_OVERRIDES = 4095
 _NAMED = 3
 _CPU_BUFFERS = {"CPU", "CUDA_Host", "Vulkan_Host", "CPU_REPACK"}
 _REMOTE_BUFFER = re.compile(r"RPC(\d*)\[(.+)\]")
-_DEVICE_BUFFER = re.compile(r"(?:CUDA|Vulkan|ROCm|SYCL|CANN|MUSA|OpenCL)(\d+)|(Metal)")
+_DEVICE_BUFFER = re.compile(rf"(?:{GPU_BUFFERS})(\d+)|Metal")
 
 
 class Override(Frozen):

@@ -16,7 +16,9 @@ from quantplan.ftypes import stock_mix
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.plan_notes import (
+    backend_notes,
     baseline_notes,
+    build_notes,
     evidence_notes,
     imatrix_notes,
     plan_notes,
@@ -338,6 +340,8 @@ def _plan_of(
             *baseline_notes(plain),
             *text_notes(held_out, changes),
             *plan_notes(machine, problem, solution),
+            *backend_notes(machine, outcome.flags),
+            *build_notes(problem.workload, outcome.flags),
             *imatrix_notes(outcome.tensors, problem.inventory),
             *evidence_notes(problem.evidence),
         ),

@@ -1,9 +1,14 @@
 """What a person should know about a plan beside its numbers, one sentence each."""
 
+from collections.abc import Sequence
+
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import kld_nats, link
+from quantplan.formats.args_notes import build_note
+from quantplan.formats.llama_cpp import YOUNG_FLAGS, gpu_backend
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
+from quantplan.llama_cpp import BACKENDS, COMMON_BACKEND, OLDEST_KNOWN_BUILD
 from quantplan.planner.baselines import Baseline
 from quantplan.planner.held_out import HeldOutGain
 from quantplan.planner.problem import Problem
@@ -11,6 +16,9 @@ from quantplan.planner.resampled import TypeChanges
 from quantplan.planner.solution import Solution
 from quantplan.qtypes import qtype
 from quantplan.recipe import RecipeTensor
+from quantplan.workload import Workload
+
+_BUILT_FOR = {"ROCm": "ROCm", "SYCL": "SYCL", "MTL": "Metal"}
 
 
 def plan_notes(machine: Machine, problem: Problem, solution: Solution) -> tuple[str, ...]:
@@ -37,6 +45,40 @@ def plan_notes(machine: Machine, problem: Problem, solution: Solution) -> tuple[
     if solution.status == "time_limit":
         notes.append("the search ended before the gap was closed; the gap is what it proved")
     return tuple(notes)
+
+
+def backend_notes(machine: Machine, flags: Sequence[str]) -> tuple[str, ...]:
+    """Says which build of llama.cpp the names of GPUs in the flags are for, where it is not CUDA's.
+
+    Args:
+        machine: The machine.
+        flags: The plan's flags.
+    """
+    backend = gpu_backend(machine)
+    if backend == COMMON_BACKEND:
+        return (
+            f"the GPUs are of several vendors: the flags are for a {backend} build of llama.cpp, "
+            "which uses them all; see that llama-server --list-devices has them in this order",
+        )
+    if backend == BACKENDS["nvidia"] or not any(f"={backend}" in word for word in flags):
+        return ()
+    return (
+        f"-ot names GPUs as llama.cpp built for {_BUILT_FOR[backend]} does, {backend}0 and so on; "
+        f"for a Vulkan build write Vulkan in place of {backend} (quantplan run and verify use the "
+        "names of the build)",
+    )
+
+
+def build_notes(workload: Workload, flags: Sequence[str]) -> tuple[str, ...]:
+    """Says that the build was not checked, and which flags an older one may refuse."""
+    said = build_note(workload.llama_cpp_build)
+    if said is None or workload.llama_cpp_build >= OLDEST_KNOWN_BUILD:
+        return (said,) if said else ()
+    young = ", ".join(flag for flag in YOUNG_FLAGS if flag in flags)
+    return (
+        f"{said}, and it may refuse {young} or the value; quantplan run and verify ask the program "
+        "which flags it has, and say the same in its words",
+    )
 
 
 def baseline_notes(baselines: tuple[Baseline, ...]) -> tuple[str, ...]:

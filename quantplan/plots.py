@@ -22,7 +22,7 @@ from quantplan.inventory import Tensor
 from quantplan.plan import Plan
 from quantplan.planner.baselines import Baseline
 from quantplan.qtypes import qtype
-from quantplan.units import gib
+from quantplan.units import GIB, gib
 from quantplan.usage import PARTS, memory_maps
 
 try:
@@ -96,7 +96,7 @@ def plot_frontier(
     figure, axes = _figure(found.model, machine.describe(), date)
     xs = {
         "speed": [point.decode_tps for point in found.points],
-        "size": [point.file_bytes / 2**30 for point in found.points],
+        "size": [point.file_bytes / GIB for point in found.points],
         "context": [float(point.context) for point in found.points],
     }[found.over]
     label = "frontier" + ("" if all(p.gap <= 0.01 for p in found.points) else " (gaps above 1 %)")
@@ -105,7 +105,7 @@ def plot_frontier(
     if found.over != "context":
         for marker, baseline in zip(_MARKERS, _best_of_each(baselines), strict=False):
             x = baseline.decode_tps.expected
-            x = baseline.file_bytes / 2**30 if found.over == "size" else x
+            x = baseline.file_bytes / GIB if found.over == "size" else x
             axes.plot(
                 x, baseline.loss_nats, marker, color=_LIGHT, markeredgecolor="black",
                 linestyle="none", label=baseline.describe(),
@@ -113,7 +113,7 @@ def plot_frontier(
     if plan is not None:
         x = {
             "speed": plan.predicted.decode_tps,
-            "size": plan.predicted.file_bytes / 2**30,
+            "size": plan.predicted.file_bytes / GIB,
             "context": float(plan.workload.context),
         }[found.over]
         axes.plot(

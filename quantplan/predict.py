@@ -18,7 +18,7 @@ from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.parts import Part, all_parts
 from quantplan.qtypes import Runtime, qtype
 from quantplan.schema import Frozen
-from quantplan.units import gib
+from quantplan.units import GIB, gib
 from quantplan.workload import Workload
 
 # Speeds from here on are shown without a decimal.
@@ -140,7 +140,7 @@ def device_table(devices: Sequence[DeviceUse]) -> Table:
             "device": [use.name for use in devices],
             "model": [use.model for use in devices],
             **{
-                f"{what}_gib": [getattr(use, f"{what}_bytes") / 2**30 for use in devices]
+                f"{what}_gib": [getattr(use, f"{what}_bytes") / GIB for use in devices]
                 for what in ("capacity", "weights", "kv", "compute", "compute_high", "free")
             },
         },
@@ -150,7 +150,7 @@ def device_table(devices: Sequence[DeviceUse]) -> Table:
 def device_line(use: DeviceUse) -> str:
     """One device as a line of text, in GiB."""
     weights, kv, free, capacity = (
-        f"{n_bytes / 2**30:.2f}"
+        f"{n_bytes / GIB:.2f}"
         for n_bytes in (use.weights_bytes, use.kv_bytes, use.free_bytes, use.capacity_bytes)
     )
     words = (
@@ -184,8 +184,8 @@ def _interval_text(tps: SpeedEstimate) -> str:
 
 def _compute_text(use: DeviceUse) -> str:
     if use.compute_is_measured:
-        return f"{use.compute_bytes / 2**30:.2f} (measured)"
-    return f"{use.compute_low_bytes / 2**30:.2f} to {use.compute_high_bytes / 2**30:.2f}"
+        return f"{use.compute_bytes / GIB:.2f} (measured)"
+    return f"{use.compute_low_bytes / GIB:.2f} to {use.compute_high_bytes / GIB:.2f}"
 
 
 def predict(

@@ -18,10 +18,9 @@ from quantplan.planner.search import Limits, solve
 from quantplan.planner.solution import Solution
 from quantplan.policy import Policy
 from quantplan.schema import Frozen
+from quantplan.units import GIB, MIB
 
-_GIB = 2**30
 _MORE_BANDWIDTH = 1.1
-_MIB_PER_GIB = 1024
 _OBJECTIVES = {
     "loss": "the summed loss of the tensors",
     "loss and time": "the summed loss of the tensors, and time at the policy's price",
@@ -186,9 +185,9 @@ def prices(
 def _with_more(machine: Machine) -> dict[str, Machine]:
     """The machine with more of each resource that it has."""
     gpus = tuple(
-        gpu.model_copy(update={"capacity_bytes": gpu.capacity_bytes + _GIB}) for gpu in machine.gpus
+        gpu.model_copy(update={"capacity_bytes": gpu.capacity_bytes + GIB}) for gpu in machine.gpus
     )
-    more_ram = {"capacity_bytes": machine.ram.capacity_bytes + _GIB}
+    more_ram = {"capacity_bytes": machine.ram.capacity_bytes + GIB}
     faster = {"bandwidth_bytes_per_s": machine.ram.bandwidth_bytes_per_s * _MORE_BANDWIDTH}
     changed = {
         "1 GiB of RAM": machine.model_copy(update={"ram": machine.ram.model_copy(update=more_ram)}),
@@ -229,5 +228,5 @@ def _duals(problem: Problem, base: Solution) -> dict[str, float]:
     if not bounds.order:
         return {}
     duals = bounds.answers[bounds.order[0]].duals
-    per_gib = [-duals[f"memory_{p}"] * _MIB_PER_GIB / 1000 for p in range(len(bounds.model.pools))]
+    per_gib = [-duals[f"memory_{p}"] * (GIB / MIB) / 1000 for p in range(len(bounds.model.pools))]
     return {"1 GiB of VRAM": sum(per_gib[:-1]), "1 GiB of RAM": per_gib[-1]}

@@ -20,6 +20,7 @@ from quantplan.planner.goal import Status
 from quantplan.policy import Policy, TensorRule, policy
 from quantplan.qtypes import QTYPES
 from quantplan.schema import Frozen, read_saved
+from quantplan.units import GIB
 from quantplan.workload import Workload
 
 
@@ -295,6 +296,6 @@ def types_html(tensors: Sequence[RecipeTensor]) -> str:
             key = (tensor.role, entry.qtype, entry.device or "not loaded")
             counts[key] += 1
             sizes[key] += tensor.n_bytes
-    rows = [(*key, counts[key], sizes[key] / 2**30) for key in sorted(counts)]
+    rows = [(*key, counts[key], sizes[key] / GIB) for key in sorted(counts)]
     header = ("role", "qtype", "device", "tensors", "GiB")
     return html_table("Types and devices", header, rows)

@@ -3,12 +3,15 @@
 import math
 import re
 
+MIB, GIB = 2**20, 2**30
+"""Bytes in a MiB and in a GiB, which memory is counted in."""
+
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _BYTE_FACTORS = {
     "b": 1,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-    "g": 2**30, "m": 2**20, "t": 2**40,
+    "kib": 2**10, "mib": MIB, "gib": GIB, "tib": 2**40,
+    "g": GIB, "m": MIB, "t": 2**40,
 }  # fmt: skip
 _BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT])bit/s\s*", re.IGNORECASE)
 _BIT_FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -74,12 +77,12 @@ def parse_bytes_per_s(text: str) -> float:
 
 def gib(n_bytes: float) -> str:
     """Prints bytes as GiB with two decimals."""
-    return f"{n_bytes / 2**30:.2f} GiB"
+    return f"{n_bytes / GIB:.2f} GiB"
 
 
 def mib(n_bytes: float) -> str:
     """Prints bytes as MiB with two decimals, as llama.cpp's log does."""
-    return f"{n_bytes / 2**20:.2f} MiB"
+    return f"{n_bytes / MIB:.2f} MiB"
 
 
 def gb_per_s(bytes_per_s: float) -> str:

@@ -11,9 +11,8 @@ from quantplan.runtime.divergence import Divergence
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.speed import SpeedMeasurement
 from quantplan.schema import Frozen, read_saved
+from quantplan.units import MIB
 from quantplan.version import __version__
-
-_MIB = 2**20
 
 What = Literal["weights", "KV", "compute", "decode", "prefill", "KLD"]
 _UNITS: dict[What, str] = {
@@ -56,7 +55,7 @@ class Check(Frozen):
     def line(self) -> str:
         """One row of a table."""
         unit = _UNITS[self.what]
-        scale = _MIB if unit == "MiB" else 1
+        scale = MIB if unit == "MiB" else 1
         digits = {"MiB": 2, "tokens/s": 1, "nats/token": 4}[unit]
         numbers = [f"{value / scale:12.{digits}f}" for value in (self.predicted, self.measured)]
         ratio = "      -" if self.ratio is None else f"{self.ratio:7.3f}"

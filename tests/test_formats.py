@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from quantplan.errors import RecipeError
 from quantplan.formats.llama_cpp import (
+    buffer_types,
     placement_flags,
     server_command,
     tensor_type_file,
     workload_flags,
 )
+from quantplan.hardware import Machine
 from quantplan.inventory.sources import read_inventory
 from quantplan.llama_cpp import KVType
 from quantplan.placement import MAX_OVERRIDES
@@ -36,6 +38,24 @@ def value_of(flags: Sequence[str], flag: str) -> str | None:
     """The argument that follows a flag, which occurs at most once."""
     assert flags.count(flag) <= 1
     return flags[flags.index(flag) + 1] if flag in flags else None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "names"),
+    [
+        ("RTX 3090 + 24GiB", ["CUDA0", "CUDA1"]),
+        ("24GiB + 24GiB@936GB/s", ["CUDA0", "CUDA1"]),
+        ("RX 7900 XTX + 16GiB", ["ROCm0", "ROCm1"]),
+        ("2x Arc B580", ["SYCL0", "SYCL1"]),
+        ("RPC a:1 RTX 3090@1Gbit/s,1ms + M2 Ultra", ["RPC0[a:1]", "MTL0"]),
+        ("RTX 3090 + RX 7900 XTX", ["Vulkan0", "Vulkan1"]),
+    ],
+)
+def test_gpus_are_named_as_in_builds_for_their_vendor(gpus: str, names: list[str]) -> None:
+    """-ot calls GPUs as the build for their vendor does, and those of several as Vulkan does."""
+    buffers = buffer_types(Machine.parse(f"{gpus} + 64GiB@80GB/s"))
+    assert [buffers[name] for name in ("GPU0", "GPU1")] == names
+    assert buffers["CPU"] == "CPU"
 
 
 def devices_by_llama_cpp(flags: Sequence[str], n_layers: int, gpus: Sequence[str]) -> list[str]:

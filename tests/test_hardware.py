@@ -13,7 +13,15 @@ from pydantic import ValidationError
 from quantplan.device import Device
 from quantplan.errors import MachineError
 from quantplan.hardware import Machine
-from quantplan.hardware_table import cpu_presets, cpu_rates, find_cpu, gpu_presets, gpu_spec
+from quantplan.hardware_table import (
+    cpu_presets,
+    cpu_rates,
+    find_cpu,
+    gpu_presets,
+    gpu_spec,
+    load_hardware,
+)
+from quantplan.llama_cpp import BACKENDS
 
 GIB = 2**30
 UNIFIED = [name for name in gpu_presets() if gpu_spec(name).is_unified]
@@ -33,6 +41,26 @@ def test_presets_are_understood_by_name(name: str) -> None:
     assert gpu.vector_flops_per_s <= gpu.flops_per_s <= 64 * gpu.vector_flops_per_s
     assert 10e9 <= gpu.link_bytes_per_s <= 100e9
     assert gpu.usable_bytes == gpu.capacity_bytes - gpu.margin_bytes
+
+
+def test_every_gpu_of_the_table_has_a_vendor() -> None:
+    """Whose a GPU is stands in the table; a class of memory is nobody's."""
+    hardware = load_hardware()
+    assert {gpu["vendor"] for gpu in hardware["gpus"].values()} == set(BACKENDS)
+    assert all("vendor" not in gpu for gpu in hardware["classes"].values())
+    gpus = Machine.parse(f"RX 7900 XTX 20GiB + Arc A770 + M2 Max 64GiB + GB10 + 24GiB + {RAM}").gpus
+    assert [gpu.vendor for gpu in gpus] == ["amd", "intel", "apple", "nvidia", None]
+
+
+def test_profiles_of_before_vendors_were_known_are_read(tmp_path: Path) -> None:
+    """A profile without vendors is read, and a known GPU has that of the table."""
+    machine = Machine.parse(f"RX 7900 XTX + 24GiB + {RAM}")
+    saved = json.loads(machine.model_dump_json())
+    for device in (*saved["gpus"], saved["ram"]):
+        del device["vendor"]
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(saved))
+    assert Machine.load(path) == machine
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,13 @@ import pytest
 
 import quantplan as qp
 from quantplan.errors import InputError, LlamaCppError
-from quantplan.runtime import Divergence, LlamaCpp, find_llama_cpp, measure_divergence
+from quantplan.runtime import (
+    Divergence,
+    LlamaCpp,
+    find_llama_cpp,
+    measure_divergence,
+    perplexity,
+)
 from quantplan.runtime.logits_worker import decode, encode, log_softmax
 from quantplan.runtime.perplexity import fingerprint
 from tests.support.llama_cpp import llama_server, needs_llama_cpp, packaged_folder, portable_cpu
@@ -296,6 +303,65 @@ def test_reads_what_llama_perplexity_saves(tmp_path: Path) -> None:
     nexts = [(chunk * CHUNK + CHUNK // 2 + 1 + i) % 7 for chunk in range(CHUNKS)
              for i in range(CHUNK // 2 - 1)]  # fmt: skip
     assert found.ln_ppl.value == pytest.approx(-log_p[range(len(nexts)), nexts].mean(), abs=1e-4)
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """What the worker is asked to do, which it then does not."""
+    asked: list[dict[str, object]] = []
+
+    def end(command: list[str]) -> None:
+        asked.append(json.loads(Path(command[-1]).read_text(encoding="utf-8")))
+        raise LlamaCppError("ended")
+
+    monkeypatch.setattr(perplexity, "running", end)
+    return asked
+
+
+def build_in(folder: Path) -> LlamaCpp:
+    """A llama.cpp whose llama-server is said to be in a folder."""
+    return LlamaCpp(
+        server=folder / "llama-server", runtime="llama.cpp", build=1, devices=(),
+        has_load_mode=True, has_unified_cache=True, has_fit=True,
+    )  # fmt: skip
+
+
+def test_keeps_to_the_processors_that_it_may_use(
+    tmp_path: Path,
+    models: tuple[Path, Path],
+    jobs: list[dict[str, object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many threads compute as the process may use, however many processors there are."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    (tmp_path / "libllama.so").touch()
+    with pytest.raises(LlamaCppError, match="ended"):
+        measure(build_in(tmp_path), models, tmp_path, threads=None)
+    assert [job["threads"] for job in jobs] == [2]
+
+
+@pytest.mark.parametrize(
+    "place", ["bin/libllama.so.0", "lib/libllama.dylib", "lib64/libllama.so.0"]
+)
+def test_measures_with_the_library_that_doctor_names(
+    tmp_path: Path, models: tuple[Path, Path], jobs: list[dict[str, object]], place: str
+) -> None:
+    """The library of a llama.cpp is one and the same wherever it is asked for; it belongs to the
+    program that a link leads to.
+    """
+    library = tmp_path / "real" / place
+    for folder in (library.parent, tmp_path / "real" / "bin", tmp_path / "bin"):
+        folder.mkdir(parents=True, exist_ok=True)
+    library.touch()
+    (tmp_path / "real" / "bin" / "llama-server").touch()
+    (tmp_path / "bin" / "llama-server").symlink_to(tmp_path / "real" / "bin" / "llama-server")
+    build = build_in(tmp_path / "bin")
+    assert build.library is not None
+    assert build.library.resolve() == library
+    with pytest.raises(LlamaCppError, match="ended"):
+        measure(build, models, tmp_path)
+    assert [job["library"] for job in jobs] == [str(library)]
 
 
 def test_standard_errors_are_those_over_chunks() -> None:

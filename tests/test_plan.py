@@ -62,6 +62,48 @@ every_plan = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parametrize(
+    ("vendors", "name", "said"),
+    [
+        (("nvidia", None), "CUDA1", []),
+        (("amd", "amd"), "ROCm1", ["built for ROCm .* write Vulkan in place of ROCm"]),
+        (("nvidia", "amd"), "Vulkan1", ["several vendors: .* for a Vulkan build"]),
+    ],
+)
+def test_a_plan_says_which_build_its_names_of_gpus_are_for(
+    vendors: tuple[str, str], name: str, said: list[str]
+) -> None:
+    """Experts go to another GPU by its name in builds for the vendor; a note says which builds."""
+    machine = Machine.parse("8GiB@960GB/s + 8GiB@288GB/s + 128GiB@80GB/s")
+    gpus = (g.model_copy(update={"vendor": v}) for g, v in zip(machine.gpus, vendors, strict=True))
+    made = plan(
+        read("GLM-4.5-Air"), machine.model_copy(update={"gpus": tuple(gpus)}), gap=0.05,
+        baselines=False,
+    )  # fmt: skip
+    assert f"={name}" in made.flags[made.flags.index("-ot") + 1]
+    notes = [note for note in made.notes if "build" in note or "built" in note]
+    assert len(notes) == len(said)
+    assert all(re.search(text, note) for text, note in zip(said, notes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (7000, ["older than b10434, .* may refuse -lm, --fit, -fa or .* quantplan run and verify"]),
+        (10434, []),
+        (11434, []),
+        (99999, ["newer than b11434"]),
+    ],
+)
+def test_a_build_that_was_not_checked_is_told(build: int, said: list[str]) -> None:
+    """Outside the checked range a note says so, and which flags an older build may refuse."""
+    work = Workload(context=1024, llama_cpp_build=build)
+    made = plan(read("Qwen3.5-0.8B"), Machine.parse("64GiB@80GB/s"), work, baselines=False)
+    notes = [note for note in made.notes if note.startswith("llama.cpp b")]
+    assert len(notes) == len(said)
+    assert all(re.search(text, note) for text, note in zip(said, notes, strict=True))
+
+
 # What a plan holds.
 
 

@@ -300,6 +300,29 @@ def test_flags_that_are_not_modelled_are_named() -> None:
     assert all(f"{flag} has an influence" in text for flag in ("--lora a.gguf", "-dev CUDA0"))
 
 
+def test_a_build_outside_the_checked_range_is_told() -> None:
+    """A prediction for a build that nobody looked at says so; one for a known build does not."""
+    machine = qp.Machine.parse(GPU)
+    said = {
+        build: [n for n in qp.predict(AIR, "-fit off", machine, llama_cpp_build=build).notes
+                if n.startswith("llama.cpp b")]
+        for build in (7000, 10434, 11434, 11435)
+    }  # fmt: skip
+    assert "older than b10434, the oldest that was checked" in said[7000][0]
+    assert said[10434] == said[11434] == []
+    assert "newer than b11434" in said[11435][0]
+
+
+@pytest.mark.parametrize("name", ["CUDA", "ROCm", "SYCL", "MTL", "Vulkan"])
+def test_every_builds_names_of_gpus_are_understood(name: str) -> None:
+    """-ot may call GPUs as any build does, whatever the machine's GPUs are."""
+    machine = qp.Machine.parse("2x RX 7900 XTX + 256GiB@80GB/s")
+    flags = "-ngl 99 -ts 1,0 -ot exps={}1"
+    wanted = qp.predict(AIR, flags.format("GPU"), machine)
+    assert wanted.devices[1].weights_bytes > 0
+    assert qp.predict(AIR, flags.format(name), machine).devices == wanted.devices
+
+
 @pytest.mark.parametrize(
     ("flags", "machine", "says"),
     [

@@ -235,6 +235,19 @@ def test_what_is_not_the_recipe_never_gets_the_name(
     assert [path.name for path in tmp_path.iterdir()] == ["llama-quantize"]
 
 
+def test_a_build_in_the_usual_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama-quantize is looked for where llama-server is, ~/llama.cpp/build/bin included."""
+    folder = tmp_path / "llama.cpp" / "build" / "bin"
+    folder.mkdir(parents=True)
+    own_program(folder, "print('--allow-requantize --tensor-type-file'); sys.exit(1)")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
+    assert find_llama_quantize() == LlamaQuantize(folder / "llama-quantize", "llama.cpp")
+
+
 def test_programs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LLAMA_CPP_DIR goes before PATH; a folder without the program and an old one are errors."""
     first, second, old = (tmp_path / name / "build" / "bin" for name in ("one", "two", "old"))

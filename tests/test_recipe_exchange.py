@@ -55,6 +55,60 @@ def types(recipe: Recipe) -> dict[str, str]:
     return {t.tensor: t.qtype for t in recipe.tensors}
 
 
+def compose_of(recipe: Recipe, machine: str, flags: tuple[str, ...] | None = None) -> str:
+    """The compose file of a recipe for another machine, whose GPUs are not what it was made for."""
+    provenance = recipe.provenance.model_copy(update={"machine": qp.Machine.parse(machine)})
+    changes = {"provenance": provenance, "flags": flags or recipe.flags}
+    return export_recipe(recipe.model_copy(update=changes), "docker-compose")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "image", "devices"),
+    [
+        ("RTX 4090", "server-cuda", "devices: [{driver: nvidia, count: all, capabilities: [gpu]}]"),
+        ("24GiB", "server-cuda", "driver: nvidia"),
+        ("2x RX 7900 XTX", "server-rocm", "devices: [/dev/kfd, /dev/dri]"),
+        ("Arc A770", "server-intel", "devices: [/dev/dri]"),
+        ("Arc A770 + RX 7900 XTX", "server-vulkan", "devices: [/dev/dri]"),
+    ],
+)
+def test_containers_are_for_the_vendor_of_the_gpus(
+    planned: Recipe, gpus: str, image: str, devices: str
+) -> None:
+    """The image is built for the GPUs of the recipe's machine, and gets these GPUs alone."""
+    said = compose_of(planned, f"{gpus} + 64GiB@80GB/s")
+    assert f"image: ghcr.io/ggml-org/llama.cpp:{image}\n" in said
+    assert devices in said
+    assert ("nvidia" in said) == (image == "server-cuda")
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags"),
+    [("64GiB@80GB/s", None), ("RTX 4090 + 64GiB@80GB/s", ("-ngl", "0", "-c", "64"))],
+)
+def test_a_container_without_a_gpu_asks_for_none(
+    planned: Recipe, machine: str, flags: tuple[str, ...] | None
+) -> None:
+    """Where all is in RAM, the plain image runs, on hosts without GPUs too."""
+    said = compose_of(planned, machine, flags)
+    assert "image: ghcr.io/ggml-org/llama.cpp:server\n" in said
+    assert "devices" not in said
+    assert "deploy" not in said
+
+
+@pytest.mark.parametrize(
+    ("gpus", "says"),
+    [
+        ("M2 Ultra", "containers cannot use GPUs .*Apple's"),
+        ("RTX 4090 + Arc A770", "intel, nvidia"),
+    ],
+)
+def test_gpus_that_no_container_gets_are_refused(planned: Recipe, gpus: str, says: str) -> None:
+    """Apple's GPUs are not there in containers, and no image is for NVIDIA's and others."""
+    with pytest.raises(RecipeError, match=says):
+        compose_of(planned, f"{gpus} + 64GiB@80GB/s")
+
+
 @pytest.mark.parametrize("target", SUFFIXES)
 def test_types_come_back_from_every_format(
     tmp_path: Path, planned: Recipe, target: ExportFormat

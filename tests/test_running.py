@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import quantplan as qp
 from quantplan.cli import app
+from quantplan.formats.llama_cpp import YOUNG_FLAGS, options, workload_flags
 from quantplan.printed import DryRun
 from quantplan.runtime import LlamaCpp, find, find_llama_cpp, measure_speed, process, server
 from quantplan.runtime.doctor import diagnose, foreign_instructions
@@ -344,7 +345,10 @@ def test_flags_are_said_in_the_words_of_the_build(here: LlamaCpp) -> None:
     assert flags_for(here, ["--no-mmap", "-c", "64", "--mlock"]) == ("-lm", "mlock", "-c", "64")
     assert flags_for(here, ["-dio"]) == ("-lm", "dio")
     two = here.model_copy(update={"devices": ("Vulkan0", "Vulkan1")})
-    assert flags_for(two, ["-ot", "a=CUDA1,b=CPU"]) == ("-ot", "a=Vulkan1,b=CPU")
+    for name in ("CUDA1", "ROCm1", "SYCL1", "Vulkan1"):
+        assert flags_for(two, ["-ot", f"a={name},b=CPU"]) == ("-ot", "a=Vulkan1,b=CPU")
+    both = here.model_copy(update={"devices": ("CUDA0", "ROCm0")})
+    assert flags_for(both, ["-ot", "a=ROCm0,b=Vulkan1"]) == ("-ot", "a=ROCm0,b=ROCm0")
     with pytest.raises(qp.LlamaCppError, match="does not know --amb, --no-such-flag:"):
         flags_for(here, ["--amb", "512", "-c", "64", "--no-such-flag"])
     folder = older_folder()
@@ -365,6 +369,18 @@ def test_the_oldest_words_are_known_too(tmp_path: Path) -> None:
     assert flags_for(oldest, ["-fa", "off"]) == ()
     with pytest.raises(qp.LlamaCppError, match=r"-no-kvu .its slots always share one cache"):
         flags_for(oldest, ["-no-kvu"])
+
+
+def test_the_flags_that_a_plan_warns_of_are_those_that_old_builds_get_otherwise(
+    tmp_path: Path,
+) -> None:
+    """Of a plan's flags, the oldest build gets all as they are but the young ones."""
+    oldest = imitation(tmp_path, "").model_copy(update={"has_flash_value": False})
+    planned = options(workload_flags(qp.Workload(slots=2)))
+    oldest.server.write_text(f"#!/bin/sh\necho '{HELP} -np -b -ub -ctk -ctv -fa --no-mmap'\n")
+    said = options(flags_for(oldest, [word for option in planned for word in option]))
+    changed = [flag for flag, *values in planned if [flag, *values] not in said]
+    assert sorted(changed) == sorted(set(YOUNG_FLAGS) - {"-no-kvu"})
 
 
 @needs_llama_cpp

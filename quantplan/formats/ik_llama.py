@@ -39,16 +39,19 @@ def read_custom_q(text: str) -> list[tuple[str, str]]:
     return split_rules(word for word in words if word)
 
 
-def ik_flags(flags: Sequence[str], *, n_layers: int, has_output: bool) -> list[str]:
+def ik_flags(
+    flags: Sequence[str], *, n_layers: int, has_output: bool, backend: str = "CUDA"
+) -> list[str]:
     """llama.cpp's placement flags as ik_llama.cpp takes them.
 
     Where front layers are in RAM, one layer fewer is counted and ``-ot`` puts the output layer on
-    the last GPU, as CUDA names it.
+    the last GPU.
 
     Args:
         flags: Flags that quantplan writes for llama.cpp.
         n_layers: ``block_count`` of the model.
         has_output: Whether the output matrix is a tensor of its own.
+        backend: What ``-ot`` calls the GPUs, without their number.
 
     Raises:
         RecipeError: ik_llama.cpp cannot do it: slots with KV caches of their own; front layers in
@@ -67,11 +70,11 @@ def ik_flags(flags: Sequence[str], *, n_layers: int, has_output: bool) -> list[s
             raise RecipeError(
                 "ik_llama.cpp keeps a tied output matrix in RAM unless all layers are on GPUs"
             )
-        _count_output_apart(found, n_gpu)
+        _count_output_apart(found, n_gpu, backend)
     return [word for flag, values in found.items() for word in (flag, *values)]
 
 
-def _count_output_apart(found: dict[str, list[str]], n_gpu: int) -> None:
+def _count_output_apart(found: dict[str, list[str]], n_gpu: int, backend: str) -> None:
     """Takes the output layer out of the counts, and puts it where they had it."""
     gpu = 0
     found["-ngl"] = [str(n_gpu - 1)]
@@ -80,5 +83,5 @@ def _count_output_apart(found: dict[str, list[str]], n_gpu: int) -> None:
         gpu = max(index for index, count in enumerate(counts) if count)
         counts[gpu] -= 1
         found["-ts"] = [",".join(map(str, counts))]
-    output = rf"^output(_norm)?\.weight$=CUDA{gpu}"
+    output = rf"^output(_norm)?\.weight$={backend}{gpu}"
     found["-ot"] = [",".join([*found.get("-ot", []), output])]

@@ -9,7 +9,24 @@ from collections.abc import Iterable, Sequence
 from quantplan.errors import RecipeError
 from quantplan.formats.llama_cpp import BASE_FTYPE
 
-_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-cuda"
+_IMAGE = "ghcr.io/ggml-org/llama.cpp:server"
+# llama.cpp's image for each kind of GPU, and what else its container needs.
+_RENDER_NODES = "    devices: [/dev/dri]\n"
+_OF_BACKEND = {
+    None: ("", ""),
+    "CUDA": (
+        "-cuda",
+        "    deploy:\n      resources:\n        reservations:\n"
+        "          devices: [{driver: nvidia, count: all, capabilities: [gpu]}]\n",
+    ),
+    "ROCm": (
+        "-rocm",
+        "    devices: [/dev/kfd, /dev/dri]\n"
+        "    # If it finds no GPU: group_add with this host's numbers of groups video and render\n",
+    ),
+    "SYCL": ("-intel", _RENDER_NODES),
+    "Vulkan": ("-vulkan", _RENDER_NODES),
+}
 _COMPOSE_COMMAND = re.compile(r"^\s*command:\s*(\[.*\])\s*$", re.MULTILINE)
 _PROGRAMS = {"llama-quantize", "llama-server", "llama-cli", "llama-bench", "koboldcpp"}
 
@@ -80,8 +97,24 @@ def _systemd_word(word: str) -> str:
     return f'"{word.replace("%", "%%").replace("$", "$$")}"'
 
 
-def compose_file(model_path: str, flags: Sequence[str]) -> str:
-    """A docker-compose file with llama.cpp's CUDA image; the model's folder is mounted."""
+def compose_file(model_path: str, flags: Sequence[str], backend: str | None = "CUDA") -> str:
+    """A docker-compose file with llama.cpp's own image; the model's folder is mounted.
+
+    Args:
+        model_path: The quantized GGUF.
+        flags: Flags of llama-server.
+        backend: What ``-ot`` calls the GPUs, which says what the image is built for; None for the
+            CPU alone.
+
+    Raises:
+        RecipeError: There is no such image.
+    """
+    if backend not in _OF_BACKEND:
+        raise RecipeError(
+            f"containers cannot use GPUs that llama.cpp calls {backend}, such as Apple's: export "
+            "llama-server or shell, or plan for the RAM alone"
+        )
+    image, needs = _OF_BACKEND[backend]
     folder, name = os.path.split(model_path)
     command = ["-m", f"/models/{name}", *flags, "--host", "0.0.0.0"]  # noqa: S104 (in a container)
     words = json.dumps([word.replace("$", "$$") for word in command])
@@ -90,16 +123,12 @@ def compose_file(model_path: str, flags: Sequence[str]) -> str:
     volume = json.dumps(f"{place}:/models:ro".replace("$", "$$"))
     return f"""services:
   llama-server:
-    image: {_IMAGE}
+    image: {_IMAGE}{image}
     command: {words}
     volumes: [{volume}]
     ports: ["8080:8080"]
     restart: unless-stopped
-    deploy:
-      resources:
-        reservations:
-          devices: [{{driver: nvidia, count: all, capabilities: [gpu]}}]
-"""
+{needs}"""
 
 
 def commands_in(text: str) -> list[list[str]]:

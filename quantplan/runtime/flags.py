@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from quantplan.errors import LlamaCppError
 from quantplan.formats.llama_cpp import options
+from quantplan.llama_cpp import GPU_BUFFERS
 from quantplan.runtime.find import LlamaCpp, known_options
 
 _LOAD_MODE = ("-lm", "--load-mode")
@@ -59,13 +60,14 @@ def flags_for(llama_cpp: LlamaCpp, flags: Sequence[str]) -> tuple[str, ...]:
 
 
 def _buffers_named(llama_cpp: LlamaCpp, overrides: str) -> str:
-    """Overrides with the build's own names for the GPUs of this host, which recipes call CUDA's."""
+    """Overrides with the build's own names for the GPUs of this host, where it has others."""
     names = dict(enumerate(llama_cpp.devices))
 
     def named(match: re.Match[str]) -> str:
-        return f"={names.get(int(match[1]), match[0][1:])}"
+        name, number = match[1], int(match[2])
+        return f"={name if name in llama_cpp.devices else names.get(number, name)}"
 
-    return re.sub(r"=CUDA(\d+)(?=,|$)", named, overrides)
+    return re.sub(rf"=((?:{GPU_BUFFERS})(\d+))(?=,|$)", named, overrides)
 
 
 def _load_mode(given: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-MIB = 2**20
 PRINTED_MIB = 0.01
 """What the last digit of a printed size stands for."""
 

@@ -13,7 +13,6 @@ from quantplan.inventory.sources import shard_paths
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.log import (
     HOST,
-    MIB,
     PRINTED_MIB,
     Buffers,
     Devices,
@@ -25,6 +24,7 @@ from quantplan.runtime.log import (
 from quantplan.runtime.process import ADDRESS, failure, free_port, running
 from quantplan.runtime.sparse import write_sparse
 from quantplan.schema import Frozen
+from quantplan.units import MIB
 
 _TIME_LIMIT_S = 600.0
 _ATTEMPTS = 3

@@ -28,15 +28,15 @@ from quantplan.inventory.sources import shard_paths
 from quantplan.runtime import logits_worker
 from quantplan.runtime.divergence import Divergence
 from quantplan.runtime.find import LlamaCpp
+from quantplan.runtime.locate import LIBRARIES
 from quantplan.runtime.process import running
 from quantplan.runtime.saved_logits import read_chunks, read_head
+from quantplan.threads import usable_threads
 
 ChunkProgress = Callable[[int, int], None]
 """Is called with the chunks that are done and the chunks to do, those of the base included."""
 
-_LIBRARIES = ("libllama.so", "libllama.dylib", "llama.dll")
-_PROGRAMS = ("llama-perplexity", "llama-perplexity.exe")
-_FOLDERS = (".", "../lib", "../lib64")
+_PROGRAM = "llama-perplexity"
 # Files up to so many bytes are hashed whole, of others the header and so many places.
 _WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**29, 256, 2**16
 _JOURNAL_LINE = re.compile(r'^\{"chunk": (\d+),.*\}$', re.MULTILINE)
@@ -194,16 +194,17 @@ class _Job:
 
     def _library(self) -> Path | None:
         """The library beside llama-server, where its layout is known."""
+        library = self.llama_cpp.library
         is_known = self.llama_cpp.runtime == "llama.cpp"
-        return _beside(self.llama_cpp, _LIBRARIES) if is_known else None
+        return library.resolve() if library and is_known else None  # its backends are beside it
 
     def _program(self) -> Path:
         """The llama-perplexity beside llama-server."""
-        found = _beside(self.llama_cpp, _PROGRAMS)
+        found = self.llama_cpp.tool(_PROGRAM)
         if found is None:
             raise LlamaCppError(
-                f"{self.llama_cpp.server} has neither {_LIBRARIES[0]} (of llama.cpp) nor "
-                f"{_PROGRAMS[0]} beside it, which measure KLD: install a whole build"
+                f"{self.llama_cpp.server} has neither {LIBRARIES[0]} (of llama.cpp) nor "
+                f"{_PROGRAM} beside it, which measure KLD: install a whole build"
             )
         return found
 
@@ -233,7 +234,7 @@ class _Job:
             "done": sorted(store.done()),
             "chunks": self.chunks,
             "chunk_tokens": self.chunk_tokens,
-            "threads": self.threads or os.cpu_count() or 1,
+            "threads": self.threads or usable_threads(),
             "gpu_layers": self.gpu_layers,
         }
         path = one.text.with_name("job.json")
@@ -293,13 +294,6 @@ class _Pass:
         if self.progress is not None and left is not None:
             n = self.store.n_wanted or 0
             self.progress(n - left + (0 if self.is_base else n), 2 * n)
-
-
-def _beside(llama_cpp: LlamaCpp, names: tuple[str, ...]) -> Path | None:
-    """The first file of these names that belongs to a llama-server."""
-    folder = llama_cpp.server.resolve().parent
-    paths = (folder / inner / name for inner in _FOLDERS for name in names)
-    return next((path.resolve() for path in paths if path.is_file()), None)
 
 
 def fingerprint(path: Path) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from quantplan.errors import LlamaCppError
+from quantplan.runtime.locate import VARIABLE
+from quantplan.units import MIB
 
 ADDRESS = "127.0.0.1"
 _STOP_LIMIT_S = 10.0
@@ -27,7 +29,7 @@ PORT_TAKEN = "another program listens on the port"
 """The likely cause that is told where a server cannot have its port."""
 
 # A program that prints more than this, in bytes, has gone wrong.
-_MAX_LOG_BYTES = 64 * 2**20
+_MAX_LOG_BYTES = 64 * MIB
 _DEVICE_FULL = (
     "a device is full: shorten the context (-c), put fewer weights there, or plan again with a "
     "larger --margin"
@@ -58,7 +60,7 @@ _CAUSES = {
 _FOREIGN = (
     "it is compiled for instructions that this processor does not have, quantplan doctor names "
     "them; use a llama.cpp that is built on this machine, or whose CPU backend comes in variants "
-    "(libggml-cpu-*), and name its folder by LLAMA_CPP_DIR"
+    f"(libggml-cpu-*), and name its folder by {VARIABLE}"
 )
 _SIGNALS: dict[int, str] = {
     signal.SIGILL: _FOREIGN,
@@ -112,7 +114,7 @@ class Process:
             if code is not None:
                 raise failure(self.name, ending(code), self.log)
             if self.log_path.stat().st_size > _MAX_LOG_BYTES:
-                fate = f"prints without end: more than {_MAX_LOG_BYTES // 2**20} MiB"
+                fate = f"prints without end: more than {_MAX_LOG_BYTES // MIB} MiB"
                 raise failure(self.name, fate, self.log)
             if time.monotonic() > deadline:
                 raise failure(self.name, f"is not ready after {limit_s:.0f} s", self.log)
