@@ -1,6 +1,5 @@
 """The present machine: its GPUs, CPU and RAM, and the rate at which all cores read memory."""
 
-import os
 import platform
 import re
 import subprocess
@@ -24,7 +23,9 @@ from quantplan.hardware_table import (
     find_gpu,
     nearest_class,
 )
+from quantplan.llama_cpp import BACKENDS, Vendor
 from quantplan.runtime.find import ListedGpu, find_llama_cpp, list_gpus
+from quantplan.threads import usable_threads
 from quantplan.unified import share_ram
 from quantplan.units import gb_per_s, gib
 
@@ -108,13 +109,6 @@ def cpu_name() -> str:
         if done.stdout.strip():
             return done.stdout.strip()
     return platform.processor() or platform.machine() or "CPU"
-
-
-def usable_threads() -> int:
-    """Threads that may run at once here, as far as the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return psutil.cpu_count() or 1
 
 
 def ram_bytes_per_s() -> float:
@@ -236,12 +230,13 @@ def _nvidia_gpu(pynvml: Any, index: int) -> _Nvidia:
         bus_bits = int(str(call("MemoryBusWidth", handle)))
         clock_mhz = int(str(call("MaxClockInfo", handle, pynvml.NVML_CLOCK_MEM)))
     except pynvml.NVMLError:
-        return name, *_common_card(name, capacity)
+        return name, *_common_card(name, capacity, "nvidia")
     # Two transfers per clock of the rate that NVML states.
-    return name, GpuSpec(name, capacity, 2e6 * clock_mhz * bus_bits / 8), ""
+    rate = 2e6 * clock_mhz * bus_bits / 8
+    return name, GpuSpec(name, capacity, rate, vendor="nvidia"), ""
 
 
-def _common_card(name: str, capacity_bytes: int) -> tuple[GpuSpec, str]:
+def _common_card(name: str, capacity_bytes: int, vendor: Vendor | None) -> tuple[GpuSpec, str]:
     """A GPU of which only the memory's size is known, and what is assumed of it."""
     alike = nearest_class(capacity_bytes)
     rate = gb_per_s(alike.bandwidth_bytes_per_s)
@@ -250,7 +245,7 @@ def _common_card(name: str, capacity_bytes: int) -> tuple[GpuSpec, str]:
         f"{alike.model}, at {rate}. State its bandwidth instead: --machine "
         f"'{gib(capacity_bytes)}@...GB/s + ...'"
     )
-    return GpuSpec(name, capacity_bytes, alike.bandwidth_bytes_per_s), said
+    return GpuSpec(name, capacity_bytes, alike.bandwidth_bytes_per_s, vendor=vendor), said
 
 
 def other_gpus(cpu: str, ram_bytes_per_s: float) -> tuple[list[GpuSpec], list[str]]:
@@ -298,6 +293,7 @@ def _listed_gpu(gpu: ListedGpu, cpu: str, ram_bytes_per_s: float) -> tuple[GpuSp
     known = find_gpu(gpu.description, gpu.capacity_bytes)
     if known is not None:
         return known.with_capacity(gpu.capacity_bytes), ""
+    vendor = _vendor(gpu)
     what = f"{gpu.description} ({gib(gpu.capacity_bytes)})"
     if _SHARES_RAM.search(_plain(gpu.description)):
         inside = find_gpu(cpu.partition("w/")[2])  # as AMD writes it
@@ -305,10 +301,18 @@ def _listed_gpu(gpu: ListedGpu, cpu: str, ram_bytes_per_s: float) -> tuple[GpuSp
             return inside.with_capacity(gpu.capacity_bytes), f"{what} is a {inside.model}"
         spec = GpuSpec(
             gpu.description, gpu.capacity_bytes, ram_bytes_per_s, unified="other",
-            is_sized=True, link_bytes_per_s=ram_bytes_per_s,
+            is_sized=True, link_bytes_per_s=ram_bytes_per_s, vendor=vendor,
         )  # fmt: skip
         return spec, f"{what} reads its memory at the rate of the RAM"
-    return _common_card(gpu.description, gpu.capacity_bytes)
+    return _common_card(gpu.description, gpu.capacity_bytes, vendor)
+
+
+def _vendor(gpu: ListedGpu) -> Vendor | None:
+    """Whose a listed GPU is: as its backend is for, else as its name says."""
+    for vendor, backend in BACKENDS.items():
+        if gpu.name.startswith(backend) or vendor in gpu.description.lower():
+            return vendor
+    return None
 
 
 def _plain(description: str) -> str:
