@@ -1,7 +1,6 @@
 """Every way to say how a model is run: flags, a plan or recipe, or a device for each tensor."""
 
 import datetime
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -12,12 +11,11 @@ from quantplan.formats.llama_args import parse_flags
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
+from quantplan.near import similar, similar_tensors
 from quantplan.placement import Launch, Placement, place, place_tensors
 from quantplan.qtypes import QTYPES, Runtime
 from quantplan.recipe import Assignment, Recipe
 from quantplan.workload import Workload
-
-_NAMED = 3
 
 
 @runtime_checkable
@@ -126,13 +124,10 @@ def _in_types(inventory: Inventory, types: Mapping[str, str]) -> Inventory:
     for name, wanted in types.items():
         tensor = inventory.by_name.get(name)
         if tensor is None:
-            near = difflib.get_close_matches(name, inventory.by_name, n=_NAMED, cutoff=0.4)
-            hint = f"; similar names are {', '.join(near)}" if near else ""
+            hint = similar_tensors(name, inventory.by_name)
             faults.append(f"{inventory.name} has no tensor {name!r}{hint}")
         elif wanted.upper() not in QTYPES:
-            near = difflib.get_close_matches(wanted.upper(), QTYPES, n=_NAMED)
-            hint = f"; similar are {', '.join(near)}" if near else ""
-            faults.append(f"{name}: there is no type {wanted!r}{hint}")
+            faults.append(f"{name}: there is no type {wanted!r}{similar(wanted, QTYPES)}")
         elif tensor.shape_ne[0] % QTYPES[wanted.upper()].block:
             faults.append(
                 f"{name}: rows of {tensor.shape_ne[0]} weights are no whole number of blocks of "

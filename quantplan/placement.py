@@ -7,7 +7,6 @@ unanchored in the full tensor name, the first match wins; KV caches follow the l
 """
 
 import datetime
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from quantplan.errors import InputError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory, Tensor
 from quantplan.llama_cpp import GPU_BUFFERS
+from quantplan.near import similar_tensors
 from quantplan.schema import Frozen
 from quantplan.workload import Workload
 
@@ -226,9 +226,9 @@ def _check_homes(inventory: Inventory, machine: Machine, homes: Mapping[str, str
     faults = []
     names = inventory.by_name
     for unknown in [name for name in homes if name not in names][:_NAMED]:
-        near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.4)
-        hint = f"; similar names are {', '.join(near)}" if near else ""
-        faults.append(f"{inventory.name} has no tensor {unknown!r}{hint}")
+        faults.append(
+            f"{inventory.name} has no tensor {unknown!r}{similar_tensors(unknown, names)}"
+        )
     devices = [device.name for device in machine.devices]
     faults += [
         f"{device!r} is no device of the machine, which has {', '.join(devices)}"
@@ -355,9 +355,7 @@ def _warnings(
             continue
         rule = f"-ot {override.pattern}={override.buffer_type}"
         if not n_hits:
-            literal = re.sub(r"[\\^$()|\[\]*+?]", "", override.pattern)
-            near = difflib.get_close_matches(literal, names, n=3, cutoff=0.4)
-            hint = f"; similar names are {', '.join(near)}" if near else ""
+            hint = similar_tensors(override.pattern, names)
             warnings.append(f"{rule} matches no tensor{hint}")
         elif not won:
             warnings.append(f"{rule} has no effect: earlier rules take all {n_hits} matches")

@@ -1,6 +1,5 @@
 """Rules about types and places, as data: floors, ties, allowed types, places, and why."""
 
-import difflib
 import json
 import re
 from collections.abc import Collection
@@ -10,6 +9,7 @@ from typing import Any
 
 from quantplan.errors import InputError
 from quantplan.inventory import Inventory, RoleClass, Tensor
+from quantplan.near import similar, similar_tensors
 from quantplan.qtypes import QTYPES, QType, Runtime, fitting_qtype, qtype
 from quantplan.schema import Frozen
 
@@ -17,7 +17,6 @@ SOURCE = "SOURCE"
 """The candidate that keeps a tensor as it is in the source."""
 
 # Tensors and types that a message names.
-_NAMED = 3
 
 
 class Rule(Frozen):
@@ -207,9 +206,7 @@ class Policy(Frozen):
             named = [tensor for tensor in inventory.tensors if rule.matches(tensor)]
             tensors = [tensor for tensor in named if _may_change(tensor)]
             if not named:
-                literal = re.sub(r"[\\^$()|\[\]*+?]", "", rule.pattern)
-                near = difflib.get_close_matches(literal, inventory.by_name, n=_NAMED, cutoff=0.4)
-                hint = f"; similar names are {', '.join(near)}" if near else ""
+                hint = similar_tensors(rule.pattern, inventory.by_name)
                 faults.append(f"rule {rule.text} matches no tensor of {inventory.name}{hint}")
             elif not tensors:
                 faults.append(
@@ -234,9 +231,7 @@ def _type_fault(name: str) -> str | None:
     if not name:
         return "a type is missing: leave out a comma, or write the type beside it"
     known = [known for known, kind in QTYPES.items() if kind.is_file_target]
-    near = difflib.get_close_matches(name, known, n=_NAMED)
-    hint = f"; similar are {', '.join(near)}" if near else ""
-    return f"there is no type {name!r} for weights{hint}"
+    return f"there is no type {name!r} for weights{similar(name, known)}"
 
 
 def _misfit(

@@ -157,7 +157,7 @@ def test_all_faults_of_a_list_come_at_once() -> None:
     text = str(caught.value)
     assert len(caught.value.faults) == len(rules)
     for part in (
-        "ffn_dwon_exps matches no tensor; similar names are blk.3.ffn_down_exps.weight",
+        "ffn_dwon_exps matches no tensor; similar are blk.3.ffn_down_exps.weight",
         "there is no type 'q4_q'; similar are q4_",
         "'(' is no regular expression",
         "may mean something else in ECMAScript",

@@ -297,7 +297,7 @@ def test_rules_leave_alone_what_no_quantizer_changes() -> None:
 @pytest.mark.parametrize(
     ("pattern", "types", "fault"),
     [
-        ("ffn_dwn_exps", ["Q8_0"], "matches no tensor of GLM-4.5-Air; similar names are blk"),
+        ("ffn_dwn_exps", ["Q8_0"], "matches no tensor of GLM-4.5-Air; similar are blk"),
         ("attn_norm", ["Q8_0"], "matches only tensors that keep their type"),
         ("ffn_down_exps", ["Q6_K"], "1408 weights .* no whole number .* would write Q8_0"),
         ("ffn_up_exps", ["IQ4_KS"], "llama.cpp does not load the type IQ4_KS"),

@@ -1,6 +1,5 @@
 """Commands that plan, predict and explain."""
 
-import difflib
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
@@ -34,6 +33,7 @@ from quantplan.cli.options import (
 from quantplan.cli.progress import working
 from quantplan.errors import InputError
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD, KVType
+from quantplan.near import similar
 
 # Of measured chunks, that --robust plans again for; each takes as long as a plan.
 _RESAMPLES = 12
@@ -157,9 +157,8 @@ def _kv_type(text: str) -> KVType | None:
         return cast(KVType, text.lower())
     if text.lower() == "auto":
         return None
-    near = difflib.get_close_matches(text.lower(), known, n=2)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}, auto"
-    raise InputError(f"--kv {text}: there is no such type of KV cache; {hint}")
+    hint = similar(text, known) or f"; known are {', '.join(known)}, auto"
+    raise InputError(f"--kv {text}: there is no such type of KV cache{hint}")
 
 
 def frontier(

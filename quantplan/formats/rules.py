@@ -11,7 +11,6 @@ Everything else is refused: other escapes, backreferences, other ``(?`` groups, 
 quantifiers, braces that count nothing, ``[[:classes:]]``, letters beyond ASCII.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from quantplan.errors import RecipeError
 from quantplan.formats.regex import rules_by_value
 from quantplan.inventory import Inventory, Tensor
+from quantplan.near import similar, similar_tensors
 from quantplan.qtypes import QTYPES, Runtime, fitting_qtype
 
 _NAMED = 3
@@ -216,10 +216,7 @@ def _written(tensor: Tensor, wanted: str, dialect: Dialect) -> str:
 def _type_faults(pattern: str, value: str, dialect: Dialect) -> list[str]:
     qtype = QTYPES.get(value.upper())
     if qtype is None:
-        near = difflib.get_close_matches(value.upper(), QTYPES, n=_NAMED)
-        hint = (
-            f"; similar are {', '.join(type_name(name, dialect) for name in near)}" if near else ""
-        )
+        hint = similar(value, [type_name(name, dialect) for name in QTYPES])
         return [f"{pattern}: there is no type {value!r}{hint}"]
     if dialect.runtime not in qtype.runtimes or not qtype.is_file_target:
         return [f"{pattern}: {dialect.name} does not write {qtype.name}"]
@@ -232,10 +229,7 @@ def _type_faults(pattern: str, value: str, dialect: Dialect) -> list[str]:
 
 
 def _no_match(pattern: str, names: Sequence[str]) -> str:
-    literal = re.sub(r"\\d|[\\^$()|\[\]*+?]", "", pattern)
-    near = difflib.get_close_matches(literal, names, n=_NAMED, cutoff=0.4)
-    hint = f"; similar names are {', '.join(near)}" if near else ""
-    return f"{pattern} matches no tensor{hint}"
+    return f"{pattern} matches no tensor{similar_tensors(pattern, names)}"
 
 
 def split_rules(words: Iterable[str]) -> list[tuple[str, str]]:
