@@ -33,7 +33,7 @@ class Open:
         context: Find the longest context with which the goal is reached.
         kv_type: Choose F16 or Q8_0 for the KV cache.
         ubatch: Choose the physical batch.
-        n_gpus: Choose how many GPUs to use, of equal ones: the first so many.
+        n_gpus: Choose how many GPUs to use: the first so many.
     """
 
     context: bool = False
@@ -66,7 +66,7 @@ def variants(problem: Problem, left_open: Open) -> Iterator[Variant]:
         knows = goal.max_turn_s is not None
         ubatches = tuple((n, 1.0 if knows else handicap) for n, handicap in _UBATCHES)
     n_gpus = [len(machine.gpus)]
-    if left_open.n_gpus and _are_equal(problem):
+    if left_open.n_gpus and machine.gpus:
         n_gpus = list(range(1, len(machine.gpus) + 1))
     for (kv_type, a), (ubatch, b), n in product(kv_types, ubatches, n_gpus):
         changes: dict[str, object] = {"ubatch": ubatch, "batch": max(work.batch, ubatch)}
@@ -79,12 +79,6 @@ def variants(problem: Problem, left_open: Open) -> Iterator[Variant]:
         )
         home = (changed.output_device.name,) * changed.n_layers
         yield Variant(changed.with_layers(home), a * b)
-
-
-def _are_equal(problem: Problem) -> bool:
-    """Whether all GPUs are alike."""
-    gpus = [gpu.model_copy(update={"name": ""}) for gpu in problem.machine.gpus]
-    return bool(gpus) and all(gpu == gpus[0] for gpu in gpus)
 
 
 def best_solution(
@@ -128,11 +122,12 @@ def best_solution(
 
 def _best_variant(candidates: list[Variant], limits: Limits) -> tuple[Problem, Solution] | None:
     """Solves variants in the order of their bounds while one may be better."""
-    bounded: list[tuple[float, Variant, Bounds]] = []
+    bounded: list[tuple[float, Variant, list[Bounds]]] = []
     for variant in candidates:
         relaxed = bounds_over_splits(variant.problem)
-        if relaxed.order or not variant.problem.machine.gpus:
-            bounded.append((variant.handicap * relaxed.least_nats, variant, relaxed))
+        if relaxed or not variant.problem.machine.gpus:
+            least_nats = relaxed[0].least_nats if relaxed else float("inf")
+            bounded.append((variant.handicap * least_nats, variant, relaxed))
     bounded.sort(key=lambda item: item[0])
     best: tuple[Variant, Solution] | None = None
     best_nats = proven = float("inf")
@@ -150,7 +145,7 @@ def _best_variant(candidates: list[Variant], limits: Limits) -> tuple[Problem, S
         return None
     variant, solution = best
     solution = solution.with_bound(proven / variant.handicap, limits.gap)
-    return variant.problem.with_layers(solution.layer_devices), solution
+    return solution.split(variant.problem), solution
 
 
 def _from_fastest(candidates: list[Variant], limits: Limits) -> tuple[Problem, Solution] | None:
@@ -161,7 +156,7 @@ def _from_fastest(candidates: list[Variant], limits: Limits) -> tuple[Problem, S
         if fastest is not None:
             solution = solve(variant.problem, limits, [fastest.layer_devices])
             if solution is not None:
-                return variant.problem.with_layers(solution.layer_devices), solution
+                return solution.split(variant.problem), solution
     return None
 
 

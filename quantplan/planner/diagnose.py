@@ -10,8 +10,10 @@ from typing import Literal
 from quantplan.costs.quality import kld_nats
 from quantplan.errors import Change, NoPlanError
 from quantplan.hardware import Machine
+from quantplan.planner.bounds import bounds_over_splits
 from quantplan.planner.goal import Goal
 from quantplan.planner.milp import build_relaxation
+from quantplan.planner.model import Model
 from quantplan.planner.problem import Problem
 from quantplan.planner.search import Limits, any_solution, solve
 from quantplan.planner.solution import Solution
@@ -108,12 +110,15 @@ def smallest_changes(problem: Problem, deadline: float) -> tuple[Change, ...]:
     return tuple(found)
 
 
-def _least_excess(problem: Problem, rows: Iterable[str]) -> float:
+def _least_excess(problem: Problem, rows: Callable[[Model], list[str]]) -> float:
     """Least amount by which rows have to be exceeded, in their unit; infinite where none helps."""
-    model = build_relaxation(problem)
-    extra = model.lp.loosen([row for row in rows if row in model.lp.rows])
-    model.lp.minimise({extra: 1.0})
-    return min(answer.objective for answer in model.lp.relax(model.levels))
+    least = math.inf
+    for case in problem.by_output():
+        model = build_relaxation(case)
+        extra = model.lp.loosen(rows(model))
+        model.lp.minimise({extra: 1.0})
+        least = min(least, *(answer.objective for answer in model.lp.relax(model.levels)))
+    return least
 
 
 def _first_solvable(
@@ -136,7 +141,7 @@ def _limits(problem: Problem, deadline: float) -> list[Change]:
     for kind, limit in zip(kinds, limits, strict=True):
         if limit is None:
             continue
-        excess = _least_excess(problem, [kind])
+        excess = _least_excess(problem, lambda _, row=kind: [row])  # type: ignore[misc]
         if not math.isfinite(excess):
             continue
         reached, sign = _limit_reached(problem, kind, limit, excess)
@@ -186,10 +191,16 @@ def _limit_change(kind: str, value: float) -> Change:
 
 def _memory(problem: Problem, deadline: float) -> list[Change]:
     """More RAM; more memory on every GPU alike."""
-    *gpu_rows, ram_row = (f"memory_{p}" for p in range(len(build_relaxation(problem).pools)))
-    kinds: dict[Literal["ram", "vram"], list[str]] = {"ram": [ram_row]}
-    if gpu_rows:
-        kinds["vram"] = gpu_rows
+
+    def of_ram(model: Model) -> list[str]:
+        return [f"memory_{len(model.pools) - 1}"]
+
+    def of_gpus(model: Model) -> list[str]:
+        return [f"memory_{p}" for p in range(len(model.pools) - 1)]
+
+    kinds: dict[Literal["ram", "vram"], Callable[[Model], list[str]]] = {"ram": of_ram}
+    if problem.machine.gpus:
+        kinds["vram"] = of_gpus
     found = []
     for kind, rows in kinds.items():
         excess = _least_excess(problem, rows) * _MIB
@@ -246,8 +257,7 @@ def longest_context(problem: Problem, most: int, deadline: float) -> tuple[int, 
     low, high = 0, max(1, most // _CELLS)
     while low < high:
         middle = (low + high + 1) // 2
-        relaxed = build_relaxation(with_context(problem, middle * _CELLS))
-        fits = any(a.ending == "solved" for a in relaxed.lp.relax(relaxed.levels))
+        fits = bool(bounds_over_splits(with_context(problem, middle * _CELLS)))
         low, high = (middle, high) if fits else (low, middle - 1)
     if low == 0:
         return None
