@@ -374,6 +374,30 @@ def test_a_frontier_has_no_point_that_another_beats(glm: Inventory, over: Over) 
         assert all(point.file_bytes <= point.limit for point in found.points)
 
 
+def test_points_over_the_context_are_the_fastest_plans_with_their_loss() -> None:
+    """Each point's speed is that of a plan at its own context that loses as little."""
+    inventory = read_inventory("Qwen3-4B-Instruct-2507")
+    machine = Machine.parse("RTX 3060 + 16GiB@40GB/s")
+    found = frontier(inventory, machine, over="context", points=4)
+    assert [point.context for point in found.points] == [4096, 16384, 65536]
+    for point in found.points:
+        work, most = Workload(context=point.context), point.loss_nats * (1 + 1e-5) + 1e-8
+        made = plan(inventory, machine, work, max_loss_nats=most, baselines=False)
+        assert point.decode_tps == pytest.approx(made.predicted.decode_tps, rel=0.011)
+
+
+def test_a_frontier_solves_no_limit_twice() -> None:
+    """A model that was trained for no more than the shortest context has one point over it."""
+    told: list[tuple[int, int]] = []
+    frontier(
+        toy_inventory([256], experts=0),
+        Machine.parse("1GiB@100GB/s + 1GiB@10GB/s"),
+        over="context",
+        progress=lambda *counts: told.append(counts),
+    )
+    assert told == [(1, 1)]
+
+
 def test_prices_are_what_planning_again_gives(glm: Inventory) -> None:
     """The price of a GiB of VRAM is the difference to the plan with it, under the same rules; duals
     agree.
