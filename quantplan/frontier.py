@@ -12,7 +12,7 @@ from quantplan.display import Table
 from quantplan.errors import InputError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
-from quantplan.planner.diagnose import no_plan, with_context
+from quantplan.planner.diagnose import ANY_TPS, no_plan, with_context
 from quantplan.planner.goal import Goal, Status
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits, solve
@@ -27,8 +27,6 @@ Over = Literal["speed", "size", "context"]
 
 # A size that the smallest types fit into in spite of what the solver holds back.
 _SIZE_SLACK_BYTES = 2**21
-# A speed that everything reaches.
-_ANY_TPS = 1e-6
 # Losses that differ by less, relatively or in nats, are equal when the faster plan is taken.
 _SAME_LOSS, _SAME_LOSS_NATS = 1e-5, 1e-8
 _CELLS = 256
@@ -164,7 +162,7 @@ def frontier(
     )
     search = Limits(gap, deadline, gap / 2)
     fastest = solve(replace(problem, goal=Goal(best="speed")), search)
-    best = solve(_at(problem, "speed", min_decode_tps or _ANY_TPS), search)
+    best = solve(_at(problem, "speed", min_decode_tps or ANY_TPS), search)
     if fastest is None or best is None:
         raise no_plan(problem, time_limit_s)
     limits = _limits_between(problem, fastest, best, over, points)
@@ -198,7 +196,7 @@ def _at(problem: Problem, over: Over, limit: float) -> Problem:
         return replace(problem, goal=replace(problem.goal, min_decode_tps=limit))
     if over == "size":
         return replace(problem, goal=replace(problem.goal, max_file_bytes=int(limit)))
-    slow = replace(problem.goal, min_decode_tps=problem.goal.min_decode_tps or _ANY_TPS)
+    slow = replace(problem.goal, min_decode_tps=problem.goal.min_decode_tps or ANY_TPS)
     return replace(with_context(problem, int(limit)), goal=slow)
 
 

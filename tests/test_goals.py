@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -356,6 +357,36 @@ def test_every_change_that_is_named_is_enough(glm: Inventory) -> None:
     less = machine.ram.model_copy(update={"capacity_bytes": int(changes["ram"]) - 3 * 2**28})
     with pytest.raises(NoPlanError):
         plan(glm, machine.model_copy(update={"ram": less}), work)
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "most"),
+    [
+        ("gemma-3-12b-it", "10GiB@60GB/s", 0.001),
+        ("gemma-3-12b-it", "10GiB@60GB/s", 0.0059),
+        ("Qwen3-235B-A22B", "RTX 4090 + 96GiB@80GB/s", 0.005),
+    ],
+)
+def test_the_loss_that_is_named_is_enough(model: str, machine: str, most: float) -> None:
+    """Where no plan loses so little, the loss named can be asked for as it is written."""
+    inventory, devices = read_inventory(model), Machine.parse(machine)
+    with pytest.raises(NoPlanError) as caught:
+        plan(inventory, devices, max_loss_nats=most)
+    named = {change.kind: change for change in caught.value.changes}
+    assert {"loss", "ram"} <= set(named)
+    written = re.search(r"a loss of ([\d.]+) nats", named["loss"].text)
+    assert written is not None
+    value = float(written[1])
+    assert value == named["loss"].value
+    made = plan(inventory, devices, max_loss_nats=value, gap=0.05, baselines=False)
+    assert made.predicted.loss_nats <= value
+
+
+def test_no_loss_at_all_can_be_asked_for() -> None:
+    """With room for the model as it is, a plan may lose nothing."""
+    machine = Machine.parse("1GiB@100GB/s + 1GiB@10GB/s")
+    made = plan(toy_inventory([256], experts=0), machine, max_loss_nats=0.0)
+    assert made.predicted.loss_nats == 0
 
 
 @pytest.mark.parametrize("over", ["speed", "size", "context"])

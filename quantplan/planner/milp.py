@@ -297,8 +297,11 @@ def add_loss(model: Model) -> None:
     """The model loses at most what is allowed: sum loss[c,o] t[c,o] <= max_loss."""
     most = model.problem.max_summed_loss_nats
     if most is not None:
-        allowed = (1 - _TOLERANCE) * most
-        model.lp.add_row("loss", model.loss_millinats, upper=MILLI * allowed - _TOLERANCE)
+        allowed = MILLI * (1 - _TOLERANCE) * most - _TOLERANCE
+        terms = model.loss_millinats
+        if allowed <= 0:  # nothing may be lost, so no choice is taken that loses anything
+            allowed, terms = 0.0, {choice: 1.0 for choice, loss in terms.items() if loss > 0}
+        model.lp.add_row("loss", terms, upper=allowed)
 
 
 def add_size(model: Model) -> None:
