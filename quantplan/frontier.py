@@ -12,11 +12,11 @@ from quantplan.display import Table
 from quantplan.errors import InputError
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
-from quantplan.planner.diagnose import no_plan, with_context
+from quantplan.planner.diagnose import ANY_TPS, no_plan, with_context
 from quantplan.planner.goal import Goal, Status
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits, solve
-from quantplan.planner.solution import Solution
+from quantplan.planner.solution import Solution, checked
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
 from quantplan.schema import Frozen
@@ -25,10 +25,10 @@ from quantplan.workload import Workload
 
 Over = Literal["speed", "size", "context"]
 
-# A speed that everything reaches.
-_ANY_TPS = 1e-6
 # A size that the smallest types fit into in spite of what the solver holds back.
 _SIZE_SLACK_BYTES = 2**21
+# Losses that differ by less, relatively or in nats, are equal when the faster plan is taken.
+_SAME_LOSS, _SAME_LOSS_NATS = 1e-5, 1e-8
 _CELLS = 256
 _SHORTEST_CONTEXT = 4096
 
@@ -125,7 +125,8 @@ def frontier(
 
     One limit after the other is set and the loss minimised under it (the epsilon-constraint
     method). The points share the groups, their options and the splits that were good so far, and a
-    solution under a harder limit is one under an easier limit too.
+    solution under a harder limit is one under an easier limit too. Over the context each point is
+    the fastest plan with its loss.
 
     Args:
         inventory: The model.
@@ -161,7 +162,7 @@ def frontier(
     )
     search = Limits(gap, deadline, gap / 2)
     fastest = solve(replace(problem, goal=Goal(best="speed")), search)
-    best = solve(_at(problem, "speed", min_decode_tps or _ANY_TPS), search)
+    best = solve(_at(problem, "speed", min_decode_tps or ANY_TPS), search)
     if fastest is None or best is None:
         raise no_plan(problem, time_limit_s)
     limits = _limits_between(problem, fastest, best, over, points)
@@ -184,7 +185,10 @@ def _limits_between(
         trained = problem.inventory.architecture.context_length or problem.workload.context
         hardest, easiest = float(trained), float(min(_SHORTEST_CONTEXT, trained))
     ratio = (easiest / hardest) ** (1 / (points - 1))
-    return [hardest * ratio**n for n in range(points)]
+    limits = [hardest * ratio**n for n in range(points)]
+    if over == "context":  # whole cells, which a power may miss by a hair
+        limits = [float(max(_CELLS, int(limit + 0.5) // _CELLS * _CELLS)) for limit in limits]
+    return list(dict.fromkeys(limits))
 
 
 def _at(problem: Problem, over: Over, limit: float) -> Problem:
@@ -192,9 +196,8 @@ def _at(problem: Problem, over: Over, limit: float) -> Problem:
         return replace(problem, goal=replace(problem.goal, min_decode_tps=limit))
     if over == "size":
         return replace(problem, goal=replace(problem.goal, max_file_bytes=int(limit)))
-    context = max(_CELLS, int(limit) // _CELLS * _CELLS)
-    slow = replace(problem.goal, min_decode_tps=problem.goal.min_decode_tps or _ANY_TPS)
-    return replace(with_context(problem, context), goal=slow)
+    slow = replace(problem.goal, min_decode_tps=problem.goal.min_decode_tps or ANY_TPS)
+    return replace(with_context(problem, int(limit)), goal=slow)
 
 
 def _trace(
@@ -211,14 +214,26 @@ def _trace(
     for n, limit in enumerate(limits):
         left_s = max(0.3, (deadline - time.monotonic()) / (len(limits) - n))
         at = _at(problem, over, limit)
+        if known is not None and over == "context":
+            known = checked(known.split(at), known.choices)
         # Most points close their gap at once; one that does not may use what they left over.
         search = Limits(gap, time.monotonic() + 4 * left_s, gap / 2)
         found = solve(at, search, [known.layer_devices] if known else (), known=known)
         if found is not None:
-            known = found
+            known = found = _fastest(at, found, search) if over == "context" else found
             yield _point(at, limit, found)
         if progress is not None:
             progress(n + 1, len(limits))
+
+
+def _fastest(problem: Problem, found: Solution, limits: Limits) -> Solution:
+    """The fastest solution that loses as little, with the bound of the loss."""
+    most = kld_nats(found.loss_nats * (1 + _SAME_LOSS) + _SAME_LOSS_NATS)
+    hurried = replace(problem, goal=replace(problem.goal, best="speed", max_loss_nats=most))
+    known = checked(found.split(hurried), found.choices)
+    fastest = solve(hurried, limits, [found.layer_devices], known=known) or known
+    again = checked(fastest.split(problem), fastest.choices)
+    return again.with_bound(found.bound_nats, limits.gap)
 
 
 def _point(problem: Problem, limit: float, solution: Solution) -> FrontierPoint:

@@ -259,7 +259,7 @@ def plan(
         context: ``max`` for the longest context, up to the one that the model was trained for.
         kv_type: ``auto`` to choose between F16 and Q8_0.
         ubatch: ``auto`` to choose between 2048 and 128 tokens.
-        n_gpus: ``auto`` to choose how many of several equal GPUs to use.
+        n_gpus: ``auto`` to choose how many GPUs to use: the first so many.
         policy: Rules about types and places, or the name of a preset.
         evidence: What was measured of the model's losses; combined with what metadata say.
         gap: Relative gap at which the search may stop; with GPUs at least 0.1 %.

@@ -224,7 +224,7 @@ def _price(resource: str, base: Solution, new: Solution, dual: float | None) -> 
 
 def _duals(problem: Problem, base: Solution) -> dict[str, float]:
     """Nats per GiB of memory, from the program without integers at the solution's split."""
-    bounds = split_bounds(problem.with_layers(base.layer_devices))
+    bounds = split_bounds(base.split(problem))
     if not bounds.order:
         return {}
     duals = bounds.answers[bounds.order[0]].duals

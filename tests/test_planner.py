@@ -4,6 +4,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_a_solution_is_as_good_as_counting_every_choice_out(task: Task) -> None:
         assert not every_choice(task).fits_easily.any()
         return
     # With several GPUs the layers may have moved to a better split.
-    same_split = Task(**{**vars(task), "layers": solution.layer_devices})
+    same_split = replace(task, layers=solution.layer_devices)
     assert solution.objective_nats >= best(same_split) - NATS
     assert solution.objective_nats <= best(same_split, easily=True) * slack(task) + NATS
 
@@ -162,31 +163,41 @@ def test_types_are_on_the_fastest_places_that_hold_them(task: Task) -> None:
         for group, (option, _) in groups
         for tensor, qtype in zip(group.tensors, option.qtypes, strict=True)
     }
-    same_split = Task(**{**vars(task), "layers": solution.layer_devices})
+    same_split = replace(task, layers=solution.layer_devices)
     found = every_choice(same_split, only=types)
     fastest = found.seconds[found.fits_easily].min(initial=math.inf)
     assert solution.decode_s <= fastest * slack(task)
 
 
 def splits(task: Task) -> list[tuple[str, ...]]:
-    """Every contiguous split with as many layers in RAM."""
+    """Every contiguous split with as many layers in RAM, over the GPUs up to the output's."""
     n_cpu = task.layers.count("CPU")
-    names = [gpu.name for gpu in task.machine.gpus]
+    gpus = task.machine.gpus
+    names = [gpu.name for gpu in gpus[: gpus.index(task.last) + 1]]
     n_layers = len(task.layers) - n_cpu
     return [
         ("CPU",) * n_cpu + on_gpus for on_gpus in combinations_with_replacement(names, n_layers)
     ]
 
 
+def is_unequal(machine: Machine) -> bool:
+    """Whether the first GPU is unlike the last."""
+    first, last = (machine.gpus[d].model_copy(update={"name": ""}) for d in (0, -1))
+    return first != last
+
+
 @solving
 @given(tasks(n_gpus=(2,)))
 def test_the_bound_holds_over_every_split(task: Task) -> None:
-    """No split of the layers over the GPUs has a solution below the stated bound."""
+    """No split of the layers, with the output on any GPU, has a solution below the bound."""
     solution = search(task.problem, Limits(GAP, time.monotonic() + 60))
     assume(solution is not None)
     assert isinstance(solution, Solution)
+    gpus = task.machine.gpus if is_unequal(task.machine) else task.machine.gpus[-1:]
     everywhere = min(
-        best(Task(**{**vars(task), "layers": layers}), easily=True) for layers in splits(task)
+        best(replace(task, layers=layers, output=gpu.name), easily=True)
+        for gpu in gpus
+        for layers in splits(replace(task, output=gpu.name))
     )
     assert solution.bound_nats <= everywhere + NATS
     assert solution.bound_nats <= solution.objective_nats
@@ -207,10 +218,19 @@ def test_the_status_is_what_the_gap_says(task: Task) -> None:
 # Plans, audited from their assignments.
 
 
+def output_device(made: Plan) -> str:
+    """The last GPU with a share of the layers by the plan's own flags, or the CPU."""
+    names = [device.name for device in made.machine.gpus]
+    if "-ts" not in made.flags:
+        return names[0] if names else "CPU"
+    shares = made.flags[made.flags.index("-ts") + 1].split(",")
+    return [name for name, share in zip(names, shares, strict=True) if share != "0"][-1]
+
+
 def audit(made: Plan, inventory: Inventory) -> dict[str, dict[str, int]]:
     """Recompute what a plan puts on each device from its assignments alone."""
     gpus = [device.name for device in made.machine.gpus]
-    last = gpus[-1] if gpus else "CPU"
+    last = output_device(made)
     found: dict[str, dict[str, int]] = {name: defaultdict(int) for name in (*gpus, "CPU")}
     layer_device: dict[int, str] = {}
     streamed = 0
@@ -277,7 +297,7 @@ def check_budgets(made: Plan, inventory: Inventory) -> None:
 def decode_s(made: Plan, inventory: Inventory) -> float:
     """Seconds per token of a plan, recomputed from its assignments."""
     devices = {device.name: device for device in made.machine.devices}
-    last = (made.machine.gpus or (made.machine.ram,))[-1]
+    last = devices[output_device(made)]
     depth = made.workload.context / made.workload.n_streams
     layers = [a.device for a in made.assignments if a.tensor.endswith("attn_norm.weight")]
     assert all(layers)

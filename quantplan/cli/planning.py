@@ -51,7 +51,7 @@ def plan(
     slots: Annotated[int, typer.Option(help="Requests served at the same time, at most 256.")] = 1,
     ubatch: Annotated[str, typer.Option(help="Physical batch in tokens; auto to choose.")] = "512",
     gpus: Annotated[
-        Literal["all", "auto"], typer.Option(help="auto to choose how many equal GPUs to use.")
+        Literal["all", "auto"], typer.Option(help="auto to choose how many GPUs to use.")
     ] = "all",
     llama_build: LlamaBuildOption = NEWEST_KNOWN_BUILD,
     margin: MarginOption = None,

@@ -54,9 +54,14 @@ def split_bounds(problem: Problem) -> Bounds:
     return _bounds(problem, build_model(problem))
 
 
-def bounds_over_splits(problem: Problem) -> Bounds:
-    """Bounds that hold for every split of the layers."""
-    return _bounds(problem, build_relaxation(problem))
+def bounds_over_splits(problem: Problem) -> list[Bounds]:
+    """Bounds that hold for every split of the layers, for each place of the output.
+
+    Returns:
+        Those where something fits, the lowest first: it bounds all of them.
+    """
+    found = [_bounds(each, build_relaxation(each)) for each in problem.by_output()]
+    return sorted((b for b in found if b.order), key=lambda bounds: bounds.least_nats)
 
 
 def bound_with_layers_in_ram(

@@ -7,11 +7,11 @@ from itertools import product
 
 from quantplan.errors import SolverError
 from quantplan.planner.bounds import Bounds, bounds_over_splits
-from quantplan.planner.diagnose import longest_context, no_plan, with_context
+from quantplan.planner.diagnose import least_loss, longest_context, no_plan, with_context
 from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem
 from quantplan.planner.search import Limits, any_solution, reachable_gap, solve
-from quantplan.planner.solution import Solution
+from quantplan.planner.solution import Solution, checked
 
 # No loss of a quantized KV cache was measured for whole models, so the integer program cannot weigh
 # it. F16 is kept unless Q8_0 makes the objective at least a tenth smaller, or is needed to fit.
@@ -20,7 +20,7 @@ _KV_TYPES = (("f16", 1.0), ("q8_0", 1 / 0.9))
 # make the objective at least a hundredth smaller.
 _UBATCHES = tuple((2048 >> n, 1.01**n) for n in range(5))
 # Time for saying what would have to change where there is no plan.
-_DIAGNOSIS_S = 8.0
+_DIAGNOSIS_S = 10.0
 # Share of the time that is left that may go into finding the longest context.
 _CONTEXT_SHARE = 0.5
 
@@ -33,7 +33,7 @@ class Open:
         context: Find the longest context with which the goal is reached.
         kv_type: Choose F16 or Q8_0 for the KV cache.
         ubatch: Choose the physical batch.
-        n_gpus: Choose how many GPUs to use, of equal ones: the first so many.
+        n_gpus: Choose how many GPUs to use: the first so many.
     """
 
     context: bool = False
@@ -66,7 +66,7 @@ def variants(problem: Problem, left_open: Open) -> Iterator[Variant]:
         knows = goal.max_turn_s is not None
         ubatches = tuple((n, 1.0 if knows else handicap) for n, handicap in _UBATCHES)
     n_gpus = [len(machine.gpus)]
-    if left_open.n_gpus and _are_equal(problem):
+    if left_open.n_gpus and machine.gpus:
         n_gpus = list(range(1, len(machine.gpus) + 1))
     for (kv_type, a), (ubatch, b), n in product(kv_types, ubatches, n_gpus):
         changes: dict[str, object] = {"ubatch": ubatch, "batch": max(work.batch, ubatch)}
@@ -79,12 +79,6 @@ def variants(problem: Problem, left_open: Open) -> Iterator[Variant]:
         )
         home = (changed.output_device.name,) * changed.n_layers
         yield Variant(changed.with_layers(home), a * b)
-
-
-def _are_equal(problem: Problem) -> bool:
-    """Whether all GPUs are alike."""
-    gpus = [gpu.model_copy(update={"name": ""}) for gpu in problem.machine.gpus]
-    return bool(gpus) and all(gpu == gpus[0] for gpu in gpus)
 
 
 def best_solution(
@@ -118,7 +112,7 @@ def best_solution(
         candidates = _at_longest_context(candidates, limits)
     found = _best_variant(candidates, limits)
     if found is None and not limits.is_over:
-        found = _from_fastest(candidates, limits)
+        found = _from_extremes(candidates, limits)
     if found is not None:
         return found
     if limits.is_over:
@@ -128,11 +122,12 @@ def best_solution(
 
 def _best_variant(candidates: list[Variant], limits: Limits) -> tuple[Problem, Solution] | None:
     """Solves variants in the order of their bounds while one may be better."""
-    bounded: list[tuple[float, Variant, Bounds]] = []
+    bounded: list[tuple[float, Variant, list[Bounds]]] = []
     for variant in candidates:
         relaxed = bounds_over_splits(variant.problem)
-        if relaxed.order or not variant.problem.machine.gpus:
-            bounded.append((variant.handicap * relaxed.least_nats, variant, relaxed))
+        if relaxed or not variant.problem.machine.gpus:
+            least_nats = relaxed[0].least_nats if relaxed else float("inf")
+            bounded.append((variant.handicap * least_nats, variant, relaxed))
     bounded.sort(key=lambda item: item[0])
     best: tuple[Variant, Solution] | None = None
     best_nats = proven = float("inf")
@@ -150,19 +145,36 @@ def _best_variant(candidates: list[Variant], limits: Limits) -> tuple[Problem, S
         return None
     variant, solution = best
     solution = solution.with_bound(proven / variant.handicap, limits.gap)
-    return variant.problem.with_layers(solution.layer_devices), solution
+    return solution.split(variant.problem), solution
 
 
-def _from_fastest(candidates: list[Variant], limits: Limits) -> tuple[Problem, Solution] | None:
-    """Starts from the fastest split where the first ones are too slow for the goal."""
-    for variant in candidates:
-        unlimited = replace(variant.problem, goal=Goal(best="speed"))
-        fastest = solve(unlimited, limits)
-        if fastest is not None:
-            solution = solve(variant.problem, limits, [fastest.layer_devices])
+def _from_extremes(candidates: list[Variant], limits: Limits) -> tuple[Problem, Solution] | None:
+    """Starts from any solution, or from the fastest and the least loss, where no split would do."""
+    for problem in (variant.problem for variant in candidates):
+        if problem.machine.gpus and not bounds_over_splits(problem):
+            continue
+        for start in filter(None, _extremes(problem, limits)):
+            known = _within_limits(problem, start)
+            solution = solve(problem, limits, [start.layer_devices], known=known)
             if solution is not None:
-                return variant.problem.with_layers(solution.layer_devices), solution
+                return solution.split(problem), solution
     return None
+
+
+def _extremes(problem: Problem, limits: Limits) -> Iterator[Solution | None]:
+    """Where to start from, the cheapest first; those of other goals may be beyond the limits."""
+    yield any_solution(problem, limits.deadline)
+    yield solve(replace(problem, goal=Goal(best="speed")), limits)
+    if problem.goal.max_loss_nats is not None:
+        yield least_loss(problem, limits)
+
+
+def _within_limits(problem: Problem, found: Solution) -> Solution | None:
+    """A solution to the problem with other limits, where it keeps to these too."""
+    try:
+        return checked(found.split(problem), found.choices)
+    except SolverError:
+        return None
 
 
 def _at_longest_context(candidates: list[Variant], limits: Limits) -> list[Variant]:

@@ -10,8 +10,10 @@ from typing import Literal
 from quantplan.costs.quality import kld_nats
 from quantplan.errors import Change, NoPlanError
 from quantplan.hardware import Machine
+from quantplan.planner.bounds import bounds_over_splits
 from quantplan.planner.goal import Goal
 from quantplan.planner.milp import build_relaxation
+from quantplan.planner.model import Model
 from quantplan.planner.problem import Problem
 from quantplan.planner.search import Limits, any_solution, solve
 from quantplan.planner.solution import Solution
@@ -23,6 +25,14 @@ _MIB = 2**20
 _MEMORY_STEP = 2**28
 _CELLS = 256
 _TRIES = 5
+# Share of the time for what is possible at all; the rest is for changes.
+_POSSIBLE_SHARE = 0.25
+# Gap at which the least loss, or the fastest plan, is known well enough.
+_ROUGH = Limits(1e-3, math.inf, 5e-4)
+ANY_TPS = 1e-6
+"""A speed that everything reaches: to ask for it leaves time without a price."""
+# How far a limit is above a loss at least, relatively and in nats, for the solver's tolerance.
+_STEP, _STEP_NATS = 1e-5, 1e-6
 # KV types to fall back to, from the one that harms least.
 _KV_TYPES = ("f16", "q8_0", "q4_0")
 
@@ -37,7 +47,8 @@ def no_plan(problem: Problem, time_limit_s: float) -> NoPlanError:
     deadline = time.monotonic() + time_limit_s
     unlimited = None
     if problem.goal.limits:
-        unlimited = solve(replace(problem, goal=Goal(best="speed")), Limits(1e-3, deadline, 5e-4))
+        search = replace(_ROUGH, deadline=time.monotonic() + _POSSIBLE_SHARE * time_limit_s)
+        unlimited = solve(replace(problem, goal=Goal(best="speed")), search)
     changes = smallest_changes(problem, deadline)
     advice = "".join(f"\n  - {change.text}" for change in changes)
     if advice:
@@ -100,20 +111,35 @@ def smallest_changes(problem: Problem, deadline: float) -> tuple[Change, ...]:
     How much is missing follows from the program with a limit that may be exceeded, whose excess is
     minimised; contexts are bisected. Each change is confirmed by a solution.
     """
-    finders = (_limits, _kv_type, _context, _memory, _floor)
+    goal = problem.goal
+    finders: list[Callable[[Problem, float], list[Change]]] = []
+    if goal.min_decode_tps is not None:
+        finders.append(partial(_limit, "speed", goal.min_decode_tps))
+    if goal.max_turn_s is not None:
+        finders.append(partial(_limit, "turn", goal.max_turn_s))
+    if goal.max_loss_nats is not None:
+        finders.append(_loss)
+    if goal.max_file_bytes is not None:
+        finders.append(partial(_limit, "size", goal.max_file_bytes))
+    finders += [_kv_type, _context, _memory, _floor]
     found: list[Change] = []
-    for finder in finders:
-        if time.monotonic() < deadline:
-            found += finder(problem, deadline)
+    for n, finder in enumerate(finders):
+        # None may use up the time of those after it; the first, about what was asked, get most.
+        left_s = deadline - time.monotonic()
+        if left_s > 0:
+            found += finder(problem, time.monotonic() + 2 * left_s / (len(finders) - n + 1))
     return tuple(found)
 
 
-def _least_excess(problem: Problem, rows: Iterable[str]) -> float:
+def _least_excess(problem: Problem, rows: Callable[[Model], list[str]]) -> float:
     """Least amount by which rows have to be exceeded, in their unit; infinite where none helps."""
-    model = build_relaxation(problem)
-    extra = model.lp.loosen([row for row in rows if row in model.lp.rows])
-    model.lp.minimise({extra: 1.0})
-    return min(answer.objective for answer in model.lp.relax(model.levels))
+    least = math.inf
+    for case in problem.by_output():
+        model = build_relaxation(case)
+        extra = model.lp.loosen(rows(model))
+        model.lp.minimise({extra: 1.0})
+        least = min(least, *(answer.objective for answer in model.lp.relax(model.levels)))
+    return least
 
 
 def _first_solvable(
@@ -128,35 +154,50 @@ def _first_solvable(
     return None
 
 
-def _limits(problem: Problem, deadline: float) -> list[Change]:
-    """Speed, turn, loss and size, where they were asked for."""
-    goal, found = problem.goal, []
-    kinds = ("speed", "turn", "loss", "size")
-    limits = (goal.min_decode_tps, goal.max_turn_s, goal.max_loss_nats, goal.max_file_bytes)
-    for kind, limit in zip(kinds, limits, strict=True):
-        if limit is None:
-            continue
-        excess = _least_excess(problem, [kind])
-        if not math.isfinite(excess):
-            continue
-        reached, sign = _limit_reached(problem, kind, limit, excess)
-        tries = (reached * (1 + sign * 0.0001 * 4**n) for n in range(_TRIES))
-        value = _first_solvable(tries, partial(_with_limit, problem, kind), deadline)
-        if value is not None:
-            found.append(_limit_change(kind, value))
-    return found
+def _limit(kind: str, limit: float, problem: Problem, deadline: float) -> list[Change]:
+    """Less speed, a longer turn, or a larger file than was asked for."""
+    excess = _least_excess(problem, lambda _: [kind])
+    if not math.isfinite(excess):
+        return []
+    reached, sign = _limit_reached(kind, limit, excess)
+    tries = (reached * (1 + sign * 0.0001 * 4**n) for n in range(_TRIES))
+    value = _first_solvable(tries, partial(_with_limit, problem, kind), deadline)
+    return [] if value is None else [_limit_change(kind, value)]
 
 
-def _limit_reached(problem: Problem, kind: str, limit: float, excess: float) -> tuple[float, float]:
+def _loss(problem: Problem, deadline: float) -> list[Change]:
+    """The least loss within the other limits.
+
+    It is solved for, not sought from what the relaxation reaches, which may be far below.
+    """
+    least = least_loss(problem, replace(_ROUGH, deadline=deadline))
+    if least is None:
+        return []
+    # A little above, and rounded up, so that the loss named can be asked for.
+    value = _rounded_up(kld_nats(least.loss_nats) * (1 + _STEP) + _STEP_NATS)
+    return [Change("loss", float(value), f"Allow a loss of {value} nats per token")]
+
+
+def _rounded_up(value: float) -> str:
+    """A number above 0, rounded up to three significant digits."""
+    places = max(0, 2 - math.floor(math.log10(value)))
+    return f"{math.ceil(value * 10**places) / 10**places:.{places}f}"
+
+
+def least_loss(problem: Problem, limits: Limits) -> Solution | None:
+    """The solution of least loss within all limits but that on the loss, whatever time costs."""
+    speed = problem.goal.min_decode_tps or ANY_TPS
+    goal = replace(problem.goal, best="quality", min_decode_tps=speed, max_loss_nats=None)
+    return solve(replace(problem, goal=goal), limits)
+
+
+def _limit_reached(kind: str, limit: float, excess: float) -> tuple[float, float]:
     """The limit that the relaxation reaches, and the direction in which it becomes easier."""
     if kind == "speed":
         return 1 / (1 / limit + excess / 1000), -1.0
     if kind == "turn":
         return limit + excess / 1000, 1.0
-    if kind == "size":
-        return limit + excess * _MIB, 1.0
-    summed = problem.max_summed_loss_nats or 0.0
-    return kld_nats(summed + excess / 1000), 1.0
+    return limit + excess * _MIB, 1.0
 
 
 def _with_limit(problem: Problem, kind: str, value: float) -> Problem:
@@ -165,8 +206,6 @@ def _with_limit(problem: Problem, kind: str, value: float) -> Problem:
         goal = replace(goal, min_decode_tps=value)
     elif kind == "turn":
         goal = replace(goal, max_turn_s=value)
-    elif kind == "loss":
-        goal = replace(goal, max_loss_nats=value)
     else:
         goal = replace(goal, max_file_bytes=int(value))
     return replace(problem, goal=goal)
@@ -179,17 +218,21 @@ def _limit_change(kind: str, value: float) -> Change:
     if kind == "turn":
         value = math.ceil(value * 10) / 10
         return Change("turn", value, f"Allow {value:.1f} s for a turn")
-    if kind == "loss":
-        return Change("loss", value, f"Allow a loss of {value:.4f} nats per token")
     return Change("size", int(value), f"Allow {gib(int(value))} for the file")
 
 
 def _memory(problem: Problem, deadline: float) -> list[Change]:
     """More RAM; more memory on every GPU alike."""
-    *gpu_rows, ram_row = (f"memory_{p}" for p in range(len(build_relaxation(problem).pools)))
-    kinds: dict[Literal["ram", "vram"], list[str]] = {"ram": [ram_row]}
-    if gpu_rows:
-        kinds["vram"] = gpu_rows
+
+    def of_ram(model: Model) -> list[str]:
+        return [f"memory_{len(model.pools) - 1}"]
+
+    def of_gpus(model: Model) -> list[str]:
+        return [f"memory_{p}" for p in range(len(model.pools) - 1)]
+
+    kinds: dict[Literal["ram", "vram"], Callable[[Model], list[str]]] = {"ram": of_ram}
+    if problem.machine.gpus:
+        kinds["vram"] = of_gpus
     found = []
     for kind, rows in kinds.items():
         excess = _least_excess(problem, rows) * _MIB
@@ -246,8 +289,7 @@ def longest_context(problem: Problem, most: int, deadline: float) -> tuple[int, 
     low, high = 0, max(1, most // _CELLS)
     while low < high:
         middle = (low + high + 1) // 2
-        relaxed = build_relaxation(with_context(problem, middle * _CELLS))
-        fits = any(a.ending == "solved" for a in relaxed.lp.relax(relaxed.levels))
+        fits = bool(bounds_over_splits(with_context(problem, middle * _CELLS)))
         low, high = (middle, high) if fits else (low, middle - 1)
     if low == 0:
         return None

@@ -162,18 +162,18 @@ def add_layers(model: Model) -> None:
     problem = model.problem
     numbers = Counter(problem.cache_kinds)
     for i, (kind, n_layers) in enumerate(numbers.items()):
-        for d, pool in enumerate(model.pools):
-            model.layers[kind, pool[0].name] = model.lp.add_variable(
+        for d, name in model.layer_pools:
+            model.layers[kind, name] = model.lp.add_variable(
                 f"layers_{i}_{d}", n_layers, is_integer=True
             )
-        parts = {model.layers[kind, pool[0].name]: 1.0 for pool in model.pools}
+        parts = {model.layers[kind, name]: 1.0 for _, name in model.layer_pools}
         model.lp.add_row(f"layers_{i}", parts, equal=n_layers)
     for k, shape in enumerate(model.shapes):
         if shape.group.place != "layer" or shape.group.layer is None:
             continue
         kind = problem.cache_kinds[shape.group.layer]
-        for d, pool in enumerate(model.pools):
-            terms = {model.layers[kind, pool[0].name]: -1.0, **_counts(model, k, pool[0].name)}
+        for d, name in model.layer_pools:
+            terms = {model.layers[kind, name]: -1.0, **_counts(model, k, name)}
             if shape.n_groups == numbers[kind]:
                 model.lp.add_row(f"stays_{k}_{d}", terms, equal=0.0)
             else:
@@ -189,7 +189,8 @@ def _counts(model: Model, k: int, name: str) -> dict[pulp.LpVariable, float]:
 def add_hops(model: Model) -> None:
     """What is not on a device with its layer costs a hop, in a relaxation.
 
-    hops[k,d] >= sum_o x[k,o,d] - layers[i,d], for the shapes k that may leave layers of kind i.
+    hops[k,d] >= sum_o x[k,o,d] - layers[i,d], for the shapes k that may leave layers of kind i, and
+    without layers[i,d] for devices d that have experts only.
     """
     problem = model.problem
     for k, shape in enumerate(model.shapes):
@@ -199,9 +200,13 @@ def add_hops(model: Model) -> None:
         kind = problem.cache_kinds[group.layer]
         for d, pool in enumerate(model.pools):
             name = pool[0].name
-            hops = model.lp.add_variable(f"hops_{k}_{d}", shape.n_groups)
             counts = dict.fromkeys(_counts(model, k, name), -1.0)
-            terms = {hops: 1.0, model.layers[kind, name]: 1.0, **counts}
+            if not counts:
+                continue
+            hops = model.lp.add_variable(f"hops_{k}_{d}", shape.n_groups)
+            terms = {hops: 1.0, **counts}
+            if (kind, name) in model.layers:
+                terms[model.layers[kind, name]] = 1.0
             model.lp.add_row(f"hops_{k}_{d}", terms, lower=0.0)
             model.hops[k, name] = hops
 
@@ -212,10 +217,9 @@ def add_boundaries(model: Model) -> None:
     sum_i layers[i,d] <= layers used[d], used[d] binary, for devices d other than the output's.
     """
     problem = model.problem
-    for d, pool in enumerate(model.pools):
-        if problem.output_device in pool:
+    for d, name in model.layer_pools:
+        if problem.output_device in model.pools[d]:
             continue
-        name = pool[0].name
         model.used[name] = model.lp.add_variable(f"used_{d}", 1, is_integer=True)
         terms = {count: 1.0 for (_, place), count in model.layers.items() if place == name}
         terms[model.used[name]] = -float(problem.n_layers)
@@ -293,8 +297,11 @@ def add_loss(model: Model) -> None:
     """The model loses at most what is allowed: sum loss[c,o] t[c,o] <= max_loss."""
     most = model.problem.max_summed_loss_nats
     if most is not None:
-        allowed = (1 - _TOLERANCE) * most
-        model.lp.add_row("loss", model.loss_millinats, upper=MILLI * allowed - _TOLERANCE)
+        allowed = MILLI * (1 - _TOLERANCE) * most - _TOLERANCE
+        terms = model.loss_millinats
+        if allowed <= 0:  # nothing may be lost, so no choice is taken that loses anything
+            allowed, terms = 0.0, {choice: 1.0 for choice, loss in terms.items() if loss > 0}
+        model.lp.add_row("loss", terms, upper=allowed)
 
 
 def add_size(model: Model) -> None:

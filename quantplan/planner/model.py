@@ -101,6 +101,12 @@ class Model:
     used: dict[str, pulp.LpVariable] = field(default_factory=dict)
 
     @property
+    def layer_pools(self) -> list[tuple[int, str]]:
+        """Number of each pool that may have layers, and the name of its first device."""
+        places = (*self.problem.layer_gpus, self.problem.machine.ram)
+        return [(d, pool[0].name) for d, pool in enumerate(self.pools) if pool[0] in places]
+
+    @property
     def levels(self) -> list[dict[pulp.LpVariable, float]]:
         """Every setting of the steps: the largest tensor that may be streamed, smallest first."""
         n = len(self.steps)
@@ -168,13 +174,16 @@ def form_cohorts(
     Args:
         problem: The groups.
         options: Options that each group may take; by default all of its own.
-        anywhere: Devices that every group of a layer may be on, in a relaxation.
+        anywhere: Devices that groups of layers may be on, in a relaxation: those of layers, and of
+            experts.
     """
     members: dict[object, list[int]] = defaultdict(list)
     places_of: list[tuple[Device, ...]] = []
     for g, group in enumerate(problem.groups):
-        is_free = anywhere and group.place in ("layer", "free")
-        places_of.append(anywhere if is_free else problem.places(group))
+        if anywhere and group.place in ("layer", "free"):
+            places_of.append(tuple(d for d in anywhere if problem.may_hold(d, group)))
+        else:
+            places_of.append(problem.places(group))
         kind = None
         if anywhere and group.layer is not None:
             kind = problem.cache_kind_numbers[group.layer]
@@ -224,7 +233,7 @@ def form_shapes(problem: Problem, cohorts: tuple[Cohort, ...]) -> tuple[Shape, .
 
 
 def gpu_pools(problem: Problem) -> tuple[tuple[Device, ...], ...]:
-    """GPUs that decode equally fast, taken together."""
+    """GPUs that decode equally fast and may all have layers or not, taken together."""
     by_rate: dict[tuple[object, ...], list[Device]] = defaultdict(list)
     for gpu in problem.machine.gpus:
         rates: tuple[object, ...] = (
@@ -232,6 +241,7 @@ def gpu_pools(problem: Problem) -> tuple[tuple[Device, ...], ...]:
             gpu.vector_flops_per_s,
             gpu.decode_slowdown,
             gpu.network,
+            gpu in problem.layer_gpus,
         )
         if problem.goal.max_turn_s is not None:
             rates = (*rates, gpu.flops_per_s, gpu.prefill_slowdown)

@@ -32,6 +32,8 @@ class Problem:
         goal: What is to be best, and what has to be reached.
         evidence: What was measured of the model's losses.
         plans_with_high_end: Whether compute buffers count with the high end of their estimate.
+        output: Name of the GPU that holds the output matrix; layers are on it and on those before
+            it. None where that is open: the last one, until `by_output` says otherwise.
     """
 
     inventory: Inventory
@@ -43,17 +45,34 @@ class Problem:
     goal: Goal
     evidence: Evidence | None = None
     plans_with_high_end: bool = True
+    output: str | None = None
 
-    def with_layers(self, layer_devices: tuple[str, ...]) -> "Problem":
-        """The same problem with the layers on other devices."""
-        return replace(self, layer_devices=layer_devices)
+    def with_layers(self, layer_devices: tuple[str, ...], output: str | None = None) -> "Problem":
+        """The same problem with the layers, and the output if it is named, on other devices."""
+        return replace(self, layer_devices=layer_devices, output=output or self.output)
+
+    def by_output(self) -> tuple["Problem", ...]:
+        """The problem with the output on each GPU that it may be on, all layers beside it.
+
+        llama.cpp has the output on the last GPU with a share of the layers. That is the last one,
+        or one before a GPU that is unlike it. Of equal GPUs in a row only the last is tried, since
+        they differ by a hop at most.
+        """
+        gpus = self.machine.gpus
+        if self.output is not None or not gpus:
+            return (self,)
+        unnamed = [gpu.model_copy(update={"name": ""}) for gpu in gpus]
+        ends = [gpu.name for gpu, a, b in zip(gpus, unnamed, unnamed[1:], strict=False) if a != b]
+        names = (*ends, gpus[-1].name)
+        return tuple(self.with_layers((name,) * self.n_layers, name) for name in names)
 
     def with_policy(self, policy: Policy) -> "Problem":
         """The same problem with other rules, every layer on the output's device."""
         made = build_problem(
             self.inventory, self.machine, self.workload, policy, self.goal, evidence=self.evidence
         )
-        return replace(made, plans_with_high_end=self.plans_with_high_end)
+        made = replace(made, plans_with_high_end=self.plans_with_high_end)
+        return made.with_layers((self.output_device.name,) * self.n_layers, self.output)
 
     @cached_property
     def devices(self) -> dict[str, Device]:
@@ -62,8 +81,21 @@ class Problem:
 
     @cached_property
     def output_device(self) -> Device:
-        """Device of the output matrix: the last GPU, as with ``-ngl`` and ``-ts``."""
-        return self.machine.gpus[-1] if self.machine.gpus else self.machine.ram
+        """Device of the output matrix: the last GPU for layers, as with ``-ngl`` and ``-ts``."""
+        return self.layer_gpus[-1] if self.layer_gpus else self.machine.ram
+
+    @cached_property
+    def layer_gpus(self) -> tuple[Device, ...]:
+        """GPUs that layers may be on, in order; those behind may hold experts."""
+        gpus = self.machine.gpus
+        if self.output is None:
+            return gpus
+        return gpus[: 1 + [gpu.name for gpu in gpus].index(self.output)]
+
+    def may_hold(self, device: Device, group: Group) -> bool:
+        """Whether a group of a layer may be on a device in some split of the layers."""
+        may_roam = group.place == "free" and group.has_experts
+        return device.kind == "cpu" or may_roam or device in self.layer_gpus
 
     @cached_property
     def cache_bytes(self) -> tuple[int, ...]:
@@ -130,7 +162,7 @@ class Problem:
             is_first=is_first,
         )
         has_layers = (True,) if is_gpu else (False, True)
-        if device.name not in self.layer_devices and not is_gpu:
+        if device.name not in self.layer_devices and device not in self.layer_gpus:
             has_layers = (False,)
         has_experts = (False, True) if architecture.n_expert else (False,)
         return max(

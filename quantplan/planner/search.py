@@ -70,7 +70,7 @@ def solve(
     problem: Problem,
     limits: Limits,
     splits: Sequence[Layers] = (),
-    relaxed: Bounds | None = None,
+    relaxed: Sequence[Bounds] | None = None,
     known: Solution | None = None,
 ) -> Solution | None:
     """Finds the split of the layers, the types and the places of least objective.
@@ -78,13 +78,14 @@ def solve(
     How many of the first layers are in RAM and how the others are shared out is searched on bounds:
     the program without integers says in milliseconds how good a split can be. From several starts
     one boundary is moved at a time. The program with integers is then solved for splits in the
-    order of their bounds, until none is left that could be better by more than the gap.
+    order of their bounds, until none is left that could be better by more than the gap. So for each
+    place of the output, in the order of their bounds too.
 
     Args:
         problem: Groups and budgets.
         limits: When to stop.
         splits: Splits to start from, beside those of `first_splits`.
-        relaxed: Bounds over every split, where they are known already.
+        relaxed: What `bounds_over_splits` says, where it is known already.
         known: A solution of the problem, under harder limits and so perhaps not its best.
 
     Returns:
@@ -96,12 +97,25 @@ def solve(
     if not problem.machine.gpus:
         split = problem.with_layers(first_splits(problem)[0])
         return solve_split(split, limits.solver_gap, limits.left_s)
-    relaxed = relaxed or bounds_over_splits(problem)
-    if not relaxed.order:
-        return None
+    best, bound_nats = known, float("inf")
+    for bounds in bounds_over_splits(problem) if relaxed is None else relaxed:
+        least = bounds.least_nats
+        if best is None or (best.objective_nats * (1 - limits.gap) > least and not limits.is_over):
+            best = _solve_with_output(bounds, limits, splits, best) or best
+            least = max(least, best.bound_nats) if best else least
+        bound_nats = min(bound_nats, least)
+    return best and best.with_bound(bound_nats, limits.gap)
+
+
+def _solve_with_output(
+    relaxed: Bounds, limits: Limits, splits: Sequence[Layers], known: Solution | None
+) -> Solution | None:
+    """The best solution with the output where it is; its bound is for these splits."""
+    problem = relaxed.problem
     found = _Search(problem, limits, relaxed.least_nats, best=known)
-    starts = [*splits, *first_splits(problem)]
-    if len(problem.machine.gpus) > 1:
+    places = {problem.machine.ram.name, *(gpu.name for gpu in problem.layer_gpus)}
+    starts = [*(s for s in splits if places.issuperset(s)), *first_splits(problem)]
+    if len(problem.layer_gpus) > 1:
         guess, bound_nats = promising_split(relaxed, _GUESS_SHARE * limits.left_s)
         found.raise_bound(bound_nats)
         starts = [*([guess] if guess else []), *starts]
@@ -118,10 +132,11 @@ def solve(
 
 def any_solution(problem: Problem, deadline: float) -> Solution | None:
     """Some solution, however far from the best; None where none was found by the deadline."""
-    if problem.machine.gpus and not bounds_over_splits(problem).order:
-        return None
-    for layers in first_splits(problem):
-        bounds = split_bounds(problem.with_layers(layers))
+    cases = problem.by_output()
+    if problem.machine.gpus:
+        cases = tuple(bounds.problem for bounds in bounds_over_splits(problem))
+    for split in (each.with_layers(layers) for each in cases for layers in first_splits(each)):
+        bounds = split_bounds(split)
         for level in bounds.order[:1]:
             left_s = max(0.1, deadline - time.monotonic())
             found, _ = solve_level(bounds, level, _ANY_GAP, left_s)
@@ -228,7 +243,7 @@ class _Search:
         more, and with fewer layers in RAM.
         """
         best, problem = self.best, self.problem
-        if best is None or len(problem.machine.gpus) != 1:
+        if best is None or len(problem.layer_gpus) != 1 or not self._has_output(best):
             return 0.0
         n_in_ram = best.layer_devices.count(problem.machine.ram.name)
         bound = self._proven_of(best.layer_devices)
@@ -246,7 +261,7 @@ class _Search:
 
     def bound_of_all_splits(self, _relaxed: Bounds) -> float:
         """The least bound of all splits over one GPU, each looked at; 0 where there are more."""
-        if len(self.problem.machine.gpus) != 1:
+        if len(self.problem.layer_gpus) != 1:
             return 0.0
         for n_cpu_layers in range(self.problem.n_layers + 1):
             if self.limits.is_over:
@@ -254,6 +269,9 @@ class _Search:
             self._look_at(split_layers(self.problem, n_cpu_layers))
         self.solve_in_order()
         return min(map(self._proven_of, self.bounds))
+
+    def _has_output(self, solution: Solution) -> bool:
+        return solution.output_device == self.problem.output_device.name
 
     def _proven_of(self, layers: Layers) -> float:
         """The bound of a split, with integers where it was solved."""

@@ -54,6 +54,7 @@ class Solution:
         bound_nats: Proven lower bound of the objective, over every split of the layers.
         choices: Option and device name of each group.
         layer_devices: Device name of each loaded layer.
+        output_device: Device name of the output matrix.
         device_bytes: What is on each device, by name.
         loss_nats: Predicted loss per token.
         decode_s: Seconds per token with the context full.
@@ -64,6 +65,7 @@ class Solution:
     bound_nats: float
     choices: tuple[Choice, ...]
     layer_devices: tuple[str, ...]
+    output_device: str
     device_bytes: dict[str, DeviceBytes]
     loss_nats: float
     decode_s: float
@@ -73,6 +75,11 @@ class Solution:
         """``(objective - bound) / objective``; 0 where the difference is negligible."""
         difference = self.objective_nats - self.bound_nats
         return difference / self.objective_nats if difference > _NEGLIGIBLE_NATS else 0.0
+
+    def split(self, problem: Problem) -> Problem:
+        """A problem with layers and output where the solution has them."""
+        output = self.output_device if problem.machine.gpus else None
+        return problem.with_layers(self.layer_devices, output)
 
     def with_bound(self, bound_nats: float, gap: float) -> "Solution":
         """The solution with another bound, and the status that follows from it."""
@@ -113,6 +120,7 @@ def checked(problem: Problem, choices: Sequence[Choice]) -> Solution:
         bound_nats=0.0,
         choices=tuple(choices),
         layer_devices=problem.layer_devices,
+        output_device=problem.output_device.name,
         device_bytes=device_bytes,
         loss_nats=loss,
         decode_s=decode_s,

@@ -20,7 +20,7 @@ def least_layer_bytes(problem: Problem) -> list[int]:
 
 
 def _room(problem: Problem) -> list[int]:
-    """Bytes that each GPU has for layers."""
+    """Bytes that each GPU for layers has for them."""
     output = sum(g.options[-1].n_bytes for g in problem.groups if g.place == "output")
     return [
         max(
@@ -29,13 +29,13 @@ def _room(problem: Problem) -> list[int]:
             - problem.compute_bytes(gpu)
             - (output if gpu == problem.output_device else 0),
         )
-        for gpu in problem.machine.gpus
+        for gpu in problem.layer_gpus
     ]
 
 
 def _as_devices(problem: Problem, n_cpu_layers: int, counts: Sequence[int]) -> tuple[str, ...]:
     names = [problem.machine.ram.name] * n_cpu_layers
-    for gpu, count in zip(problem.machine.gpus, counts, strict=True):
+    for gpu, count in zip(problem.layer_gpus, counts, strict=True):
         names += [gpu.name] * count
     return tuple(names)
 
@@ -50,7 +50,7 @@ def split_layers(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
     Returns:
         Device name of each loaded layer: a run of ``CPU``, then GPUs in order.
     """
-    gpus = problem.machine.gpus
+    gpus = problem.layer_gpus
     if not gpus:
         return (problem.machine.ram.name,) * problem.n_layers
     room = _room(problem)
@@ -68,7 +68,7 @@ def split_layers(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
 
 def _sequential(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
     """As many layers as fit on the first GPUs, which fits if any split does."""
-    gpus, room = problem.machine.gpus, _room(problem)
+    gpus, room = problem.layer_gpus, _room(problem)
     counts, d, free = [0] * len(gpus), 0, room[0]
     for n_bytes in least_layer_bytes(problem)[n_cpu_layers:]:
         while n_bytes > free and d < len(gpus) - 1:
@@ -79,7 +79,7 @@ def _sequential(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
 
 def _fastest_first(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
     """As many layers as fit on the GPUs with the most bandwidth."""
-    gpus, room = problem.machine.gpus, _room(problem)
+    gpus, room = problem.layer_gpus, _room(problem)
     least = least_layer_bytes(problem)[n_cpu_layers:]
     left, typical = len(least), max(least, default=1)
     counts = [0] * len(gpus)
@@ -96,14 +96,14 @@ def first_splits(problem: Problem) -> list[tuple[str, ...]]:
     From the fewest layers in RAM that arithmetic allows: shared out in proportion to memory, to the
     first GPUs, and to the fastest ones; then with more and more layers in RAM.
     """
-    if not problem.machine.gpus:
+    if not problem.layer_gpus:
         return [split_layers(problem, problem.n_layers)]
     room, least = sum(_room(problem)), least_layer_bytes(problem)
     fewest = 0
     while fewest < problem.n_layers and sum(least[fewest:]) > room:
         fewest += 1
     splits = [split_layers(problem, fewest)]
-    if len(problem.machine.gpus) > 1:
+    if len(problem.layer_gpus) > 1:
         splits += [_sequential(problem, fewest), _fastest_first(problem, fewest)]
     step = 1
     while fewest + step <= problem.n_layers:
@@ -131,7 +131,7 @@ def promising_split(relaxed: Bounds, time_limit_s: float) -> tuple[tuple[str, ..
     bound = min([proven, *map(relaxed.nats, others)])
     if answer.ending != "solved":
         return None, bound
-    names = (problem.machine.ram.name, *(gpu.name for gpu in problem.machine.gpus))
+    names = (problem.machine.ram.name, *(gpu.name for gpu in problem.layer_gpus))
     layers = tuple(
         name
         for name in names
@@ -147,7 +147,7 @@ def neighbours(problem: Problem, layer_devices: tuple[str, ...]) -> Iterator[tup
 
     Hybrid models repeat their layers in fours.
     """
-    names = (problem.machine.ram.name, *(gpu.name for gpu in problem.machine.gpus))
+    names = (problem.machine.ram.name, *(gpu.name for gpu in problem.layer_gpus))
     counts = [layer_devices.count(name) for name in names]
     for d in range(len(counts) - 1):
         for step in (1, 4) if d == 0 else (1,):

@@ -102,18 +102,20 @@ class Task:
     rules: Policy
     layers: tuple[str, ...]
     min_decode_tps: float | None = None
+    output: str | None = None
 
     @property
     def problem(self) -> Problem:
         """The same for the code under test."""
         goal = Goal(min_decode_tps=self.min_decode_tps)
         parts = (self.inventory, self.machine, self.workload, self.rules, goal)
-        return build_problem(*parts).with_layers(self.layers)
+        return build_problem(*parts).with_layers(self.layers, self.output)
 
     @property
     def last(self) -> Device:
         """The device of the output."""
-        return (self.machine.gpus or (self.machine.ram,))[-1]
+        gpus = self.machine.gpus or (self.machine.ram,)
+        return next((gpu for gpu in gpus if gpu.name == self.output), gpus[-1])
 
 
 def homes(task: Task, tensor: Tensor) -> list[Device]:
@@ -258,7 +260,9 @@ def compute_bytes(
     is_first = device == task.machine.devices[0]
 
     def graph(n_copies: int) -> int:
-        parts = [True] if device.kind == "gpu" else {False, "CPU" in task.layers}
+        parts = {False, "CPU" in task.layers}
+        if device.kind == "gpu":
+            parts = {gpus.index(device) <= gpus.index(task.last)}
         is_last = device == task.last
         return max(
             planned_bytes(
