@@ -203,7 +203,8 @@ def compare(inventory: qp.Inventory, bits: float, time_limit_s: float) -> tuple[
 def main() -> None:
     """Prints a row for each model and budget, then the summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(qp.catalog_names()))
+    planned = [n for n in qp.catalog_names() if not qp.read_inventory(n).is_for_ik_only]
+    parser.add_argument("--models", default=",".join(planned))
     parser.add_argument("--time-limit", type=float, default=20.0)
     options = parser.parse_args()
     print(

@@ -1,14 +1,15 @@
 """How well the order of single tensors' losses is predicted, on a real model that no fit has seen.
 
-Usage: python benchmarks/order_smollm2.py [--chunks N] [--tokens T] [--minutes M] [--folder DIR]
+Usage: python benchmarks/order_smollm2.py [--imatrix] [--chunks N] [--tokens T] [--minutes M]
+    [--folder DIR]
 
 Every matrix of SmolLM2-135M is quantized alone, and the real llama.cpp measures the KLD from the
 F16 source: about two hours on a core, and a folder that is kept goes on where it ended. The rank
 correlation (all matrices, and median within roles of the layers) is printed of
 
 - predictions from metadata alone;
-- predictions with the errors on the real weights, without and with an importance matrix that was
-  made on other text;
+- predictions with the errors on the real weights, all of them with an importance matrix that was
+  made on other text where it is asked for (``--imatrix``);
 - the other half of the chunks, the most that any prediction could reach.
 
 Intervals are 95 % of resamples of the chunks.
@@ -103,6 +104,7 @@ def report(name: str, predicted: Array, by_chunk: Array, roles: list[str]) -> No
 def main() -> None:
     """Measures and prints one line per kind of evidence."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--imatrix", action="store_true", help="quantize with a matrix")
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256, help="per chunk; half of them judge")
     parser.add_argument("--minutes", type=float, default=180.0, help="to measure for")
@@ -112,28 +114,27 @@ def main() -> None:
     with working_folder(options.folder) as folder, tempfile.TemporaryDirectory() as portable:
         os.environ |= portable_cpu(Path(portable))
         llama_cpp, source = find_llama_cpp(packaged_folder()), smollm2_f16(folder)
-        inventory, imatrix = qp.read_inventory(source), folder / "imatrix.gguf"
+        inventory, table, matrix = qp.read_inventory(source), folder / "kld.csv", None
+        if options.imatrix:
+            table, matrix = folder / "kld-imatrix.csv", folder / "imatrix.gguf"
+            if not matrix.exists():
+                write_imatrix(llama_cpp, source, tuning, IMATRIX_CHUNKS, matrix)
         setup = Setup(
             source=source, texts=(judging,), llama_cpp=llama_cpp, cache=folder / "cache",
-            chunks=options.chunks, chunk_tokens=options.tokens, threads=1,
+            chunks=options.chunks, chunk_tokens=options.tokens, imatrix=matrix, threads=1,
         )  # fmt: skip
-        found = measure(setup, folder / "kld.csv", options.minutes)
-        if not imatrix.exists():
-            write_imatrix(llama_cpp, source, tuning, IMATRIX_CHUNKS, imatrix)
+        found = measure(setup, table, options.minutes)
         measured = [t for t in quantized(inventory) if t.name in found]
         roles, by_chunk = [t.role for t in measured], np.array([found[t.name] for t in measured])
         print(f"{len(measured)} of {len(quantized(inventory))} matrices at {QTYPE}")
+        importance = read_imatrix(matrix) if matrix else None
+        ratios = measure_weights(source, [QTYPE], imatrix=importance).ratios()
         for name, evidence in (
             ("metadata alone", None),
-            ("weights", Evidence(weight_errors=measure_weights(source, [QTYPE]).ratios())),
-            ("weights and matrix", Evidence(
-                weight_errors=measure_weights(
-                    source, [QTYPE], imatrix=read_imatrix(imatrix)
-                ).ratios()
-            )),
-        ):  # fmt: skip
-            table = LossTable(inventory, evidence)
-            predicted = np.array([table.loss_nats(t, QTYPE) for t in measured])
+            ("weights and matrix" if matrix else "weights", Evidence(weight_errors=ratios)),
+        ):
+            losses = LossTable(inventory, evidence)
+            predicted = np.array([losses.loss_nats(t, QTYPE) for t in measured])
             report(name, predicted, by_chunk, roles)
         odd, even = by_chunk[:, 1::2], by_chunk[:, ::2]
         report("the other half of the chunks", odd.mean(axis=1), even, roles)

@@ -64,12 +64,18 @@ def test_two_gpus_hold_contiguous_layers_as_planned(smollm2: Path) -> None:
     assert "Paris" in serve(plan, smollm2, n_servers=2)
 
 
-def test_experts_on_another_gpu_than_their_layer_load_as_planned(tmp_path: Path) -> None:
-    """Experts that the plan puts on the second GPU, away from their layers, are there."""
+@pytest.mark.parametrize(("first", "second", "layers"), [(8, 3, "4,1"), (7, 4, "5,0")])
+def test_experts_on_another_gpu_than_their_layer_load_as_planned(
+    tmp_path: Path, first: int, second: int, layers: str
+) -> None:
+    """Experts that the plan puts on the second GPU, away from their layers, are there, whether it
+    has layers of its own or none.
+    """
     source = toy_moe(tmp_path / "toy.gguf", "qwen3moe")
     work = qp.Workload(context=1024, kv_type="q8_0", ubatch=32, llama_cpp_build=BUILD)
-    machine = qp.Machine.parse("8MiB@300GB/s + 3.5MiB@30GB/s + 4MiB@0.2GB/s")
+    machine = qp.Machine.parse(f"{first}MiB@300GB/s + {second}MiB@30GB/s + 5MiB@0.2GB/s")
     plan = qp.plan(qp.read_inventory(source), machine, work)
+    assert plan.flags[plan.flags.index("-ts") + 1] == layers
     overrides = plan.flags[plan.flags.index("-ot") + 1]
     assert "=CUDA1" in overrides
     assert "=CPU" in overrides

@@ -226,20 +226,20 @@ def test_only_the_recipes_own_file_is_run(moe: Quantized, smollm2: Path) -> None
 
 @needs_llama_cpp
 def test_the_command_line_says_whether_the_promise_held_and_learns(
-    moe: Quantized, tmp_path: Path
+    dense: Quantized, tmp_path: Path
 ) -> None:
     """A machine that was taken for much too fast breaks the promise: exit code 3. What was measured
     goes into the profile, so that the next prediction is nearer, with a narrower interval; the
     profile of before is kept.
     """
-    known = qp.Machine.parse(moe.machines[0])
+    known = qp.Machine.parse(dense.machines[0])
     fast = known.ram.model_copy(update={"decode_slowdown": 0.001})
     machine = known.model_copy(update={"ram": fast})
     profile, recipe = tmp_path / "here.json", tmp_path / "recipe.json"
     machine.save(profile)
-    moe.recipe.save(recipe)
+    dense.recipe.save(recipe)
     saved = tmp_path / "verification.json"
-    arguments = ["verify", str(recipe), str(moe.path), "--llama-cpp", str(packaged_folder())]
+    arguments = ["verify", str(recipe), str(dense.path), "--llama-cpp", str(packaged_folder())]
     arguments += ["--learn", str(profile), "--output", str(saved), "--", *PLAIN]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 3, result.output
@@ -261,7 +261,7 @@ def test_the_command_line_says_whether_the_promise_held_and_learns(
     assert after.high - after.low < before.high - before.low
     expected = [
         qp.predict(
-            qp.read_inventory(moe.path), moe.recipe.flags, m, llama_cpp_build=BUILD
+            qp.read_inventory(dense.path), dense.recipe.flags, m, llama_cpp_build=BUILD
         ).speed.decode_tps(16).expected
         for m in (machine, learned)
     ]  # fmt: skip
@@ -269,11 +269,11 @@ def test_the_command_line_says_whether_the_promise_held_and_learns(
     assert qp.Machine.load(tmp_path / "here.before.json") == machine
     (buffer,) = [check for check in found.checks if check.what == "compute"]
     (use,) = qp.predict(
-        qp.read_inventory(moe.path), moe.recipe.flags, learned, llama_cpp_build=BUILD
+        qp.read_inventory(dense.path), dense.recipe.flags, learned, llama_cpp_build=BUILD
     ).devices
     assert use.compute_low_bytes == use.compute_high_bytes == buffer.measured
     assert (buffer.low or 0) < (buffer.high or 0)
-    again = learn(learned, qp.read_inventory(moe.path), found)
+    again = learn(learned, qp.read_inventory(dense.path), found)
     assert again.compute == learned.compute
 
 
