@@ -1,8 +1,10 @@
 """The plan: what to quantize how, where to put it, what to expect, and how sure that is."""
 
-import math
+import contextlib
+import os
 from dataclasses import replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from quantplan.costs import data_hashes
 from quantplan.costs.calibration import for_model
@@ -11,10 +13,12 @@ from quantplan.costs.quality import LossTable, type_errors
 from quantplan.costs.speed import SpeedPrediction
 from quantplan.display import Table, html_card
 from quantplan.errors import InputError
+from quantplan.files import write_whole
 from quantplan.formats.llama_cpp import server_command
 from quantplan.ftypes import stock_mix
 from quantplan.hardware import Machine
 from quantplan.inventory import Inventory
+from quantplan.plan_checks import check_input
 from quantplan.plan_notes import (
     backend_notes,
     baseline_notes,
@@ -38,7 +42,6 @@ from quantplan.planner.solution import Solution
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
 from quantplan.predict import DeviceUse, device_line, device_table, speed_facts, speed_lines
-from quantplan.qtypes import qtype
 from quantplan.recipe import (
     MemoryUse,
     Prediction,
@@ -49,7 +52,7 @@ from quantplan.recipe import (
     type_lines,
     types_html,
 )
-from quantplan.schema import Frozen
+from quantplan.schema import Frozen, read_saved
 from quantplan.units import gib
 from quantplan.version import __version__
 from quantplan.workload import Workload
@@ -127,6 +130,34 @@ class Plan(Frozen):
             ),
             provenance=self.provenance,
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, whole or not at all.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a plan that was saved, or that ``quantplan plan --json`` printed.
+
+        Raises:
+            InputError: The file cannot be read, is a recipe, or is no plan of this version.
+        """
+        again = "write one with: quantplan plan MODEL --machine TEXT --json > plan.json"
+        try:
+            return read_saved(cls, path, "plan")
+        except InputError as error:
+            faults = [f"{fault}; {again}" for fault in error.faults[:3]]
+        with contextlib.suppress(InputError):
+            Recipe.load(path)
+            faults = [
+                f"{os.fspath(path)} is a recipe: it lacks the speed over the context, the plain "
+                f"answers and the sizes of the devices; {again}"
+            ]
+        raise InputError(faults)
 
     def llama_server_command(self, model_path: str) -> str:
         """A ``llama-server`` command line, ready to paste into a POSIX shell.
@@ -288,7 +319,7 @@ def plan(
     if context == "max" and max_turn_s is not None:
         turn = task.prompt_tokens + task.answer_tokens
         task = task.model_copy(update={"context": max(task.context, turn)})
-    _check(inventory, goal, task, gap, time_limit_s)
+    check_input(inventory, goal, task, gap, time_limit_s)
     rules = policy_preset(policy) if isinstance(policy, str) else policy
     rules.check(inventory, priced=type_errors())
 
@@ -347,37 +378,6 @@ def _plan_of(
         ),
         provenance=provenance,
     )
-
-
-def _check(
-    inventory: Inventory, goal: Goal, workload: Workload, gap: float, time_limit_s: float
-) -> None:
-    faults = goal.faults()
-    turn = workload.prompt_tokens + workload.answer_tokens
-    if goal.max_turn_s is not None and not 0 < turn <= workload.context:
-        faults.append(
-            f"a turn has {workload.prompt_tokens} tokens of prompt and {workload.answer_tokens} of "
-            f"answer; together they must be between 1 and the context of {workload.context} tokens"
-        )
-    if not 0 <= gap < 1:
-        faults.append(f"the gap is {gap}; it must be at least 0 and below 1")
-    if not (math.isfinite(time_limit_s) and time_limit_s > 0):
-        faults.append(f"the time limit is {time_limit_s} s; it must be above 0")
-    if not inventory.tensors:
-        faults.append(f"{inventory.name} has no tensors, so there is nothing to plan")
-    foreign = {t.qtype for t in inventory.tensors if "llama.cpp" not in qtype(t.qtype).runtimes}
-    if foreign:
-        faults.append(
-            f"{inventory.name} has tensors of the types {', '.join(sorted(foreign))}, which "
-            "llama.cpp does not load; they are ik_llama.cpp's"
-        )
-    if inventory.is_for_ik_only:
-        faults.append(
-            f"{inventory.name} is laid out for ik_llama.cpp, and llama.cpp does not load it: "
-            "convert it for llama.cpp, or ask `quantplan predict --engine ik` about flags"
-        )
-    if faults:
-        raise InputError(faults)
 
 
 def _provenance(

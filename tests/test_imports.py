@@ -107,6 +107,7 @@ ORDER = [
     "planner.baseline_tables",
     "planner.outcome",
     "planner.held_out",
+    "plan_checks",
     "plan_notes",
     "plan",
     "frontier",

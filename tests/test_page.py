@@ -22,7 +22,7 @@ from quantplan.costs.quality import LossTable
 from quantplan.page.content import page_content
 from quantplan.page.document import report_html
 from quantplan.page.loss import loss_interval
-from quantplan.page.others import other_plans, read_plan, why_not
+from quantplan.page.others import other_plans, why_not
 from quantplan.page.server import Planner, Question, Server
 from quantplan.policy import policy
 from tests.support.browser import Watched, chromium, file_url
@@ -284,13 +284,15 @@ def test_a_plan_is_read_back_and_a_recipe_is_told_apart(
     made, _ = plans
     path = tmp_path / "plan.json"
     path.write_text(made.model_dump_json(), encoding="utf-8")
-    assert read_plan(path) == made
+    assert qp.Plan.load(path) == made
+    made.save(path)
+    assert qp.Plan.load(path) == made
     made.recipe.save(path)
     with pytest.raises(qp.InputError, match=r"is a recipe: it lacks .* --json > plan.json"):
-        read_plan(path)
+        qp.Plan.load(path)
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(qp.InputError, match="no plan that this version reads"):
-        read_plan(path)
+        qp.Plan.load(path)
 
 
 def test_the_command_writes_the_page(

@@ -52,10 +52,11 @@ def report(
     from quantplan.files import write_whole  # noqa: PLC0415
     from quantplan.page.content import page_content  # noqa: PLC0415
     from quantplan.page.document import report_html  # noqa: PLC0415
-    from quantplan.page.others import other_plans, read_plan, why_not  # noqa: PLC0415
+    from quantplan.page.others import other_plans, why_not  # noqa: PLC0415
+    from quantplan.plan import Plan  # noqa: PLC0415
 
     check_targets(output)
-    made = read_plan(plan)
+    made = Plan.load(plan)
     asked = made.provenance
     rules = (
         parse_policy(policy or asked.policy or "", pin or [], allow or [])

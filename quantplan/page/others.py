@@ -1,58 +1,20 @@
 """The other points of the frontier, each as a whole plan with its own command."""
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
-
-from pydantic import ValidationError
 
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable
-from quantplan.errors import InputError, NoPlanError
+from quantplan.errors import NoPlanError
 from quantplan.frontier import frontier
 from quantplan.inventory import Inventory
 from quantplan.plan import Plan, plan
 from quantplan.policy import Policy
-from quantplan.schema import faults_of
 
 # Relative difference of two predictions of one loss that rounding explains.
 _ROUNDING = 1e-6
 # Relative gap of the points: to prove less takes most of the time, and no picture shows it.
 _GAP = 1e-2
-
-
-def read_plan(path: Path) -> Plan:
-    """Reads what ``quantplan plan --json`` printed.
-
-    Raises:
-        InputError: The file cannot be read, is a recipe, or is no plan of this version.
-    """
-    again = "write one with: quantplan plan MODEL --machine TEXT --json > plan.json"
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}; {again}") from error
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path} is no plan, it is not JSON; {again}") from error
-    if isinstance(document, dict) and "tensors" in document and "assignments" not in document:
-        raise InputError(
-            f"{path} is a recipe: it lacks the speed over the context, the plain answers and the "
-            f"sizes of the devices, which the page shows; {again}"
-        )
-    try:
-        return Plan.model_validate(document)
-    except InputError as error:  # the machine or the workload inside
-        raise InputError(f"{path}: {fault}" for fault in error.faults) from error
-    except ValidationError as error:
-        raise InputError(
-            [
-                f"{path} is no plan that this version reads: {fault}; {again}"
-                for fault in faults_of(error)[:3]
-            ]
-        ) from error
 
 
 def why_not(made: Plan, inventory: Inventory, policy: Policy, evidence: Evidence | None) -> str:
