@@ -153,9 +153,9 @@ class Inventory(Frozen):
 
     @property
     def is_for_ik_only(self) -> bool:
-        """Whether llama.cpp refuses the model: what it does not know, or tensors too many.
+        """Whether only ik_llama.cpp loads the model.
 
-        So says b10434 of them (``unknown model architecture``, ``wrong number of tensors``).
+        llama.cpp b10434 knows no such architecture, or counts too many tensors.
         """
         has_both = {"attn_kv_b", "attn_k_b"} <= {t.role for t in self.tensors}
         return has_both or self.metadata.get("general.architecture") == "bitnet-25"
