@@ -90,6 +90,14 @@ class Device(MachineValue):
         """Capacity less margin."""
         return max(0, self.capacity_bytes - self.margin_bytes)
 
+    def with_more(self, n_bytes: int) -> Self:
+        """The same device with so many more bytes; a margin that is the usual one grows with it."""
+        kind: Literal["gpu", "ram"] = "gpu" if self.kind == "gpu" else "ram"
+        capacity, margin = self.capacity_bytes + n_bytes, self.margin_bytes
+        if margin == _margin(self.capacity_bytes, kind):
+            margin = _margin(capacity, kind)
+        return self.model_copy(update={"capacity_bytes": capacity, "margin_bytes": margin})
+
     def slowdowns(self) -> str:
         """What calibration found, for people; empty where it found nothing."""
         parts = [

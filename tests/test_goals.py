@@ -475,6 +475,16 @@ def test_what_is_far_from_fitting_is_no_fault_of_the_solver() -> None:
         plan(read_inventory("Kimi-K2-Instruct"), machine, Workload(context=16384))
 
 
+def test_the_ram_to_add_is_enough_with_the_margin_of_as_much() -> None:
+    """A machine with as much RAM as is advised, which leaves more of it free, holds a plan."""
+    model = read_inventory("GLM-4.6")
+    with pytest.raises(NoPlanError) as caught:
+        plan(model, Machine.parse("RTX 3090 + 64GiB@80GB/s"), Workload(context=16384))
+    (advised,) = [change.value for change in caught.value.changes if change.kind == "ram"]
+    machine = Machine.parse(f"RTX 3090 + {advised / 2**30}GiB@80GB/s")
+    assert plan(model, machine, Workload(context=16384), baselines=False).devices
+
+
 @pytest.mark.parametrize("name", ["BitNet-b1.58-2B-4T", "DeepSeek-V3-ik-MLA"])
 def test_what_only_ik_llama_cpp_loads_is_not_planned(name: str) -> None:
     """Models in a layout that llama.cpp refuses are refused with what to do."""

@@ -258,10 +258,7 @@ def _with_memory(problem: Problem, kind: Literal["ram", "vram"], more: float) ->
     machine = problem.machine
     devices = (machine.ram,) if kind == "ram" else machine.gpus
     each = math.ceil(more / len(devices))
-    grown = tuple(
-        device.model_copy(update={"capacity_bytes": device.capacity_bytes + each})
-        for device in devices
-    )
+    grown = tuple(device.with_more(each) for device in devices)
     changes: dict[str, object] = {"ram": grown[0]} if kind == "ram" else {"gpus": grown}
     return replace(problem, machine=machine.model_copy(update=changes))
 
