@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from quantplan.costs.calibration import for_model
 from quantplan.costs.evidence import Evidence
+from quantplan.costs.memory import CELL_PADDING
 from quantplan.costs.quality import kld_nats
 from quantplan.display import Table
 from quantplan.errors import InputError
@@ -29,7 +30,6 @@ Over = Literal["speed", "size", "context"]
 _SIZE_SLACK_BYTES = 2**21
 # Losses that differ by less, relatively or in nats, are equal when the faster plan is taken.
 _SAME_LOSS, _SAME_LOSS_NATS = 1e-5, 1e-8
-_CELLS = 256
 _SHORTEST_CONTEXT = 4096
 
 
@@ -187,7 +187,10 @@ def _limits_between(
     ratio = (easiest / hardest) ** (1 / (points - 1))
     limits = [hardest * ratio**n for n in range(points)]
     if over == "context":  # whole cells, which a power may miss by a hair
-        limits = [float(max(_CELLS, int(limit + 0.5) // _CELLS * _CELLS)) for limit in limits]
+        limits = [
+            float(max(CELL_PADDING, int(limit + 0.5) // CELL_PADDING * CELL_PADDING))
+            for limit in limits
+        ]
     return list(dict.fromkeys(limits))
 
 

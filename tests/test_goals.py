@@ -481,7 +481,7 @@ def test_the_ram_to_add_is_enough_with_the_margin_of_as_much() -> None:
     with pytest.raises(NoPlanError) as caught:
         plan(model, Machine.parse("RTX 3090 + 64GiB@80GB/s"), Workload(context=16384))
     (advised,) = [change.value for change in caught.value.changes if change.kind == "ram"]
-    machine = Machine.parse(f"RTX 3090 + {advised / 2**30}GiB@80GB/s")
+    machine = Machine.parse(f"RTX 3090 + {float(advised) / 2**30}GiB@80GB/s")
     assert plan(model, machine, Workload(context=16384), baselines=False).devices
 
 

@@ -34,7 +34,7 @@ _FEW_OUTPUTS_FROM_BUILD = 10068
 # From this batch on a GPU multiplies by weights held in RAM, by copying them to it one after the
 # other (GGML_OP_OFFLOAD_MIN_BATCH). ik_llama.cpp wants as many tokens for each expert, since the
 # pull request of this day (520).
-_LEAST_STREAMED_BATCH = 32
+LEAST_STREAMED_BATCH = 32
 # GGML_SCHED_MAX_COPIES
 PIPELINE_COPIES = 4
 # Their scores need more than the flash-attention kernels do (position biases, capped scores).
@@ -303,7 +303,7 @@ def streams(launch: Launch) -> bool:
 
     ik_llama.cpp asks for more tokens before it does so with experts; see `streamed_bytes`.
     """
-    return launch.op_offload and launch.workload.ubatch >= _LEAST_STREAMED_BATCH
+    return launch.op_offload and launch.workload.ubatch >= LEAST_STREAMED_BATCH
 
 
 def streamed_bytes(
@@ -342,5 +342,5 @@ def _is_streamable(qtype_name: str, launch: Launch) -> bool:
 
 def _least_streamed_batch(architecture: Architecture, launch: Launch, *, is_expert: bool) -> float:
     if not is_expert or launch.ik is None or launch.ik.as_of < _IK_COUNTS_EXPERTS_SINCE:
-        return _LEAST_STREAMED_BATCH
-    return _LEAST_STREAMED_BATCH * architecture.n_expert / max(1, architecture.n_expert_used)
+        return LEAST_STREAMED_BATCH
+    return LEAST_STREAMED_BATCH * architecture.n_expert / max(1, architecture.n_expert_used)

@@ -19,7 +19,7 @@ BUFFER_ALIGNMENT = 32
 _CUDA_ALIGNMENT = 128
 _CUDA_ROW_PADDING = 512
 # llama.cpp rounds the number of KV cells up to this.
-_CELL_PADDING = 256
+CELL_PADDING = 256
 _F32_BYTES = 4
 # Builds in which the next-token-prediction blocks of these architectures get a KV cache although
 # their weights are skipped. b10434 was seen to do so; b7599 (for glm4moe,
@@ -67,13 +67,13 @@ def kv_cells(cache: LayerCache, workload: Workload) -> int:
 
     A sliding window keeps the window of every sequence and one ubatch.
     """
-    context = pad(workload.context, _CELL_PADDING)
+    context = pad(workload.context, CELL_PADDING)
     unified = workload.kv_unified
-    cells = context if unified else pad(context // workload.slots, _CELL_PADDING)
+    cells = context if unified else pad(context // workload.slots, CELL_PADDING)
     if cache.window and not workload.swa_full:
         windows = cache.window * (workload.slots if unified else 1)
         cells = min(cells, windows + workload.ubatch)
-    return pad(cells, _CELL_PADDING)
+    return pad(cells, CELL_PADDING)
 
 
 def cache_bytes(architecture: Architecture, workload: Workload) -> tuple[int, ...]:

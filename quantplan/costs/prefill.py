@@ -1,5 +1,6 @@
 """Seconds to process a prompt: matrix work, streamed weights, attention."""
 
+from quantplan.costs.compute import LEAST_STREAMED_BATCH
 from quantplan.costs.decode import attention_flops, cached_cells, is_latent, network_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.traffic import Read, Traffic
@@ -7,13 +8,10 @@ from quantplan.device import Device
 from quantplan.hardware import Machine
 from quantplan.workload import Workload
 
-# llama.cpp copies weights from RAM to a GPU for batches of at least so many tokens.
-_MIN_STREAMED_BATCH = 32
-
 
 def streams(machine: Machine, n_tokens: int) -> bool:
     """Whether weights in RAM are copied to a GPU to multiply a batch (``op offload``)."""
-    return machine.streaming_gpu is not None and n_tokens >= _MIN_STREAMED_BATCH
+    return machine.streaming_gpu is not None and n_tokens >= LEAST_STREAMED_BATCH
 
 
 def prefill_s(

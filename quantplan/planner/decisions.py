@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from quantplan.costs.memory import CELL_PADDING
 from quantplan.errors import SolverError
 from quantplan.planner.bounds import Bounds, bounds_over_splits
 from quantplan.planner.diagnose import least_loss, longest_context, no_plan, with_context
@@ -188,7 +189,9 @@ def _at_longest_context(candidates: list[Variant], limits: Limits) -> list[Varia
         most = _most_context(variant.problem)
         if longest >= most:
             break
-        if longest and not any_solution(with_context(variant.problem, longest + 256), deadline):
+        if longest and not any_solution(
+            with_context(variant.problem, longest + CELL_PADDING), deadline
+        ):
             continue
         found = longest_context(variant.problem, most, deadline)
         longest = max(longest, found[0] if found else 0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
+from quantplan.costs.memory import CELL_PADDING
 from quantplan.costs.quality import kld_nats
 from quantplan.errors import Change, NoPlanError
 from quantplan.hardware import Machine
@@ -23,7 +24,6 @@ from quantplan.units import gib
 _MIB = 2**20
 # Memory is named in steps of a quarter of a GiB, times and losses in hundredths of themselves.
 _MEMORY_STEP = 2**28
-_CELLS = 256
 _TRIES = 5
 # Share of the time for what is possible at all; the rest is for changes.
 _POSSIBLE_SHARE = 0.25
@@ -270,7 +270,7 @@ def with_context(problem: Problem, context: int) -> Problem:
 
 
 def longest_context(problem: Problem, most: int, deadline: float) -> tuple[int, int] | None:
-    """The longest context, in steps of 256, with which there is a solution.
+    """The longest context, in steps of whole cells (256), with which there is a solution.
 
     A relaxation says how long it can be at most; from there solutions are looked for at ever
     shorter contexts.
@@ -283,28 +283,28 @@ def longest_context(problem: Problem, most: int, deadline: float) -> tuple[int, 
     Returns:
         The longest that was found, and the one that no context is above; None where none is.
     """
-    low, high = 0, max(1, most // _CELLS)
+    low, high = 0, max(1, most // CELL_PADDING)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = bool(bounds_over_splits(with_context(problem, middle * _CELLS)))
+        fits = bool(bounds_over_splits(with_context(problem, middle * CELL_PADDING)))
         low, high = (middle, high) if fits else (low, middle - 1)
     if low == 0:
         return None
     bound, fits_at, fails_at, step = low, 0, low + 1, 1
     while fits_at + 1 < fails_at and time.monotonic() < deadline:
         at = max(fits_at + 1, fails_at - step) if not fits_at else (fits_at + fails_at) // 2
-        if any_solution(with_context(problem, at * _CELLS), deadline):
+        if any_solution(with_context(problem, at * CELL_PADDING), deadline):
             fits_at = at
         else:
             fails_at, step = at, 2 * step
         if fails_at <= 1:
             return None
-    return (fits_at * _CELLS, bound * _CELLS) if fits_at else None
+    return (fits_at * CELL_PADDING, bound * CELL_PADDING) if fits_at else None
 
 
 def _context(problem: Problem, deadline: float) -> list[Change]:
     wanted = problem.workload.context
-    found = longest_context(problem, wanted - 1, deadline) if wanted > _CELLS else None
+    found = longest_context(problem, wanted - 1, deadline) if wanted > CELL_PADDING else None
     if found is None or found[0] >= wanted:
         return []
     return [Change("context", found[0], f"Lower the context to {found[0]} tokens")]
