@@ -344,8 +344,9 @@ def test_every_change_that_is_named_is_enough(glm: Inventory) -> None:
     changes = {change.kind: change.value for change in caught.value.changes}
     assert {"context", "ram", "vram", "kv_type"} <= set(changes)
     assert all(change.text in str(caught.value) for change in caught.value.changes)
-    more_ram = machine.ram.model_copy(update={"capacity_bytes": int(changes["ram"])})
-    more_vram = machine.gpus[0].model_copy(update={"capacity_bytes": int(changes["vram"])})
+    ram, gpu = machine.ram, machine.gpus[0]
+    more_ram = ram.with_more(int(changes["ram"]) - ram.capacity_bytes)
+    more_vram = gpu.with_more(int(changes["vram"]) - gpu.capacity_bytes)
     for better, changed in (
         (machine, work.model_copy(update={"context": int(changes["context"])})),
         (machine, Workload(context=work.context, kv_type=str(changes["kv_type"]))),
@@ -354,7 +355,7 @@ def test_every_change_that_is_named_is_enough(glm: Inventory) -> None:
     ):
         assert plan(glm, better, changed, gap=0.5).predicted.loss_nats > 0
     # A step less memory is not enough.
-    less = machine.ram.model_copy(update={"capacity_bytes": int(changes["ram"]) - 3 * 2**28})
+    less = ram.with_more(int(changes["ram"]) - ram.capacity_bytes - 3 * 2**28)
     with pytest.raises(NoPlanError):
         plan(glm, machine.model_copy(update={"ram": less}), work)
 
