@@ -9,9 +9,8 @@ from pydantic import Field, model_validator
 from quantplan.device import Device, MachineValue
 from quantplan.display import Table, html_card
 from quantplan.errors import MachineError
-from quantplan.files import write_whole
 from quantplan.hardware_text import parse_text
-from quantplan.schema import Frozen, read_saved
+from quantplan.schema import Frozen, read_saved, write_saved
 from quantplan.units import gb_per_s, gib
 
 # llama.cpp takes no more (LLAMA_MAX_DEVICES).
@@ -191,7 +190,7 @@ class Machine(MachineValue):
         Raises:
             InputError: The file cannot be written.
         """
-        write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
+        write_saved(self, path)
 
     def summary(self) -> str:
         """The devices, what was measured and assumed, and what that changed, in a few lines."""

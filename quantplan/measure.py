@@ -22,7 +22,6 @@ from quantplan.costs.evidence import ByChunk, Evidence, Measurement
 from quantplan.costs.families import quantized
 from quantplan.costs.resampling import mean_nats, standard_error_nats
 from quantplan.errors import InputError
-from quantplan.files import write_whole
 from quantplan.formats.sensitivity_tables import (
     SensitivityTable,
     append_measurement,
@@ -36,7 +35,7 @@ from quantplan.quantize.apply import quantize
 from quantplan.recipe import Provenance, Recipe, RecipeTensor
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.perplexity import chunk_faults, fingerprint, measure_divergence
-from quantplan.schema import Frozen
+from quantplan.schema import Frozen, write_saved
 from quantplan.version import __version__
 
 _EMPTY = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
@@ -394,7 +393,7 @@ def _conditions_path(table: Path) -> Path:
 def _check_conditions(conditions: Conditions, path: Path, table: Path) -> None:
     """Holds conditions against those of a table that is there; writes them for a new one."""
     if not table.exists():
-        write_whole(path, conditions.model_dump_json(indent=1) + "\n")
+        write_saved(conditions, path)
         return
     try:
         known = Conditions.model_validate_json(path.read_bytes())

@@ -3,7 +3,6 @@
 import contextlib
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from quantplan.costs import data_hashes
@@ -13,7 +12,6 @@ from quantplan.costs.quality import LossTable, type_errors
 from quantplan.costs.speed import SpeedPrediction
 from quantplan.display import Table, html_card
 from quantplan.errors import InputError
-from quantplan.files import write_whole
 from quantplan.formats.llama_cpp import server_command
 from quantplan.ftypes import stock_mix
 from quantplan.hardware import Machine
@@ -52,7 +50,7 @@ from quantplan.recipe import (
     type_lines,
     types_html,
 )
-from quantplan.schema import Frozen, read_saved
+from quantplan.schema import Frozen, read_saved, write_saved
 from quantplan.units import gib
 from quantplan.version import __version__
 from quantplan.workload import Workload
@@ -137,7 +135,7 @@ class Plan(Frozen):
         Raises:
             InputError: The file cannot be written.
         """
-        write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
+        write_saved(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

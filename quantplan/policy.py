@@ -16,8 +16,6 @@ from quantplan.schema import Frozen
 SOURCE = "SOURCE"
 """The candidate that keeps a tensor as it is in the source."""
 
-# Tensors and types that a message names.
-
 
 class Rule(Frozen):
     """What holds for some classes of tensors.

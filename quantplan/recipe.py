@@ -5,21 +5,19 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator
 
 from quantplan.display import Table, html_card, html_table
 from quantplan.errors import RecipeError
-from quantplan.files import write_whole
 from quantplan.formats.llama_cpp import tensor_type_file
 from quantplan.hardware import Machine
 from quantplan.inventory import Tensor
 from quantplan.planner.goal import Status
 from quantplan.policy import Policy, TensorRule, policy
 from quantplan.qtypes import QTYPES
-from quantplan.schema import Frozen, read_saved
+from quantplan.schema import Frozen, read_saved, write_saved
 from quantplan.units import GIB
 from quantplan.workload import Workload
 
@@ -203,7 +201,7 @@ class Recipe(Frozen):
         Raises:
             InputError: The file cannot be written; one of that name stays as it was.
         """
-        write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
+        write_saved(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

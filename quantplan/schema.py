@@ -7,6 +7,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quantplan.errors import InputError
+from quantplan.files import write_whole
 
 # Characters of what was given that a message shows; whole documents have hundreds of thousands.
 _SHOWN = 60
@@ -36,6 +37,15 @@ def shortened(text: str) -> str:
 
 
 _Kind = TypeVar("_Kind", bound=Frozen)
+
+
+def write_saved(value: Frozen, path: str | os.PathLike[str]) -> None:
+    """Writes a value as JSON, whole or not at all.
+
+    Raises:
+        InputError: The file cannot be written; one of that name stays as it was.
+    """
+    write_whole(Path(path), value.model_dump_json(indent=1) + "\n")
 
 
 def read_saved(

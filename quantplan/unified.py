@@ -6,7 +6,7 @@ from typing import Any
 
 from quantplan.errors import MachineError
 from quantplan.hardware_table import GpuSpec, load_hardware
-from quantplan.units import gib
+from quantplan.units import GIB, gib
 
 # A driver that lets its GPU have all of the RAM may leave out a little.
 _ALL = 0.98
@@ -85,7 +85,7 @@ def _rule(gpu: GpuSpec) -> dict[str, Any]:
 
 def _usual_bytes(gpu: GpuSpec, ram_bytes: int) -> int:
     rule = _rule(gpu)
-    is_small = ram_bytes <= rule.get("small_gib", 0) * 2**30
+    is_small = ram_bytes <= rule.get("small_gib", 0) * GIB
     return int(ram_bytes * rule["small_share" if is_small else "share"])
 
 

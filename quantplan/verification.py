@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from quantplan.files import write_whole
 from quantplan.runtime.divergence import Divergence
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.speed import SpeedMeasurement
-from quantplan.schema import Frozen, read_saved
+from quantplan.schema import Frozen, read_saved, write_saved
 from quantplan.units import MIB
 from quantplan.version import __version__
 
@@ -176,7 +175,7 @@ class Verification(Frozen):
         Raises:
             InputError: The file cannot be written.
         """
-        write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
+        write_saved(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

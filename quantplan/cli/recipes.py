@@ -84,9 +84,8 @@ def _say_whether_ik_fits(made: "Recipe", command: str) -> None:
         )
         return
     types = {t.tensor: t.qtype for t in made.tensors}
-    found = qp.predict(
-        inventory.with_qtypes(types), command, asked.machine, engine="ik_llama.cpp"
-    )  # fmt: skip
+    written = inventory.with_qtypes(types)
+    found = qp.predict(written, command, asked.machine, engine="ik_llama.cpp")
     short = [
         f"{device.name} by {gib(device.margin_bytes - device.free_bytes)}"
         for device in found.devices

@@ -325,10 +325,9 @@ def streamed_bytes(
         is_matrix = len(tensor.shape_ne) > 1 and _is_streamable(tensor.qtype, launch)
         if machine.ram.name not in homes or not is_matrix:
             continue
-        some_are_read = tensor.is_expert
-        if tokens < _least_streamed_batch(architecture, launch, is_expert=some_are_read):
+        if tokens < _least_streamed_batch(architecture, launch, is_expert=tensor.is_expert):
             continue
-        fuses = some_are_read and launch.ik is not None and launch.ik.fused_experts
+        fuses = tensor.is_expert and launch.ik is not None and launch.ik.fused_experts
         piece = re.sub("_(up|gate)_exps", "_up_gate_exps", name) if fuses else name
         pieces[piece] = pieces.get(piece, 0) + weight_bytes(tensor, tensor.qtype)
     return max(pieces.values(), default=0)

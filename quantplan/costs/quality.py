@@ -208,8 +208,8 @@ class LossTable:
         """Replaces scale and errors of types by what the model's own curve says."""
         prior = self._curve_prior
         # On the real weights of this model types err as they do in the runs of its curve.
-        whole = list(self._prior_s)
-        errors = {name: e * self._ratio(whole, name) for name, e in self._errors.items()}
+        whole, shown = list(self._prior_s), {*self._evidence.curve, self._evidence.baseline}
+        errors = {q: e * self._ratio(whole, q) for q, e in self._errors.items() if q in shown}
         fit = fit_curve(
             self._evidence.curve, self._evidence.baseline, errors, self._link,
             type_sd=self._sd["type"], prior=prior, height_sd=self._evidence.curve_ln_sd,
@@ -266,14 +266,14 @@ class LossTable:
                 sum(of[name] for name in names) for of in (self._s, self._prior_s)
             )
             shares = {name: self._s[name] / total for name in names}
+            squares = sum(share**2 for share in shares.values())
             own = single.ln_sd**-2
             prior = 1 / sum(shares[name] * self._ln_sd[name] ** 2 for name in names)
             for name in names:
                 alone = self._prior_s[name] / prior_total * math.exp(measured)
                 # Of what is measured together, the sum is known, and not who has how much of it.
-                inside = self._within_sd(name) * math.sqrt(
-                    sum((share - (name == n)) ** 2 for n, share in shares.items())
-                )
+                rest = max(0.0, squares + 1 - 2 * shares[name])
+                inside = self._within_sd(name) * math.sqrt(rest)
                 self._singles.setdefault(name, []).append(
                     (len(names), alone, math.hypot(single.ln_sd, inside))
                 )

@@ -19,9 +19,8 @@ from quantplan.planner.problem import Problem
 from quantplan.planner.search import Limits, any_solution, solve
 from quantplan.planner.solution import Solution
 from quantplan.qtypes import qtype
-from quantplan.units import gib
+from quantplan.units import MIB, gib
 
-_MIB = 2**20
 # Memory is named in steps of a quarter of a GiB, times and losses in hundredths of themselves.
 _MEMORY_STEP = 2**28
 _TRIES = 5
@@ -197,7 +196,7 @@ def _limit_reached(kind: str, limit: float, excess: float) -> tuple[float, float
         return 1 / (1 / limit + excess / 1000), -1.0
     if kind == "turn":
         return limit + excess / 1000, 1.0
-    return limit + excess * _MIB, 1.0
+    return limit + excess * MIB, 1.0
 
 
 def _with_limit(problem: Problem, kind: str, value: float) -> Problem:
@@ -235,7 +234,7 @@ def _memory(problem: Problem, deadline: float) -> list[Change]:
         kinds["vram"] = of_gpus
     found = []
     for kind, rows in kinds.items():
-        excess = _least_excess(problem, rows) * _MIB
+        excess = _least_excess(problem, rows) * MIB
         if not math.isfinite(excess):
             continue
         first = max(1, math.ceil(excess / _MEMORY_STEP))
