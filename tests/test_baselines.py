@@ -191,6 +191,19 @@ def test_fit_keeps_the_margin_of_every_gpu(model: str, machine: str) -> None:
         assert all(use.free_bytes >= use.margin_bytes for use in memory.devices[:-1])
 
 
+@pytest.mark.parametrize(("gpu", "backend"), [("RX 7900 XTX", "ROCm"), ("RTX 4090", "CUDA")])
+def test_fit_names_the_buffers_of_the_gpus_own_vendor(gpu: str, backend: str) -> None:
+    """What is left of a layer for the next GPU goes to what its vendor's builds call it."""
+    rows = baselines_of("GLM-4.5-Air", f"2x {gpu} + 256GiB@80GB/s")
+    rules = [
+        rule
+        for row in rows
+        if row.placement == "--fit" and "-ot" in row.flags
+        for rule in row.flags[row.flags.index("-ot") + 1].split(",")
+    ]
+    assert {rule.rpartition("=")[2] for rule in rules} == {"CPU", f"{backend}1"}
+
+
 def test_fit_leaves_a_model_that_fits_alone() -> None:
     """A model that is small enough is on the GPU whole, under the name of the plainest flags."""
     found = [b for b in baselines_of("Qwen3-4B-Thinking-2507", ONE) if b.fits]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from quantplan.formats.llama_cpp import buffer_types
 from quantplan.planner.plain import N_PARTS, Layouts, Outcomes, TypedModel, parts_of
 
 # Parts of the first layer with experts in RAM that do not fit beside the rest of the layer, and the
@@ -216,9 +217,9 @@ class _Fit:
         rules: dict[tuple[str, int], list[int]] = {}
         for il, overflow, to in self._named(shares):
             rules.setdefault((overflow, to), []).append(il)
-        texts = []
+        buffers, texts = buffer_types(self.costs.machine), []
         for (overflow, to), layers in rules.items():
-            buffer = "CPU" if to == self.costs.ram else f"CUDA{to}"
+            buffer = buffers[self.costs.machine.devices[to].name]
             numbers = "|".join(map(str, layers))
             texts.append(rf"blk\.({numbers})\.ffn_{_OVERFLOWS[overflow][1]}={buffer}")
         return (*flags, "-ot", ",".join(texts)) if texts else tuple(flags)
