@@ -44,7 +44,7 @@ from quantplan.formats.sensitivity_tables import plain_type
 from quantplan.inventory import Inventory
 from quantplan.inventory.catalog import read_catalog
 from quantplan.qtypes import QTYPES
-from scripts.quality_data import Measured, read_models
+from scripts.quality_data import OWN_TABLES, Measured, read_models
 from scripts.quality_fit import fit
 from scripts.quality_shares import depth_floor, depth_floor_share
 
@@ -269,7 +269,8 @@ def main() -> None:
     options = parser.parse_args()
     models, skipped = read_models(options.sensitivities)
     recipes, unused = read_recipes(options.recipes)
-    documents = _Documents(models, refit=not options.no_refit)
+    known = {**read_models(OWN_TABLES)[0], **models}
+    documents = _Documents(known, refit=not options.no_refit)
     _print_skipped("models", skipped)
     _print_skipped("recipes", unused)
     overall, inside, uniform, others = {}, {}, {}, {}

@@ -3,9 +3,9 @@
 Usage: python scripts/fit_quality.py SENSITIVITIES_DIRECTORY
 
 Reads MODEL.csv.gz tables of measured KLDs (see `quantplan.formats.sensitivity_tables`) of models
-that are in the catalog. `scripts/quality_fit.py` says what is fitted;
-benchmarks/validate_quality.py judges it. Standard deviations in the file come from predicting
-families, and models of known families, that were left out of the fit.
+that are in the catalog, and those in scripts/measured. `scripts/quality_fit.py` says what is
+fitted; benchmarks/validate_quality.py judges it. Standard deviations in the file come from
+predicting families, and models of known families, that were left out of the fit.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from quantplan.costs.scale import ScalePrior
 from quantplan.costs.sensitivity import Prior
 from quantplan.measure_groups import groups
 from scripts.quality_curves import Curves, fit_curves
-from scripts.quality_data import Measured, Unit, read_models
+from scripts.quality_data import OWN_TABLES, Measured, Unit, read_models
 from scripts.quality_fit import fit, leave_one_family_out
 
 TARGET = Path(__file__).parents[1] / "quantplan" / "costs" / "data" / "quality.json"
@@ -195,10 +195,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sensitivities", type=Path)
     directory = parser.parse_args().sensitivities
-    models, skipped = read_models(directory)
+    published, skipped = read_models(directory)
+    own, _ = read_models(OWN_TABLES)
+    models = {**own, **published}
     digest = hashlib.sha256()
     for name in models:
-        digest.update(next(directory.glob(f"{name}.csv*")).read_bytes())
+        folder = directory if name in published else OWN_TABLES
+        digest.update(next(folder.glob(f"{name}.csv*")).read_bytes())
     document, curves = fit(models), fit_curves(models)
     left_out = leave_one_family_out(models)
     siblings = without_one(models)
@@ -226,7 +229,8 @@ def main() -> None:
         "tensors add to ln of a sensitivity, in hundredths by role in the order of the layers; "
         "KLD = loss + curvature * loss^2",
         "script": "scripts/fit_quality.py",
-        "credit": "KLD measurements: GGUF-Tool-Suite (Thireus and contributors), commit 384c1f8",
+        "credit": "KLD measurements: GGUF-Tool-Suite (Thireus and contributors), commit 384c1f8; "
+        f"of {', '.join(own)}: benchmarks/order_matrices.py",
         "data_sha256": digest.hexdigest(),
         "date": datetime.date.today().isoformat(),
         "models": sorted(models),

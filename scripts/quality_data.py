@@ -13,6 +13,8 @@ from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.catalog import read_catalog
 from quantplan.qtypes import QTYPES
 
+# Tables of models that nobody else measured, by benchmarks/order_matrices.py.
+OWN_TABLES = Path(__file__).with_name("measured")
 FEWEST_UNITS = 20
 # Types for BitNet models, useless for others; 8-bit types whose rows share one scale or that
 # quantize activations differently.

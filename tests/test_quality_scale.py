@@ -56,6 +56,9 @@ def test_a_vocabulary_tells_the_maker() -> None:
     assert maker(read("Qwen3-4B-Instruct-2507")) == maker(read("Qwen3.5-4B")) == "qwen"
     assert maker(read("DeepSeek-V3.1-Terminus")) != maker(read("Kimi-K2-Thinking"))
     assert maker(read("Llama-2-7B")) == "llama"
+    gemma = read("gemma-3-270m")
+    named = {**gemma.metadata, "tokenizer.ggml.pre": "default"}
+    assert maker(gemma.model_copy(update={"metadata": named})) == maker(gemma) == "gemma"
 
 
 def test_curves_give_back_what_made_them() -> None:

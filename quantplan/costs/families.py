@@ -18,9 +18,11 @@ def maker(inventory: Inventory) -> str:
     """Who trained a model, as its vocabulary tells: makers keep theirs from design to design.
 
     The letters that ``tokenizer.ggml.pre`` begins with (``qwen`` of ``qwen35``), or those of the
-    architecture where the vocabulary has no name.
+    architecture where the vocabulary has no name of its own.
     """
-    name = str(inventory.metadata.get("tokenizer.ggml.pre") or inventory.architecture.name)
+    name = str(inventory.metadata.get("tokenizer.ggml.pre") or "default")
+    if name == "default":
+        name = inventory.architecture.name
     found = re.match("[a-z]+", name.lower())
     return found.group() if found else name
 

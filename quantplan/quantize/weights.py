@@ -23,6 +23,9 @@ from quantplan.schema import Frozen, read_saved
 
 # What rounding to F16 does: a type that hits weights exactly has no smaller error than that.
 _LEAST_ERROR = 2.0**-22 / 3
+# What a row counts at most, in times the median row. With it the errors rank the losses of single
+# matrices better (benchmarks/order_matrices.py); thirty instead of ten are as good.
+_MOST_OF_MEDIAN = 10.0
 
 
 class WeightErrors(Frozen):
@@ -34,12 +37,11 @@ class WeightErrors(Frozen):
         library: What quantized.
         rows_per_tensor: Rows sampled from each tensor.
         has_imatrix: Whether errors are weighted by an importance matrix.
-        errors: ``|w' - w|^2 / |w|^2`` of a row, by tensor name and type: the geometric mean over
-            the rows, columns of matrices in the layers weighted by importance. Each output of a
-            matrix so counts by its own size. Summed over the rows, the few outputs with the massive
-            activations of a model would hide all others, and rank the losses of single matrices
-            worse (0.80 instead of 0.82 for SmolLM2-135M with a matrix, 0.72 instead of 0.77
-            without; ``benchmarks/order_matrices.py``).
+        errors: ``|w' - w|^2 / |w|^2`` of a row, by tensor name and type: the mean over the rows,
+            which count by ``|w|^2``, the columns of matrices in the layers weighted by importance.
+            No row counts more than ten times the median row: the few outputs that carry a model's
+            massive activations would hide all others, and a sample would hang on whether it has
+            them.
         shapes: Shapes of these tensors in GGUF order, row length first; empty in files of versions
             that did not keep them.
     """
@@ -189,7 +191,8 @@ def _errors(
         if kind.needs_imatrix and by_expert is None:
             continue
         ggml().prepare(kind, has_imatrix=by_expert is not None)
-        logs: list[NDArray[np.float64]] = []
+        lost: list[NDArray[np.float64]] = []
+        total: list[NDArray[np.float64]] = []
         for expert in np.unique(experts):
             own = np.ascontiguousarray(rows[experts == expert])
             weight = None if by_expert is None else by_expert[expert]
@@ -197,11 +200,20 @@ def _errors(
             columns = np.ones(n_columns)
             if weight is not None and is_weighted:
                 columns = weight.astype(np.float64)
-            lost = difference.astype(np.float64) ** 2 @ columns
-            total = own.astype(np.float64) ** 2 @ columns
-            used = total > 0  # rows of zeros, or that no text ever reached, say nothing
-            logs.append(np.log(np.maximum(lost[used] / total[used], _LEAST_ERROR)))
-        every = np.concatenate(logs)
-        if every.size:
-            found[kind.name] = math.exp(every.mean())
+            lost.append(difference.astype(np.float64) ** 2 @ columns)
+            total.append(own.astype(np.float64) ** 2 @ columns)
+        if any(squares.any() for squares in total):
+            found[kind.name] = max(_LEAST_ERROR, _mean_error(*map(np.concatenate, (lost, total))))
     return found
+
+
+def _mean_error(lost: NDArray[np.float64], total: NDArray[np.float64]) -> float:
+    """Mean of the rows' relative errors; rows of zeros, or that no text ever reached, do not count.
+
+    Args:
+        lost: Squared error of each row.
+        total: Square of each row; some are above zero.
+    """
+    lost, total = lost[total > 0], total[total > 0]
+    weight = np.minimum(total, _MOST_OF_MEDIAN * np.median(total))
+    return float(weight @ (lost / total) / weight.sum())
