@@ -7,7 +7,6 @@ from quantplan.version import __version__
 
 if TYPE_CHECKING:
     from quantplan.costs.evidence import Evidence
-    from quantplan.device import Device
     from quantplan.difference import RecipeDifference, diff_recipes
     from quantplan.errors import (
         Change,
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
     from quantplan.folders import catalog_names
     from quantplan.frontier import Frontier, FrontierPoint, frontier
     from quantplan.ftypes import stock_mix
-    from quantplan.hardware import Machine
+    from quantplan.hardware.device import Device
+    from quantplan.hardware.machine import Machine
     from quantplan.inventory import Inventory, Tensor
     from quantplan.inventory.sources import read_inventory
     from quantplan.plan import Plan, plan
@@ -96,7 +96,6 @@ __all__ = [
 # The same names once more for the running program; a test compares them.
 _NAMES = {
     "costs.evidence": ("Evidence",),
-    "device": ("Device",),
     "difference": ("RecipeDifference", "diff_recipes"),
     "errors": (
         "Change",
@@ -119,7 +118,8 @@ _NAMES = {
     "folders": ("catalog_names",),
     "frontier": ("Frontier", "FrontierPoint", "frontier"),
     "ftypes": ("stock_mix",),
-    "hardware": ("Machine",),
+    "hardware.device": ("Device",),
+    "hardware.machine": ("Machine",),
     "inventory": ("Inventory", "Tensor"),
     "inventory.sources": ("read_inventory",),
     "plan": ("Plan", "plan"),

@@ -17,7 +17,7 @@ from typing import Literal
 from quantplan.costs.speed import SpeedEstimate, SpeedPrediction
 from quantplan.errors import InputError, MissingPackageError
 from quantplan.frontier import Frontier
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Tensor
 from quantplan.plan import Plan
 from quantplan.planner.baselines import Baseline

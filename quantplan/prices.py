@@ -8,7 +8,7 @@ from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import kld_nats
 from quantplan.display import Table
 from quantplan.errors import InputError
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.plan import Plan
 from quantplan.planner.bounds import split_bounds

@@ -9,7 +9,7 @@ from quantplan.costs.quality import Explanation
 from quantplan.difference import RecipeDifference
 from quantplan.errors import InputError
 from quantplan.frontier import Frontier
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.plan import Plan
 from quantplan.predict import MemoryPrediction

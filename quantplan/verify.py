@@ -8,7 +8,7 @@ from pathlib import Path
 from quantplan.errors import InputError, LlamaCppError, RecipeError
 from quantplan.formats.llama_args import parse_flags
 from quantplan.formats.llama_cpp import options, rpc_flags
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError
 
 from quantplan.errors import InputError, MissingPackageError, QuantplanError
-from quantplan.hardware import Machine
-from quantplan.hardware_table import gpu_presets
+from quantplan.hardware.machine import Machine
+from quantplan.hardware.table import gpu_presets
 from quantplan.inventory import Inventory
 from quantplan.inventory.catalog import catalog_names
 from quantplan.inventory.sources import read_inventory
