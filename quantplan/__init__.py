@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from quantplan.exchange import export_recipe, import_recipe
     from quantplan.folders import catalog_names
     from quantplan.frontier import Frontier, FrontierPoint, frontier
-    from quantplan.ftypes import stock_mix
+    from quantplan.ftypes.mixes import stock_mix
     from quantplan.hardware.device import Device
     from quantplan.hardware.machine import Machine
     from quantplan.inventory import Inventory, Tensor
@@ -117,7 +117,7 @@ _NAMES = {
     "exchange": ("export_recipe", "import_recipe"),
     "folders": ("catalog_names",),
     "frontier": ("Frontier", "FrontierPoint", "frontier"),
-    "ftypes": ("stock_mix",),
+    "ftypes.mixes": ("stock_mix",),
     "hardware.device": ("Device",),
     "hardware.machine": ("Machine",),
     "inventory": ("Inventory", "Tensor"),

@@ -13,7 +13,7 @@ from quantplan.costs.speed import SpeedPrediction
 from quantplan.display import Table, html_card
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import server_command
-from quantplan.ftypes import stock_mix
+from quantplan.ftypes.mixes import stock_mix
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.plan_checks import check_input
