@@ -27,17 +27,18 @@ if TYPE_CHECKING:
     from quantplan.evidence_files import read_evidence
     from quantplan.exchange import export_recipe, import_recipe
     from quantplan.folders import catalog_names
-    from quantplan.frontier import Frontier, FrontierPoint, frontier
     from quantplan.ftypes.mixes import stock_mix
     from quantplan.hardware.device import Device
     from quantplan.hardware.machine import Machine
     from quantplan.inventory import Inventory, Tensor
     from quantplan.inventory.sources import read_inventory
-    from quantplan.plan import Plan, plan
     from quantplan.planner.baselines import Baseline
+    from quantplan.plans.frontier import Frontier, FrontierPoint, frontier
+    from quantplan.plans.plan import plan
+    from quantplan.plans.prices import Price, Prices, prices
+    from quantplan.plans.result import Plan
     from quantplan.policy import Policy, policy
     from quantplan.predict import MemoryPrediction, predict
-    from quantplan.prices import Price, Prices, prices
     from quantplan.quantize import quantize
     from quantplan.recipe import Recipe
     from quantplan.verification import Verification
@@ -116,17 +117,18 @@ _NAMES = {
     "evidence_files": ("read_evidence",),
     "exchange": ("export_recipe", "import_recipe"),
     "folders": ("catalog_names",),
-    "frontier": ("Frontier", "FrontierPoint", "frontier"),
     "ftypes.mixes": ("stock_mix",),
     "hardware.device": ("Device",),
     "hardware.machine": ("Machine",),
     "inventory": ("Inventory", "Tensor"),
     "inventory.sources": ("read_inventory",),
-    "plan": ("Plan", "plan"),
     "planner.baselines": ("Baseline",),
+    "plans.frontier": ("Frontier", "FrontierPoint", "frontier"),
+    "plans.plan": ("plan",),
+    "plans.prices": ("Price", "Prices", "prices"),
+    "plans.result": ("Plan",),
     "policy": ("Policy", "policy"),
     "predict": ("MemoryPrediction", "predict"),
-    "prices": ("Price", "Prices", "prices"),
     "quantize": ("quantize",),
     "recipe": ("Recipe",),
     "verification": ("Verification",),

@@ -8,12 +8,12 @@ from pydantic import TypeAdapter
 from quantplan.costs.quality import Explanation
 from quantplan.difference import RecipeDifference
 from quantplan.errors import InputError
-from quantplan.frontier import Frontier
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
-from quantplan.plan import Plan
+from quantplan.plans.frontier import Frontier
+from quantplan.plans.prices import Prices
+from quantplan.plans.result import Plan
 from quantplan.predict import MemoryPrediction
-from quantplan.prices import Prices
 from quantplan.printed import DryRun, ListedModel, MeasuredLosses, WrittenFile
 from quantplan.quantize.weights import WeightErrors
 from quantplan.recipe import Recipe

@@ -53,7 +53,7 @@ def report(
     from quantplan.page.content import page_content  # noqa: PLC0415
     from quantplan.page.document import report_html  # noqa: PLC0415
     from quantplan.page.others import other_plans, why_not  # noqa: PLC0415
-    from quantplan.plan import Plan  # noqa: PLC0415
+    from quantplan.plans.result import Plan  # noqa: PLC0415
 
     check_targets(output)
     made = Plan.load(plan)

@@ -23,8 +23,9 @@ from quantplan.llama_cpp import KVType
 from quantplan.page.content import Content, page_content
 from quantplan.page.document import live_html
 from quantplan.page.others import other_plans
-from quantplan.plan import Plan, plan
 from quantplan.planner.linear import before_every_run
+from quantplan.plans.plan import plan
+from quantplan.plans.result import Plan
 from quantplan.policy import policy_names
 from quantplan.schema import Frozen
 from quantplan.workload import MAX_CONTEXT, Workload
