@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         WeightError,
         WorkloadError,
     )
-    from quantplan.evidence_files import read_evidence
     from quantplan.exchange import export_recipe, import_recipe
     from quantplan.folders import catalog_names
     from quantplan.ftypes.mixes import stock_mix
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from quantplan.hardware.machine import Machine
     from quantplan.inventory import Inventory, Tensor
     from quantplan.inventory.sources import read_inventory
+    from quantplan.measure.evidence_files import read_evidence
     from quantplan.planner.baselines import Baseline
     from quantplan.plans.frontier import Frontier, FrontierPoint, frontier
     from quantplan.plans.plan import plan
@@ -114,7 +114,6 @@ _NAMES = {
         "WeightError",
         "WorkloadError",
     ),
-    "evidence_files": ("read_evidence",),
     "exchange": ("export_recipe", "import_recipe"),
     "folders": ("catalog_names",),
     "ftypes.mixes": ("stock_mix",),
@@ -122,6 +121,7 @@ _NAMES = {
     "hardware.machine": ("Machine",),
     "inventory": ("Inventory", "Tensor"),
     "inventory.sources": ("read_inventory",),
+    "measure.evidence_files": ("read_evidence",),
     "planner.baselines": ("Baseline",),
     "plans.frontier": ("Frontier", "FrontierPoint", "frontier"),
     "plans.plan": ("plan",),
