@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from quantplan.predict import MemoryPrediction, predict
     from quantplan.quantize import quantize
     from quantplan.recipe import Recipe
-    from quantplan.verification import Verification
-    from quantplan.verify import verify
+    from quantplan.verification.result import Verification
+    from quantplan.verification.verify import verify
     from quantplan.workload import Workload
 
 __all__ = [
@@ -131,8 +131,8 @@ _NAMES = {
     "predict": ("MemoryPrediction", "predict"),
     "quantize": ("quantize",),
     "recipe": ("Recipe",),
-    "verification": ("Verification",),
-    "verify": ("verify",),
+    "verification.result": ("Verification",),
+    "verification.verify": ("verify",),
     "workload": ("Workload",),
 }
 lazy.bind(__name__, _NAMES)

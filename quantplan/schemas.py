@@ -18,7 +18,7 @@ from quantplan.printed import DryRun, ListedModel, MeasuredLosses, WrittenFile
 from quantplan.quantize.weights import WeightErrors
 from quantplan.recipe import Recipe
 from quantplan.runtime.doctor import Diagnosis
-from quantplan.verification import Verification
+from quantplan.verification.result import Verification
 
 SCHEMAS = MappingProxyType[str, Any](
     {

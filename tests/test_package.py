@@ -88,7 +88,7 @@ def test_functions_keep_their_names_when_modules_of_those_names_are_imported(fir
         for name in names
         if name == home.rpartition(".")[2]
     }
-    assert {"plan", "predict", "quantize"} <= set(both)
+    assert {"plan", "predict", "quantize", "verify"} <= set(both)
     modules = [f"import quantplan.{home}" for home in both.values()]
     names = [f"assert callable(quantplan.{name})" for name in both]
     lines = [*modules, *names] if first == "modules" else [*names, *modules, *names]

@@ -10,7 +10,7 @@ from quantplan.hardware.machine import ComputeMeasurement, Machine
 from quantplan.inventory import Inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.predict import predict
-from quantplan.verification import Verification
+from quantplan.verification.result import Verification
 
 
 def learn(machine: Machine, inventory: Inventory, verification: Verification) -> Machine:

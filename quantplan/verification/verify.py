@@ -21,7 +21,7 @@ from quantplan.runtime.memory import MeasuredDevice, read_loaded
 from quantplan.runtime.perplexity import measure_divergence
 from quantplan.runtime.server import LOAD_LIMIT_S, Server, serving
 from quantplan.runtime.speed import SPARE_CELLS, SpeedMeasurement, SpeedTests, time_requests
-from quantplan.verification import Check, Loss, Verification, What
+from quantplan.verification.result import Check, Loss, Verification, What
 from quantplan.workload import Workload
 
 CACHE = Path("quantplan-kld")
