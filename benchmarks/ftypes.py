@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from quantplan.errors import InputError  # noqa: E402
-from quantplan.ftypes import FTYPES, stock_mix  # noqa: E402
+from quantplan.ftypes.mixes import FTYPES, stock_mix  # noqa: E402
 from quantplan.inventory.catalog import catalog_names  # noqa: E402
 from quantplan.inventory.sources import read_inventory  # noqa: E402
 from tests.support import architectures as toys  # noqa: E402

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import quantplan as qp
-from quantplan.device import Device
 from quantplan.errors import NoPlanError, UnsupportedModelError
+from quantplan.hardware.device import Device
 from quantplan.planner.decisions import best_solution
 from quantplan.planner.goal import Goal
 from quantplan.planner.groups import Group

@@ -39,8 +39,9 @@ from benchmarks.quality_mixes import (
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable
 from quantplan.costs.resampling import Half, on_half, resamples
-from quantplan.measure import Setup, measure_losses
-from quantplan.measure_halves import survival
+from quantplan.measure.halves import survival
+from quantplan.measure.losses import measure_losses
+from quantplan.measure.runs import Setup
 from quantplan.runtime import Divergence, LlamaCpp, find_llama_cpp, measure_divergence
 from tests.support.llama_cpp import packaged_folder, portable_cpu
 from tests.support.models import smollm2_f16

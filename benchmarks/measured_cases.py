@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantplan.device import Device
 from quantplan.errors import InputError, QuantplanError
 from quantplan.formats.llama_args import parse_flags
-from quantplan.hardware import Machine
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_named
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD

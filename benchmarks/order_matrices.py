@@ -40,8 +40,8 @@ from quantplan.costs.families import quantized
 from quantplan.costs.quality import LossTable
 from quantplan.formats.sensitivity_tables import append_measurement, read_sensitivity_table
 from quantplan.inventory import Inventory, Tensor
-from quantplan.measure import Setup, run_job
-from quantplan.measure_groups import Job
+from quantplan.measure.groups import Job
+from quantplan.measure.runs import Setup, run_job
 from quantplan.quantize.imatrix import read_imatrix
 from quantplan.quantize.weights import measure_weights
 from quantplan.runtime import find_llama_cpp

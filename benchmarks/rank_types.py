@@ -27,7 +27,7 @@ from quantplan.costs.decode import read_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.traffic import Read
 from quantplan.errors import MachineError
-from quantplan.hardware_table import find_cpu
+from quantplan.hardware.table import find_cpu
 from quantplan.qtypes import Runtime
 from scripts.fit_types import fit_operations, is_fitted
 

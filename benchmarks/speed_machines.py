@@ -5,7 +5,7 @@ from typing import Any
 
 from quantplan import Device, Machine
 from quantplan.errors import MachineError
-from quantplan.hardware_table import cpu_presets, cpu_rates, load_hardware
+from quantplan.hardware.table import cpu_presets, cpu_rates, load_hardware
 
 _GIB = 2**30
 _ENOUGH_RAM = 4096 * _GIB

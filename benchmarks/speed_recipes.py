@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from quantplan import Inventory, Tensor, stock_mix
-from quantplan.ftypes import FTYPES
+from quantplan.ftypes.mixes import FTYPES
 from quantplan.qtypes import QTYPES, qtype
 
 _TYPE = re.compile(

@@ -25,7 +25,7 @@ from quantplan import Device, Machine, Workload, read_inventory
 from quantplan.costs.calibration import Measurement, calibrate
 from quantplan.costs.decode import decode_s
 from quantplan.costs.traffic import Traffic, collect
-from quantplan.detect import detect
+from quantplan.hardware.detect import detect
 from quantplan.placement import Launch, place
 from quantplan.quantize import quantize
 from quantplan.runtime.process import ADDRESS

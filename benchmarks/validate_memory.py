@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measured_cases import MIB, Case, read_cases
 from quantplan.configuration import Resolved
 from quantplan.errors import QuantplanError
-from quantplan.ftypes import FTYPES, stock_mix
+from quantplan.ftypes.mixes import FTYPES, stock_mix
 from quantplan.inventory import Inventory
 from quantplan.placement import place
 from quantplan.predict import DeviceUse, predict_resolved

@@ -33,8 +33,8 @@ from quantplan.costs.decode import decode_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.speed import Z80, interval
-from quantplan.device import Device
-from quantplan.hardware import Machine
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
 
 Array = NDArray[np.float64]
 Choose = Callable[[Case], Factors]

@@ -7,7 +7,6 @@ from quantplan.version import __version__
 
 if TYPE_CHECKING:
     from quantplan.costs.evidence import Evidence
-    from quantplan.device import Device
     from quantplan.difference import RecipeDifference, diff_recipes
     from quantplan.errors import (
         Change,
@@ -25,23 +24,25 @@ if TYPE_CHECKING:
         WeightError,
         WorkloadError,
     )
-    from quantplan.evidence_files import read_evidence
     from quantplan.exchange import export_recipe, import_recipe
     from quantplan.folders import catalog_names
-    from quantplan.frontier import Frontier, FrontierPoint, frontier
-    from quantplan.ftypes import stock_mix
-    from quantplan.hardware import Machine
+    from quantplan.ftypes.mixes import stock_mix
+    from quantplan.hardware.device import Device
+    from quantplan.hardware.machine import Machine
     from quantplan.inventory import Inventory, Tensor
     from quantplan.inventory.sources import read_inventory
-    from quantplan.plan import Plan, plan
+    from quantplan.measure.evidence_files import read_evidence
     from quantplan.planner.baselines import Baseline
+    from quantplan.plans.frontier import Frontier, FrontierPoint, frontier
+    from quantplan.plans.plan import plan
+    from quantplan.plans.prices import Price, Prices, prices
+    from quantplan.plans.result import Plan
     from quantplan.policy import Policy, policy
     from quantplan.predict import MemoryPrediction, predict
-    from quantplan.prices import Price, Prices, prices
     from quantplan.quantize import quantize
     from quantplan.recipe import Recipe
-    from quantplan.verification import Verification
-    from quantplan.verify import verify
+    from quantplan.verification.result import Verification
+    from quantplan.verification.verify import verify
     from quantplan.workload import Workload
 
 __all__ = [
@@ -96,7 +97,6 @@ __all__ = [
 # The same names once more for the running program; a test compares them.
 _NAMES = {
     "costs.evidence": ("Evidence",),
-    "device": ("Device",),
     "difference": ("RecipeDifference", "diff_recipes"),
     "errors": (
         "Change",
@@ -114,23 +114,25 @@ _NAMES = {
         "WeightError",
         "WorkloadError",
     ),
-    "evidence_files": ("read_evidence",),
     "exchange": ("export_recipe", "import_recipe"),
     "folders": ("catalog_names",),
-    "frontier": ("Frontier", "FrontierPoint", "frontier"),
-    "ftypes": ("stock_mix",),
-    "hardware": ("Machine",),
+    "ftypes.mixes": ("stock_mix",),
+    "hardware.device": ("Device",),
+    "hardware.machine": ("Machine",),
     "inventory": ("Inventory", "Tensor"),
     "inventory.sources": ("read_inventory",),
-    "plan": ("Plan", "plan"),
+    "measure.evidence_files": ("read_evidence",),
     "planner.baselines": ("Baseline",),
+    "plans.frontier": ("Frontier", "FrontierPoint", "frontier"),
+    "plans.plan": ("plan",),
+    "plans.prices": ("Price", "Prices", "prices"),
+    "plans.result": ("Plan",),
     "policy": ("Policy", "policy"),
     "predict": ("MemoryPrediction", "predict"),
-    "prices": ("Price", "Prices", "prices"),
     "quantize": ("quantize",),
     "recipe": ("Recipe",),
-    "verification": ("Verification",),
-    "verify": ("verify",),
+    "verification.result": ("Verification",),
+    "verification.verify": ("verify",),
     "workload": ("Workload",),
 }
 lazy.bind(__name__, _NAMES)

@@ -7,7 +7,7 @@ from quantplan.costs.traffic import collect
 from quantplan.errors import InputError
 from quantplan.formats.llama_args import parse_flags
 from quantplan.formats.llama_bench import BenchResult, parse_bench
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.placement import place
 

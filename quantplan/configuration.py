@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from quantplan.costs.memory import loads_prediction_weights
 from quantplan.errors import InputError
 from quantplan.formats.llama_args import parse_flags
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.near import similar, similar_tensors

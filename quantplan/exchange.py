@@ -31,7 +31,7 @@ from quantplan.formats.rules import (
     read_rules,
     split_rules,
 )
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
 from quantplan.llama_cpp import COMMON_BACKEND

@@ -14,8 +14,8 @@ class LazyPackage(ModuleType):
     """A package that takes its names from its modules when they are first asked for.
 
     Python binds a module to its package once it is imported. Several of quantplan's functions are
-    named like their modules (`quantplan.plan`), and such a name must stay the function's, whoever
-    imports the module and when.
+    named like their modules (`quantplan.predict`), and such a name must stay the function's,
+    whoever imports the module and when.
     """
 
     _homes: Mapping[str, str]

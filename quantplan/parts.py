@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from quantplan.configuration import Resolved
 from quantplan.costs import memory
 from quantplan.costs.ik_caches import ik_cache_bytes
-from quantplan.device import Device
 from quantplan.errors import SourceError
-from quantplan.hardware import Machine
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Architecture, Inventory
 from quantplan.inventory.sources import read_inventory
 from quantplan.placement import Launch, Placement, place

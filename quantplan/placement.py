@@ -15,7 +15,7 @@ import numpy as np
 
 from quantplan.costs.host import copies_tied_output
 from quantplan.errors import InputError
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory, Tensor
 from quantplan.llama_cpp import GPU_BUFFERS
 from quantplan.near import similar_tensors

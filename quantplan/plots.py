@@ -16,11 +16,11 @@ from typing import Literal
 
 from quantplan.costs.speed import SpeedEstimate, SpeedPrediction
 from quantplan.errors import InputError, MissingPackageError
-from quantplan.frontier import Frontier
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Tensor
-from quantplan.plan import Plan
 from quantplan.planner.baselines import Baseline
+from quantplan.plans.frontier import Frontier
+from quantplan.plans.result import Plan
 from quantplan.qtypes import qtype
 from quantplan.units import GIB, gib
 from quantplan.usage import PARTS, memory_maps

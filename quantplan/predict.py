@@ -10,9 +10,9 @@ from quantplan.costs.compute import BytesEstimate, Work, estimate, n_input_copie
 from quantplan.costs.host import is_repacked, mapped_bytes
 from quantplan.costs.ik_caches import COMPACTS_WINDOWS, derived_weight_bytes
 from quantplan.costs.speed import SpeedEstimate, SpeedPrediction, predict_speed
-from quantplan.device import Device
 from quantplan.display import Table, html_card
-from quantplan.hardware import Machine
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.parts import Part, all_parts

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Self
 
 from quantplan.inventory.summary import ModelSummary
-from quantplan.measure import Outcome
+from quantplan.measure.runs import Outcome
 from quantplan.quantize import QuantizeResult
 from quantplan.schema import Frozen
 from quantplan.serve import Service

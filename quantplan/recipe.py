@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from quantplan.display import Table, html_card, html_table
 from quantplan.errors import RecipeError
 from quantplan.formats.llama_cpp import tensor_type_file
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Tensor
 from quantplan.planner.goal import Status
 from quantplan.policy import Policy, TensorRule, policy

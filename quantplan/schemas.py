@@ -8,17 +8,17 @@ from pydantic import TypeAdapter
 from quantplan.costs.quality import Explanation
 from quantplan.difference import RecipeDifference
 from quantplan.errors import InputError
-from quantplan.frontier import Frontier
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
-from quantplan.plan import Plan
+from quantplan.plans.frontier import Frontier
+from quantplan.plans.prices import Prices
+from quantplan.plans.result import Plan
 from quantplan.predict import MemoryPrediction
-from quantplan.prices import Prices
 from quantplan.printed import DryRun, ListedModel, MeasuredLosses, WrittenFile
 from quantplan.quantize.weights import WeightErrors
 from quantplan.recipe import Recipe
 from quantplan.runtime.doctor import Diagnosis
-from quantplan.verification import Verification
+from quantplan.verification.result import Verification
 
 SCHEMAS = MappingProxyType[str, Any](
     {

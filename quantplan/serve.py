@@ -21,7 +21,7 @@ from quantplan.recipe import Recipe
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.flags import flags_for
 from quantplan.runtime.process import ADDRESS, guarded, is_free, isolated_environment
-from quantplan.verify import differences, missing_rpc_flags
+from quantplan.verification.verify import differences, missing_rpc_flags
 
 PORT = 8080
 """llama-server's own."""

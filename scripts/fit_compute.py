@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.measured_cases import Case, read_cases
 from quantplan.costs.compute import Work, graph_keys, graph_sizes, runtime_of, streamed_bytes
-from quantplan.device import Device
 from quantplan.errors import InputError, UnsupportedModelError
 from quantplan.formats.llama_args import parse_flags
-from quantplan.hardware import Machine
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
 from quantplan.placement import Placement, place
 from scripts.measure_compute import read_model
 

@@ -28,7 +28,7 @@ from quantplan.costs import load_data
 from quantplan.costs.evidence import Link, Measurement, fit_singles
 from quantplan.costs.scale import ScalePrior
 from quantplan.costs.sensitivity import Prior
-from quantplan.measure_groups import groups
+from quantplan.measure.groups import groups
 from scripts.quality_curves import Curves, fit_curves
 from scripts.quality_data import OWN_TABLES, Measured, Unit, read_models
 from scripts.quality_fit import fit, leave_one_family_out

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from quantplan import detect
 from quantplan.errors import MachineError
-from quantplan.hardware import Machine
-from quantplan.hardware_table import GpuSpec, find_gpu
+from quantplan.hardware import detect
+from quantplan.hardware.machine import Machine
+from quantplan.hardware.table import GpuSpec, find_gpu
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
 from tests.test_cli import quantplan
 

@@ -19,7 +19,7 @@ from quantplan.formats.llama_cpp import (
     tensor_type_file,
     workload_flags,
 )
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory.sources import read_inventory
 from quantplan.llama_cpp import KVType
 from quantplan.placement import MAX_OVERRIDES

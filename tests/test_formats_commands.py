@@ -22,7 +22,7 @@ from quantplan.formats.llama_cpp import (
     rpc_flags,
     workload_flags,
 )
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory.sources import read_inventory
 from quantplan.placement import place
 from quantplan.workload import Workload

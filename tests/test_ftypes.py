@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantplan.errors import InputError
-from quantplan.ftypes import FTYPES, stock_mix
+from quantplan.ftypes.mixes import FTYPES, stock_mix
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
 from tests.support import architectures as toys

@@ -32,7 +32,6 @@ from quantplan import (
 from quantplan.costs import memory
 from quantplan.costs.quality import LossTable, kld_nats
 from quantplan.costs.speed import predict_speed
-from quantplan.frontier import Over
 from quantplan.planner.bounds import bound_with_layers_in_ram, bounds_over_splits
 from quantplan.planner.goal import Goal
 from quantplan.planner.milp import (
@@ -48,6 +47,7 @@ from quantplan.planner.search import solve as search
 from quantplan.planner.solution import Solution
 from quantplan.planner.solve import solve_split
 from quantplan.planner.split import promising_split
+from quantplan.plans.frontier import Over
 from tests.support.models import toy_inventory
 
 GLM = "RTX 4090 + 64GiB@80GB/s"

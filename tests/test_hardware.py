@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from quantplan.device import Device
 from quantplan.errors import MachineError
-from quantplan.hardware import Machine
-from quantplan.hardware_table import (
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
+from quantplan.hardware.table import (
     cpu_presets,
     cpu_rates,
     find_cpu,

@@ -18,7 +18,7 @@ from quantplan.cli import WITHOUT_JSON, app
 from quantplan.inventory.catalog import remove_from_catalog
 from quantplan.quantize.weights import WeightErrors
 from quantplan.schemas import SCHEMAS, json_schema
-from quantplan.verification import Verification
+from quantplan.verification.result import Verification
 from scripts.build_reference import FOLDER
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
 from tests.support.models import toy_moe

@@ -21,9 +21,10 @@ from quantplan.formats.sensitivity_tables import (
     read_sensitivity_table,
 )
 from quantplan.inventory.catalog import read_catalog
-from quantplan.measure import Setup, measure_losses
-from quantplan.measure_groups import Job, curve_jobs, groups, next_group
-from quantplan.measure_halves import survival
+from quantplan.measure.groups import Job, curve_jobs, groups, next_group
+from quantplan.measure.halves import survival
+from quantplan.measure.losses import measure_losses
+from quantplan.measure.runs import Setup
 from quantplan.runtime import find_llama_cpp
 from quantplan.runtime.sparse import write_sparse
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu

@@ -5,7 +5,7 @@ import pytest
 import quantplan as qp
 from quantplan.costs.traffic import boundary_transfers
 from quantplan.formats.llama_cpp import rpc_flags
-from quantplan.network import Network
+from quantplan.hardware.network import Network
 from quantplan.units import parse_bytes_per_s, parse_seconds
 from tests.support.models import toy_inventory
 

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 
 import quantplan as qp
 from quantplan.costs.speed import SpeedEstimate
-from quantplan.frontier import Frontier, FrontierPoint
+from quantplan.plans.frontier import Frontier, FrontierPoint
 from quantplan.plots import (
     Comparison,
     plot_frontier,

@@ -17,7 +17,7 @@ from quantplan.formats.sensitivity_tables import (
     append_measurement,
     read_sensitivity_table,
 )
-from quantplan.measure_groups import groups
+from quantplan.measure.groups import groups
 from tests.support.models import toy_moe
 
 MODEL = qp.read_inventory("Qwen3.5-0.8B")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from quantplan.cli import app
 from quantplan.errors import InputError, LlamaCppError
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.runtime import LlamaCpp, find_llama_cpp, measure_speed
 from quantplan.runtime.server import serving
 from quantplan.runtime.speed import SpeedTests, time_requests

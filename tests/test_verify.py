@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 import quantplan as qp
 from quantplan.cli import app
 from quantplan.costs.speed import interval
-from quantplan.learn import learn
 from quantplan.runtime import find_llama_cpp
 from quantplan.runtime.memory import read_loaded
 from quantplan.runtime.server import serving
-from quantplan.verification import Check, Verification
-from quantplan.verify import memory_checks, speed_tests
+from quantplan.verification.learn import learn
+from quantplan.verification.result import Check, Verification
+from quantplan.verification.verify import memory_checks, speed_tests
 from tests.support.buffers import BUILD
 from tests.support.llama_cpp import (
     needs_llama_cpp,

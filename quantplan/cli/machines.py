@@ -19,7 +19,7 @@ from quantplan.cli.progress import working
 from quantplan.errors import InputError
 
 if TYPE_CHECKING:
-    from quantplan.hardware import Machine
+    from quantplan.hardware.machine import Machine
     from quantplan.inventory import Inventory
 
 
@@ -33,7 +33,7 @@ def machine(
     json_output: Annotated[bool, json_option("machine")] = False,
 ) -> None:
     """Describe this machine: GPUs, CPU, RAM and how fast it is read."""
-    from quantplan.detect import detect  # noqa: PLC0415
+    from quantplan.hardware.detect import detect  # noqa: PLC0415
 
     check_targets(save)
     with working("looking at this machine"):

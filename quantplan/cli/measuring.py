@@ -54,9 +54,10 @@ def measure(
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
     from quantplan.inventory.sources import read_inventory  # noqa: PLC0415
-    from quantplan.measure import Outcome, Setup, measure_losses  # noqa: PLC0415
-    from quantplan.measure_groups import Job  # noqa: PLC0415
-    from quantplan.measure_halves import survival  # noqa: PLC0415
+    from quantplan.measure.groups import Job  # noqa: PLC0415
+    from quantplan.measure.halves import survival  # noqa: PLC0415
+    from quantplan.measure.losses import measure_losses  # noqa: PLC0415
+    from quantplan.measure.runs import Outcome, Setup  # noqa: PLC0415
     from quantplan.printed import MeasuredLosses  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
 

@@ -13,7 +13,7 @@ from quantplan.errors import InputError
 from quantplan.llama_cpp import KVType
 
 if TYPE_CHECKING:
-    from quantplan.hardware import Machine
+    from quantplan.hardware.machine import Machine
     from quantplan.inventory import Inventory
     from quantplan.policy import Policy
     from quantplan.recipe import Recipe
@@ -173,7 +173,7 @@ def parse_machine(
         for said in given.assumed if not text.endswith(".json") else ():
             typer.echo(f"assumed: {said}", err=True)
         return given if inventory is None else for_model(given, inventory.architecture)
-    from quantplan.detect import detect  # noqa: PLC0415
+    from quantplan.hardware.detect import detect  # noqa: PLC0415
 
     with working("looking at this machine"):
         found = detect(margin_bytes=margin_bytes)

@@ -310,7 +310,7 @@ def explain(
 ) -> None:
     """Say which evidence gives the predicted loss of a tensor at a type."""
     from quantplan.costs.quality import LossTable, type_errors  # noqa: PLC0415
-    from quantplan.evidence_files import read_evidence  # noqa: PLC0415
+    from quantplan.measure.evidence_files import read_evidence  # noqa: PLC0415
     from quantplan.report import explanation_text  # noqa: PLC0415
 
     inventory = read_model(model)

@@ -48,12 +48,12 @@ def report(
     It has the command, the memory, the frontier with a slider, all tensors, the plain answers and
     what the numbers rest on.
     """
-    from quantplan.evidence_files import read_evidence  # noqa: PLC0415
     from quantplan.files import write_whole  # noqa: PLC0415
+    from quantplan.measure.evidence_files import read_evidence  # noqa: PLC0415
     from quantplan.page.content import page_content  # noqa: PLC0415
     from quantplan.page.document import report_html  # noqa: PLC0415
     from quantplan.page.others import other_plans, why_not  # noqa: PLC0415
-    from quantplan.plan import Plan  # noqa: PLC0415
+    from quantplan.plans.result import Plan  # noqa: PLC0415
 
     check_targets(output)
     made = Plan.load(plan)

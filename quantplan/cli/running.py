@@ -84,9 +84,9 @@ def verify(
     speeds within their intervals. Exit code 0 where all is as promised, 3 where it is not.
     """
     import quantplan as qp  # noqa: PLC0415
-    from quantplan.learn import learn as learned  # noqa: PLC0415
-    from quantplan.learn import save_profile  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
+    from quantplan.verification.learn import learn as learned  # noqa: PLC0415
+    from quantplan.verification.learn import save_profile  # noqa: PLC0415
 
     if (kld is None) != (text is None):
         raise InputError("--kld BASE and --text FILE belong together")

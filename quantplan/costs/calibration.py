@@ -11,8 +11,8 @@ from quantplan.costs.decode import decode_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.traffic import Traffic
-from quantplan.device import Device
-from quantplan.hardware import Machine
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Architecture
 from quantplan.qtypes import Runtime
 from quantplan.workload import Workload

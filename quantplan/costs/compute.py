@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from quantplan.costs.ik_caches import ik_cells
 from quantplan.costs.memory import kv_cells, weight_bytes
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Architecture, Inventory, LayerCache
 from quantplan.placement import Launch, Placement
 from quantplan.schema import Frozen

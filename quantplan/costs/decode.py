@@ -2,8 +2,8 @@
 
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.traffic import Read, Traffic
-from quantplan.device import Device
-from quantplan.hardware import Machine
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Architecture, LayerCache
 from quantplan.qtypes import qtype
 from quantplan.workload import Workload

@@ -4,8 +4,8 @@ from quantplan.costs.compute import LEAST_STREAMED_BATCH
 from quantplan.costs.decode import attention_flops, cached_cells, is_latent, network_s
 from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.traffic import Read, Traffic
-from quantplan.device import Device
-from quantplan.hardware import Machine
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
 from quantplan.workload import Workload
 
 

@@ -10,7 +10,7 @@ from quantplan.costs.decode import decode_s
 from quantplan.costs.factors import shipped
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.traffic import Traffic, Where, collect
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory, LayerCache
 from quantplan.qtypes import Runtime
 from quantplan.schema import Frozen

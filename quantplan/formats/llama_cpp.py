@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from quantplan.errors import InputError, RecipeError
 from quantplan.formats.regex import names_patterns
 from quantplan.formats.rules import LLAMA_QUANTIZE, split_rules, write_rules
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.llama_cpp import BACKENDS, COMMON_BACKEND
 from quantplan.placement import MAX_OVERRIDES
 from quantplan.workload import Workload

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from quantplan.costs import load_data
-from quantplan.device import Device
-from quantplan.hardware_table import load_hardware
-from quantplan.plan import Plan
+from quantplan.hardware.device import Device
+from quantplan.hardware.table import load_hardware
+from quantplan.plans.result import Plan
 from quantplan.schema import Frozen
 from quantplan.units import gb_per_s, gib
 

@@ -9,8 +9,8 @@ from quantplan.costs.speed import SpeedEstimate
 from quantplan.inventory import Inventory
 from quantplan.page.assumptions import Assumption, assumptions
 from quantplan.page.loss import LossInterval, loss_interval
-from quantplan.plan import Plan
 from quantplan.planner.baselines import Baseline
+from quantplan.plans.result import Plan
 from quantplan.qtypes import qtype
 from quantplan.recipe import Recipe
 from quantplan.schema import Frozen

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable
 from quantplan.errors import NoPlanError
-from quantplan.frontier import frontier
 from quantplan.inventory import Inventory
-from quantplan.plan import Plan, plan
+from quantplan.plans.frontier import frontier
+from quantplan.plans.plan import plan
+from quantplan.plans.result import Plan
 from quantplan.policy import Policy
 
 # Relative difference of two predictions of one loss that rounding explains.

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError
 
 from quantplan.errors import InputError, MissingPackageError, QuantplanError
-from quantplan.hardware import Machine
-from quantplan.hardware_table import gpu_presets
+from quantplan.hardware.machine import Machine
+from quantplan.hardware.table import gpu_presets
 from quantplan.inventory import Inventory
 from quantplan.inventory.catalog import catalog_names
 from quantplan.inventory.sources import read_inventory
@@ -23,8 +23,9 @@ from quantplan.llama_cpp import KVType
 from quantplan.page.content import Content, page_content
 from quantplan.page.document import live_html
 from quantplan.page.others import other_plans
-from quantplan.plan import Plan, plan
 from quantplan.planner.linear import before_every_run
+from quantplan.plans.plan import plan
+from quantplan.plans.result import Plan
 from quantplan.policy import policy_names
 from quantplan.schema import Frozen
 from quantplan.workload import MAX_CONTEXT, Workload

@@ -15,8 +15,8 @@ from quantplan.costs.speed import Z80, SpeedEstimate, difference_s, interval, pr
 from quantplan.costs.traffic import Where, collect
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import workload_flags
-from quantplan.ftypes import stock_mix
-from quantplan.hardware import Machine
+from quantplan.ftypes.mixes import stock_mix
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory, RoleClass
 from quantplan.planner.fit import fit
 from quantplan.planner.plain import N_PARTS, Layouts, Outcomes, PlainCosts, TypedModel, parts_of

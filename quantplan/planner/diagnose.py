@@ -10,7 +10,7 @@ from typing import Literal
 from quantplan.costs.memory import CELL_PADDING
 from quantplan.costs.quality import kld_nats
 from quantplan.errors import Change, NoPlanError
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.planner.bounds import bounds_over_splits
 from quantplan.planner.goal import Goal
 from quantplan.planner.milp import build_relaxation

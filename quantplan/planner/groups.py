@@ -12,7 +12,7 @@ from quantplan.costs.memory import cuda_padding_bytes
 from quantplan.costs.prefill import prefill_s
 from quantplan.costs.quality import LossTable
 from quantplan.costs.traffic import Read, Traffic, crossing_shares, read_of
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory, Tensor
 from quantplan.planner.goal import Goal
 from quantplan.policy import Policy

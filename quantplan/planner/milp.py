@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import pulp
 
-from quantplan.device import Device
+from quantplan.hardware.device import Device
 from quantplan.planner.groups import Option
 from quantplan.planner.model import MILLI, Model, form_cohorts, form_shapes, gpu_pools
 from quantplan.planner.problem import Problem

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import pulp
 
-from quantplan.device import Device
+from quantplan.hardware.device import Device
 from quantplan.inventory import LayerCache
 from quantplan.planner.groups import Group, Option
 from quantplan.planner.linear import LinearProgram

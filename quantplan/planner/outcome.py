@@ -10,7 +10,7 @@ from quantplan.costs.quality import LossTable, kld_nats
 from quantplan.costs.speed import SpeedPrediction, predict_traffic
 from quantplan.costs.traffic import Traffic, collect
 from quantplan.formats.llama_cpp import buffer_types, placement_flags, rpc_flags, workload_flags
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.planner.problem import Problem
 from quantplan.planner.solution import DeviceBytes, Solution
 from quantplan.predict import DeviceUse, compute_buffer

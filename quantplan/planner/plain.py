@@ -19,7 +19,7 @@ from quantplan.costs.decode import cache_s, read_s
 from quantplan.costs.factors import shipped
 from quantplan.costs.host import copies_tied_output
 from quantplan.costs.traffic import Read, Where, crossing_shares, output_read, read_of
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory, Tensor
 from quantplan.placement import Launch, layer_devices
 from quantplan.workload import Workload

@@ -7,8 +7,8 @@ from quantplan.costs import compute, memory
 from quantplan.costs.compute import BytesEstimate, Work
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable, link
-from quantplan.device import Device
-from quantplan.hardware import Machine
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory, LayerCache
 from quantplan.placement import Launch
 from quantplan.planner.goal import Goal

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from quantplan.device import Device
 from quantplan.errors import SolverError
+from quantplan.hardware.device import Device
 from quantplan.planner.goal import Status
 from quantplan.planner.groups import Group, Option
 from quantplan.planner.problem import Problem

@@ -17,8 +17,8 @@ from quantplan.costs.traffic import (
     boundary_transfers,
     output_read,
 )
-from quantplan.device import Device
-from quantplan.hardware import Machine
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory, LayerCache
 from quantplan.planner.groups import Group, Option
 from quantplan.workload import Workload

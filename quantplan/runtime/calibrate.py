@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from quantplan.errors import LlamaCppError
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.predict import DeviceUse, MemoryPrediction, predict

@@ -6,10 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from quantplan.device import Device, MachineValue
 from quantplan.display import Table, html_card
 from quantplan.errors import MachineError
-from quantplan.hardware_text import parse_text
+from quantplan.hardware.device import Device, MachineValue
+from quantplan.hardware.text import parse_text
 from quantplan.schema import Frozen, read_saved, write_saved
 from quantplan.units import gb_per_s, gib
 
@@ -129,10 +129,9 @@ class Machine(MachineValue):
         (``RTX 4090``, ``24GiB``) or a capacity with a bandwidth (``24GiB@936GB/s``), with a count
         in front (``2x RTX 3090``). RAM is a capacity with a bandwidth, or a CPU's (``96GiB Ryzen 9
         9950X``); a RAM term alone is a machine without a GPU. A capacity behind a GPU's name is
-        that of its memory: ``RTX 4090 48GiB``. ``RPC HOST:PORT`` before a GPU and
-        ``@RATE,LATENCY`` behind it make it one that another host lends
-        (`quantplan.network.Network`); such GPUs come first, as in llama.cpp. A text that ends in
-        ``.json`` is the path of a profile.
+        that of its memory: ``RTX 4090 48GiB``. ``RPC HOST:PORT`` before a GPU and ``@RATE,LATENCY``
+        behind it make it one that another host lends (`quantplan.hardware.network.Network`); such
+        GPUs come first, as in llama.cpp. A text that ends in ``.json`` is the path of a profile.
 
         Where a GPU shares the RAM (Apple's chips, Radeon 8060S, GB10), the last term is all the
         memory of the machine, ``M3 Max + 64GiB``, and its bandwidth may be left out. The GPU has

@@ -6,7 +6,7 @@ from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import kld_nats, link
 from quantplan.formats.args_notes import build_note
 from quantplan.formats.llama_cpp import YOUNG_FLAGS, gpu_backend
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.llama_cpp import BACKENDS, COMMON_BACKEND, OLDEST_KNOWN_BUILD
 from quantplan.planner.baselines import Baseline

@@ -8,14 +8,14 @@ from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import kld_nats
 from quantplan.display import Table
 from quantplan.errors import InputError
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
-from quantplan.plan import Plan
 from quantplan.planner.bounds import split_bounds
 from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits, solve
 from quantplan.planner.solution import Solution
+from quantplan.plans.result import Plan
 from quantplan.policy import Policy
 from quantplan.schema import Frozen
 from quantplan.units import GIB, MIB

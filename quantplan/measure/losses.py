@@ -6,21 +6,15 @@ at each; then groups of tensors, one at a time, in the order of the uncertainty 
 What was measured is evidence for `quantplan.plan`.
 """
 
-import hashlib
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import Field
-
-from quantplan.costs.evidence import ByChunk, Evidence, Measurement
-from quantplan.costs.families import quantized
-from quantplan.costs.resampling import mean_nats, standard_error_nats
+from quantplan.costs.evidence import Evidence, Measurement
 from quantplan.errors import InputError
 from quantplan.formats.sensitivity_tables import (
     SensitivityTable,
@@ -29,126 +23,13 @@ from quantplan.formats.sensitivity_tables import (
 )
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
-from quantplan.measure_groups import WHOLE, Job, curve_jobs, next_group
+from quantplan.measure.conditions import Conditions, check_conditions
+from quantplan.measure.groups import WHOLE, Job, curve_jobs, next_group
+from quantplan.measure.runs import Outcome, Setup, run_job
 from quantplan.qtypes import qtype
-from quantplan.quantize.apply import quantize
-from quantplan.recipe import Provenance, Recipe, RecipeTensor
-from quantplan.runtime.find import LlamaCpp
-from quantplan.runtime.perplexity import chunk_faults, fingerprint, measure_divergence
-from quantplan.schema import Frozen, write_saved
-from quantplan.version import __version__
+from quantplan.runtime.perplexity import chunk_faults
 
 _EMPTY = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What every run has in common. It can be sent to another process or host.
-
-    Attributes:
-        source: The F32, F16 or BF16 GGUF, or any shard of it.
-        texts: What to measure on; several count alike.
-        llama_cpp: What runs the models.
-        cache: Folder for log probabilities and for the quantized file of a run.
-        chunks: Chunks of each text to measure on; at least 4 to hold half of them out.
-        chunk_tokens: Tokens per chunk.
-        imatrix: An importance matrix to quantize with.
-        threads: Of the CPU, per run; all by default.
-        gpu_layers: Layers on GPUs; as llama.cpp decides by default.
-    """
-
-    source: Path
-    texts: tuple[str, ...]
-    llama_cpp: LlamaCpp
-    cache: Path
-    chunks: int = 16
-    chunk_tokens: int = 512
-    imatrix: Path | None = None
-    threads: int | None = None
-    gpu_layers: int | None = None
-
-
-class Outcome(Frozen):
-    """What one run gave.
-
-    Attributes:
-        job: What was measured.
-        by_chunk: KLD of every chunk in nats per token, text by text.
-        duration_s: Time that the run took.
-    """
-
-    job: Job
-    by_chunk: ByChunk
-    duration_s: float
-
-    @property
-    def kld_nats(self) -> float:
-        """Mean KLD in nats per token; texts count alike."""
-        return mean_nats(self.by_chunk)
-
-    @property
-    def standard_error_nats(self) -> float:
-        """Its standard error over chunks."""
-        return standard_error_nats(self.by_chunk)
-
-    @property
-    def measurement(self) -> Measurement:
-        """The run as evidence."""
-        return Measurement(
-            self.job.tensors, self.job.qtype, self.kld_nats, self.standard_error_nats, self.by_chunk
-        )
-
-
-class Conditions(Frozen):
-    """What measurements of one table have in common; kept beside it, so that none are mixed.
-
-    Attributes:
-        schema_version: Version of this format.
-        quantplan_version: Version of quantplan.
-        source: The model that was quantized.
-        source_sha256: Hash of samples of its file.
-        text_sha256: Hash of the text; of several, joined by ``+``.
-        imatrix_sha256: Hash of the importance matrix.
-        llama_cpp: The runtime and its build.
-        chunks: Chunks of each text.
-        chunk_tokens: Tokens per chunk.
-        shapes: Shapes of the tensors in GGUF order, by name; empty where they were not kept.
-    """
-
-    schema_version: Literal[1] = 1
-    quantplan_version: str
-    source: str
-    source_sha256: str
-    text_sha256: str
-    imatrix_sha256: str | None
-    llama_cpp: str
-    chunks: int
-    chunk_tokens: int
-    shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-
-    @classmethod
-    def shapes_beside(cls, table: Path) -> dict[str, tuple[int, ...]]:
-        """Shapes of the model that a table is of; empty where they are not known."""
-        try:
-            return cls.model_validate_json(_conditions_path(table).read_bytes()).shapes
-        except (OSError, ValueError):
-            return {}
-
-    @classmethod
-    def of(cls, setup: Setup) -> Self:
-        """The conditions of a setup."""
-        return cls(
-            quantplan_version=__version__,
-            source=setup.source.name,
-            source_sha256=fingerprint(setup.source),
-            text_sha256="+".join(hashlib.sha256(t.encode()).hexdigest() for t in setup.texts),
-            imatrix_sha256=fingerprint(setup.imatrix) if setup.imatrix else None,
-            llama_cpp=str(setup.llama_cpp),
-            chunks=setup.chunks,
-            chunk_tokens=setup.chunk_tokens,
-            shapes={t.name: t.shape_ne for t in quantized(read_inventory(setup.source))},
-        )
-
 
 Progress = Callable[[Job, Outcome | None], None]
 """Is called when a run begins, without an outcome, and when it ends."""
@@ -199,70 +80,12 @@ def measure_losses(
         setup, inventory, table,
         curve=curve, runs=runs, limit_s=limit_s, resume=resume, parallel=parallel,
     )  # fmt: skip
-    _check_conditions(Conditions.of(setup), _conditions_path(table), table)
+    check_conditions(Conditions.of(setup), table)
     campaign = _Campaign(inventory, table, curve)
     pool = executor or _Inline()
     budget = _Budget(runs, math.inf if limit_s is None else time.monotonic() + limit_s)
     _run(campaign, budget, lambda job: pool.submit(run_job, setup, job), parallel, progress)
     return read_sensitivity_table(table) if table.exists() else _EMPTY
-
-
-def run_job(setup: Setup, job: Job) -> Outcome:
-    """Quantizes the tensors of a job and measures the KLD; the file is removed.
-
-    Args:
-        setup: The model, the text and what runs it.
-        job: Tensors and their type; all others stay as they are.
-
-    Raises:
-        SourceError: The source cannot be read.
-        QuantizeError: The quantized file could not be written.
-        LlamaCppError: llama.cpp failed.
-    """
-    started = time.monotonic()
-    setup.cache.mkdir(parents=True, exist_ok=True)
-    inventory = read_inventory(setup.source)
-    with tempfile.TemporaryDirectory(dir=setup.cache, prefix="run-") as name:
-        target = Path(name) / "model.gguf"
-        quantize(
-            _recipe(inventory, job), setup.source, target, imatrix=setup.imatrix,
-            threads=setup.threads,
-        )  # fmt: skip
-        by_chunk = tuple(
-            tuple(
-                measure_divergence(
-                    setup.llama_cpp, target, text, base=setup.source, cache=setup.cache,
-                    chunks=setup.chunks, chunk_tokens=setup.chunk_tokens, threads=setup.threads,
-                    gpu_layers=setup.gpu_layers,
-                ).kld_by_chunk.tolist()
-            )
-            for text in setup.texts
-        )  # fmt: skip
-    return Outcome(job=job, by_chunk=by_chunk, duration_s=time.monotonic() - started)
-
-
-def _recipe(inventory: Inventory, job: Job) -> Recipe:
-    low = set(job.tensors)
-    return Recipe(
-        model=inventory.name,
-        tensors=tuple(
-            RecipeTensor(
-                tensor=t.name,
-                qtype=job.qtype if t.name in low else t.qtype,
-                device=None,
-                shape_ne=t.shape_ne,
-            )
-            for t in inventory.tensors
-        ),
-        flags=(),
-        provenance=Provenance(
-            quantplan_version=__version__,
-            source=inventory.source,
-            header_sha256=inventory.header_sha256,
-            origin=f"a measurement of {job}",
-            runtime="llama.cpp",
-        ),
-    )
 
 
 class _Campaign:
@@ -382,30 +205,5 @@ def _check(
         )
     if table.exists() and not resume:
         faults.append(f"{table} is there already: go on with it (--resume), or name another file")
-    if faults:
-        raise InputError(faults)
-
-
-def _conditions_path(table: Path) -> Path:
-    return table.with_name(f"{table.name}.json")
-
-
-def _check_conditions(conditions: Conditions, path: Path, table: Path) -> None:
-    """Holds conditions against those of a table that is there; writes them for a new one."""
-    if not table.exists():
-        write_saved(conditions, path)
-        return
-    try:
-        known = Conditions.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} does not say how {table} was measured: {error}") from error
-    own, other = (
-        c.model_dump(exclude={"quantplan_version", "shapes"}) for c in (conditions, known)
-    )
-    faults = [
-        f"{table} was measured with {name} {other[name]}, not {value}: name another file"
-        for name, value in own.items()
-        if other[name] != value
-    ]
     if faults:
         raise InputError(faults)

@@ -7,8 +7,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from quantplan.hardware.network import Network
 from quantplan.llama_cpp import Vendor
-from quantplan.network import Network
 from quantplan.units import GIB, MIB
 
 # What a vendor adds to a name for another chip, or the same one with other clocks or memory.

@@ -5,9 +5,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from quantplan.errors import MachineError
-from quantplan.hardware_table import GpuSpec, load_hardware, vendor_of
+from quantplan.hardware.network import Network
+from quantplan.hardware.table import GpuSpec, load_hardware, vendor_of
 from quantplan.llama_cpp import Vendor
-from quantplan.network import Network
 from quantplan.schema import Frozen, shortened
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from quantplan.calibrate import calibrate_machine
 from quantplan.costs.calibration import model_key
 from quantplan.errors import InputError
-from quantplan.hardware import ComputeMeasurement, Machine
+from quantplan.hardware.machine import ComputeMeasurement, Machine
 from quantplan.inventory import Inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
 from quantplan.predict import predict
-from quantplan.verification import Verification
+from quantplan.verification.result import Verification
 
 
 def learn(machine: Machine, inventory: Inventory, verification: Verification) -> Machine:

@@ -8,7 +8,7 @@ from pathlib import Path
 from quantplan.errors import InputError, LlamaCppError, RecipeError
 from quantplan.formats.llama_args import parse_flags
 from quantplan.formats.llama_cpp import options, rpc_flags
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
@@ -21,7 +21,7 @@ from quantplan.runtime.memory import MeasuredDevice, read_loaded
 from quantplan.runtime.perplexity import measure_divergence
 from quantplan.runtime.server import LOAD_LIMIT_S, Server, serving
 from quantplan.runtime.speed import SPARE_CELLS, SpeedMeasurement, SpeedTests, time_requests
-from quantplan.verification import Check, Loss, Verification, What
+from quantplan.verification.result import Check, Loss, Verification, What
 from quantplan.workload import Workload
 
 CACHE = Path("quantplan-kld")

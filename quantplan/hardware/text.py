@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass, replace
 
 from quantplan.errors import MachineError
-from quantplan.hardware_table import (
+from quantplan.hardware.network import split_network
+from quantplan.hardware.table import (
     GpuSpec,
     cpu_presets,
     cpu_rates,
@@ -14,9 +15,8 @@ from quantplan.hardware_table import (
     load_hardware,
     without_vendor,
 )
+from quantplan.hardware.unified import check_parts, share_ram, sharing
 from quantplan.near import near_names
-from quantplan.network import split_network
-from quantplan.unified import check_parts, share_ram, sharing
 from quantplan.units import gb_per_s, gib, parse_bytes, parse_bytes_per_s
 
 _TERM = re.compile(

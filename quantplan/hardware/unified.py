@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from quantplan.errors import MachineError
-from quantplan.hardware_table import GpuSpec, load_hardware
+from quantplan.hardware.table import GpuSpec, load_hardware
 from quantplan.units import GIB, gib
 
 # A driver that lets its GPU have all of the RAM may leave out a little.

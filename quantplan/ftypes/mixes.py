@@ -7,7 +7,7 @@ As llama.cpp b10434 does, without the options that name types of single tensors,
 from collections import Counter
 
 from quantplan.errors import InputError
-from quantplan.ftype_rules import MIXES, Family, Mix, ModelFacts, Position, family_of, rules_of
+from quantplan.ftypes.rules import MIXES, Family, Mix, ModelFacts, Position, family_of, rules_of
 from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.keys import Keys
 from quantplan.qtypes import QTYPES, fitting_qtype
@@ -26,7 +26,7 @@ def stock_mix(inventory: Inventory, ftype: str, *, has_imatrix: bool = False) ->
 
     Args:
         inventory: The model. Types of the source matter only for tensors that no quantizer touches.
-        ftype: One of ``quantplan.ftypes.FTYPES``, in any case.
+        ftype: One of ``quantplan.ftypes.mixes.FTYPES``, in any case.
         has_imatrix: Whether an importance matrix is given, which changes some types. Without one,
             llama-quantize refuses mixes with types that need one, and Q2_K_S; the types are then
             those of its ``--dry-run``.

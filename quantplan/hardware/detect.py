@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 import psutil
 
-from quantplan.device import Device
 from quantplan.errors import LlamaCppError, MachineError
-from quantplan.hardware import Machine
-from quantplan.hardware_table import (
+from quantplan.hardware.device import Device
+from quantplan.hardware.machine import Machine
+from quantplan.hardware.table import (
     GpuSpec,
     find_cpu,
     find_gpu,
     nearest_class,
 )
+from quantplan.hardware.unified import share_ram
 from quantplan.llama_cpp import BACKENDS, Vendor
 from quantplan.runtime.find import ListedGpu, find_llama_cpp, list_gpus
 from quantplan.threads import usable_threads
-from quantplan.unified import share_ram
 from quantplan.units import gb_per_s, gib
 
 # Larger than any cache in common use; three arrays of it per thread at most fill a quarter of RAM.

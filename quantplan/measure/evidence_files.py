@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 from quantplan.costs.evidence import Evidence
 from quantplan.formats.sensitivity_tables import read_sensitivity_table
-from quantplan.measure import Conditions
+from quantplan.measure.conditions import Conditions
 from quantplan.quantize.weights import WeightErrors
 
 # What `robust` plans against: nine of ten losses are below it.

@@ -11,7 +11,7 @@ from quantplan.costs.memory import CELL_PADDING
 from quantplan.costs.quality import kld_nats
 from quantplan.display import Table
 from quantplan.errors import InputError
-from quantplan.hardware import Machine
+from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.planner.diagnose import ANY_TPS, no_plan, with_context
 from quantplan.planner.goal import Goal, Status

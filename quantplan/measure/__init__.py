@@ -1,0 +1,1 @@
+"""A model's own losses: what to measure, the runs, and what they say."""

@@ -1,0 +1,1 @@
+"""Plans, and what takes several of them to tell: frontiers and prices."""
