@@ -23,7 +23,7 @@ def measure_weights(
     imatrix: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Importance matrix, GGUF or .dat.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Rows to sample from each tensor.")] = 64,
+    rows: Annotated[int, typer.Option(help="Rows to sample from each tensor.")] = 256,
     json_output: Annotated[bool, json_option("weight-errors")] = False,
 ) -> None:
     """Measure the error that each type makes on a model's real weights."""

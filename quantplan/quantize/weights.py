@@ -79,7 +79,7 @@ def measure_weights(
     types: Iterable[str],
     *,
     imatrix: Importance | None = None,
-    rows_per_tensor: int = 64,
+    rows_per_tensor: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> WeightErrors:
     """Quantizes a sample of each tensor's rows to each type, with ggml's own kernels.
