@@ -4,7 +4,7 @@ import math
 import shlex
 from collections import Counter
 
-from quantplan.costs.quality import Explanation
+from quantplan.costs.explanation import Explanation
 from quantplan.inventory import Inventory
 from quantplan.recipe import Recipe, type_lines
 from quantplan.units import gib

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from quantplan.costs.quality import Explanation
+from quantplan.costs.explanation import Explanation
 from quantplan.difference import RecipeDifference
 from quantplan.errors import InputError
 from quantplan.hardware.machine import Machine

@@ -65,6 +65,7 @@ ORDER = [
     "costs.scale",
     "costs.sensitivity",
     "costs.resampling",
+    "costs.explanation",
     "costs.quality",
     "planner",
     "planner.goal",
