@@ -11,12 +11,12 @@ from quantplan import Inventory
 from quantplan import read_inventory as read
 from quantplan.costs import load_data
 from quantplan.costs.evidence import CurvePrior, Link, fit_curve
-from quantplan.costs.families import maker, shape
+from quantplan.costs.families import maker, quantized, shape
 from quantplan.costs.quality import LossTable, type_errors
 from quantplan.costs.scale import ScalePrior
 from quantplan.formats.sensitivity_tables import SensitivityTable
 from scripts.quality_curves import Curves, fit_curves
-from scripts.quality_data import Measured
+from scripts.quality_data import OWN_TABLES, Measured, read_models
 from scripts.quality_scale import fit_scales, scale_spread
 from tests.support.models import toy_moe
 
@@ -182,3 +182,13 @@ def test_tiny_models_are_not_extrapolated_to(tmp_path: Path) -> None:
     toy = read(toy_moe(tmp_path / "toy.gguf"))
     small = ScalePrior(load_data("quality.json")).ln_scale(toy)
     assert 0 < small < math.log(100)
+
+
+def test_tables_that_were_measured_here_are_in_the_fit() -> None:
+    """Each is of a model of the catalog, matrix by matrix, and the shipped constants name it."""
+    models, skipped = read_models(OWN_TABLES)
+    assert models
+    assert not skipped
+    assert models.keys() <= set(load_data("quality.json")["models"])
+    for model in models.values():
+        assert len(model.units) == len(quantized(model.inventory))
