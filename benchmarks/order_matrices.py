@@ -1,4 +1,4 @@
-"""How well the order of single tensors' losses is predicted, on small models of other families.
+"""How well the order of single tensors' losses is predicted, on small real models.
 
 Usage: python benchmarks/order_matrices.py MODEL [--imatrix] [--chunks N] [--tokens T] [--minutes M]
     [--folder DIR] [--sensitivities DIR]
@@ -13,9 +13,9 @@ roles of the layers) is printed of
   made on other text where it is asked for (``--imatrix``);
 - the other half of the chunks, the most that any prediction could reach.
 
-Intervals are 95 % of resamples of the chunks. The shipped constants predict SmolLM2, which is in no
-fit. A model of scripts/measured is in that of the shipped ones; with the published tables
-(``--sensitivities``) constants are fitted without its family.
+Intervals are 95 % of resamples of the chunks. The shipped constants are fitted without SmolLM2, but
+on the models of scripts/measured, whose tables come from here. Given the published tables
+(``--sensitivities``), constants are fitted without the model's family.
 """
 
 import argparse
@@ -42,26 +42,30 @@ from quantplan.costs.families import family, quantized
 from quantplan.costs.quality import LossTable
 from quantplan.formats.sensitivity_tables import append_measurement, read_sensitivity_table
 from quantplan.inventory import Inventory, Tensor
+from quantplan.measure.conditions import Conditions, check_conditions
 from quantplan.measure.groups import Job
 from quantplan.measure.runs import Setup, run_job
 from quantplan.quantize.imatrix import read_imatrix
 from quantplan.quantize.weights import measure_weights
 from quantplan.runtime import find_llama_cpp
-from scripts.quality_data import OWN_TABLES, read_models
+from scripts.quality_data import all_tables, read_models
 from scripts.quality_fit import fit
 from tests.support.llama_cpp import packaged_folder, portable_cpu
 
-# The lowest type that fits rows of 576 and 640 weights.
+# The lowest type that fits the rows of all of these models.
 QTYPE = "Q4_0"
 RESAMPLES, SEED = 500, 20261123
 IMATRIX_CHUNKS = 16
+# From one layer to the next that is measured; it divides no number of layers here.
+_STRIDE = 11
 
 Array = NDArray[np.float64]
 
 
 def in_turn(inventory: Inventory) -> list[Tensor]:
     """All matrices; wherever it ends, what was measured is spread over roles and layers."""
-    return sorted(quantized(inventory), key=lambda t: ((t.layer or 0) * 7 % 18, t.name))
+    n_layers = inventory.architecture.n_layers
+    return sorted(quantized(inventory), key=lambda t: ((t.layer or 0) * _STRIDE % n_layers, t.name))
 
 
 def measure(setup: Setup, table: Path, minutes: float) -> dict[str, Array]:
@@ -84,7 +88,7 @@ def measure(setup: Setup, table: Path, minutes: float) -> dict[str, Array]:
 def fitted_without(inventory: Inventory, directory: Path) -> dict[str, Any]:
     """Constants fitted on published tables and our own, those of a model's family left out."""
     left_out = family(inventory.architecture.name)
-    models = {**read_models(OWN_TABLES)[0], **read_models(directory)[0]}
+    models, _ = read_models(all_tables(directory))
     return fit({name: m for name, m in models.items() if m.family != left_out})
 
 
@@ -138,6 +142,7 @@ def main() -> None:
             source=source, texts=(judging,), llama_cpp=llama_cpp, cache=folder / "cache",
             chunks=options.chunks, chunk_tokens=options.tokens, imatrix=matrix, threads=1,
         )  # fmt: skip
+        check_conditions(Conditions.of(setup), table)
         found = measure(setup, table, options.minutes)
         measured = [t for t in quantized(inventory) if t.name in found]
         roles, by_chunk = [t.role for t in measured], np.array([found[t.name] for t in measured])

@@ -13,8 +13,8 @@ paired bootstrap over chunks puts the 95 % interval of the ratio of mean KLDs be
 
 The F16 source is dithered (see `blurred_f16`), so types are compared on weights that lie on no
 grid; each seed is another dither, to see that nothing hangs on it. Only the first seed has the
-importance matrix. Rows of SmolLM2 are 576 wide, those of gemma 640: types with blocks of 256 are
-possible in ``ffn_down`` only, and in gemma's ``attn_output``.
+importance matrix. Rows of SmolLM2 are 576 wide, those of gemma-3-270m 640: types with blocks of 256
+are possible in ``ffn_down`` only, and in gemma's ``attn_output``.
 """
 
 import argparse

@@ -4,7 +4,8 @@ Usage: python benchmarks/validate_quality.py --sensitivities DIRECTORY --recipes
 
 By default the model is fitted anew without each family in turn, and judged on that family; with
 ``--no-refit`` the shipped constants are judged as they are, which says something only about models
-that they were not fitted on. Reported are
+that they were not fitted on. Tables in scripts/measured take part in the fits and are not judged.
+Reported are
 
 - the rank correlation of predicted and measured KLD of single tensors: all of a model, and within
   each role (``_median``: over families, of the median of a family's models);
@@ -44,7 +45,7 @@ from quantplan.formats.sensitivity_tables import plain_type
 from quantplan.inventory import Inventory
 from quantplan.inventory.catalog import read_catalog
 from quantplan.qtypes import QTYPES
-from scripts.quality_data import OWN_TABLES, Measured, read_models
+from scripts.quality_data import Measured, all_tables, read_models, tables
 from scripts.quality_fit import fit
 from scripts.quality_shares import depth_floor, depth_floor_share
 
@@ -267,9 +268,9 @@ def main() -> None:
     parser.add_argument("--recipes", type=Path, required=True)
     parser.add_argument("--no-refit", action="store_true")
     options = parser.parse_args()
-    models, skipped = read_models(options.sensitivities)
+    known, skipped = read_models(all_tables(options.sensitivities))
+    models = {name: known[name] for name in tables(options.sensitivities) if name in known}
     recipes, unused = read_recipes(options.recipes)
-    known = {**read_models(OWN_TABLES)[0], **models}
     documents = _Documents(known, refit=not options.no_refit)
     _print_skipped("models", skipped)
     _print_skipped("recipes", unused)

@@ -30,7 +30,7 @@ from quantplan.costs.scale import ScalePrior
 from quantplan.costs.sensitivity import Prior
 from quantplan.measure.groups import groups
 from scripts.quality_curves import Curves, fit_curves
-from scripts.quality_data import OWN_TABLES, Measured, Unit, read_models
+from scripts.quality_data import OWN_TABLES, Measured, Unit, all_tables, read_models, tables
 from scripts.quality_fit import fit, leave_one_family_out
 
 TARGET = Path(__file__).parents[1] / "quantplan" / "costs" / "data" / "quality.json"
@@ -194,21 +194,21 @@ def main() -> None:
     """Fits, cross-validates by family and writes the data file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sensitivities", type=Path)
-    directory = parser.parse_args().sensitivities
-    published, skipped = read_models(directory)
-    own, _ = read_models(OWN_TABLES)
-    models = {**own, **published}
+    paths = all_tables(parser.parse_args().sensitivities)
+    models, skipped = read_models(paths)
+    own = [name for name, path in tables(OWN_TABLES).items() if paths[name] == path]
     digest = hashlib.sha256()
     for name in models:
-        folder = directory if name in published else OWN_TABLES
-        digest.update(next(folder.glob(f"{name}.csv*")).read_bytes())
+        digest.update(paths[name].read_bytes())
     document, curves = fit(models), fit_curves(models)
     left_out = leave_one_family_out(models)
     siblings = without_one(models)
     new_scale, new_floor = scale_sds(models, curves, left_out)
     known_scale, known_floor = scale_sds(models, curves, siblings)
     alike = {
-        n: models[n] for n, own in siblings.items() if Prior(own).same_shape(models[n].inventory)
+        n: models[n]
+        for n, found in siblings.items()
+        if Prior(found).same_shape(models[n].inventory)
     }
     gaussian = load_data("type_error.json")["relative_squared_error"]
     both = [math.log(e / gaussian[q]) for q, e in curves.errors.items() if q in gaussian]

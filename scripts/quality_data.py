@@ -1,4 +1,4 @@
-"""Published measurements, with the inventories of their models, to fit the loss model on."""
+"""Measured losses, with the inventories of their models, to fit the loss model on."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.catalog import read_catalog
 from quantplan.qtypes import QTYPES
 
-# Tables of models that nobody else measured, by benchmarks/order_matrices.py.
+# Tables of models that nobody else measured: kld-imatrix.csv of `benchmarks/order_matrices.py MODEL
+# --imatrix`, and beside it what it was measured with.
 OWN_TABLES = Path(__file__).with_name("measured")
 FEWEST_UNITS = 20
 # Types for BitNet models, useless for others; 8-bit types whose rows share one scale or that
@@ -91,16 +92,26 @@ def read_model(path: Path, name: str) -> Measured:
     return Measured(inventory, table, chosen, tuple(units[chosen]) if enough else (), curve)
 
 
-def read_models(directory: Path) -> tuple[dict[str, Measured], dict[str, str]]:
-    """Reads every ``MODEL.csv.gz`` of a directory.
+def tables(directory: Path) -> dict[str, Path]:
+    """Every ``MODEL.csv`` or ``MODEL.csv.gz`` of a directory, by model."""
+    paths = (*directory.glob("[!_]*.csv"), *directory.glob("[!_]*.csv.gz"))
+    return {p.name.removesuffix(".gz").removesuffix(".csv"): p for p in sorted(paths)}
+
+
+def all_tables(directory: Path) -> dict[str, Path]:
+    """Published tables of a directory and our own, which give way where a model has both."""
+    return {**tables(OWN_TABLES), **tables(directory)}
+
+
+def read_models(paths: Mapping[str, Path]) -> tuple[dict[str, Measured], dict[str, str]]:
+    """Reads tables, given by model.
 
     Returns:
-        The models by name, and the reason for each file that cannot be used.
+        The models by name, and the reason for each table that cannot be used.
     """
     models: dict[str, Measured] = {}
     skipped: dict[str, str] = {}
-    for path in sorted(directory.glob("[!_]*.csv*")):
-        name = path.name.removesuffix(".gz").removesuffix(".csv")
+    for name, path in paths.items():
         try:
             models[name] = read_model(path, name)
         except QuantplanError as error:

@@ -191,17 +191,24 @@ def test_fit_keeps_the_margin_of_every_gpu(model: str, machine: str) -> None:
         assert all(use.free_bytes >= use.margin_bytes for use in memory.devices[:-1])
 
 
-@pytest.mark.parametrize(("gpu", "backend"), [("RX 7900 XTX", "ROCm"), ("RTX 4090", "CUDA")])
-def test_fit_names_the_buffers_of_the_gpus_own_vendor(gpu: str, backend: str) -> None:
-    """What is left of a layer for the next GPU goes to what its vendor's builds call it."""
-    rows = baselines_of("GLM-4.5-Air", f"2x {gpu} + 256GiB@80GB/s")
+@pytest.mark.parametrize(
+    ("gpus", "second"),
+    [
+        ("2x RX 7900 XTX", "ROCm1"),
+        ("2x RTX 4090", "CUDA1"),
+        ("RPC 10.0.0.2:50052 RTX 4090@10Gbit/s,0.2ms + RTX 4090", "CUDA0"),
+    ],
+)
+def test_fit_names_buffers_as_llama_cpp_does(gpus: str, second: str) -> None:
+    """The next GPU is what builds for its vendor call it, and other hosts are not counted."""
+    rows = baselines_of("GLM-4.5-Air", f"{gpus} + 256GiB@80GB/s")
     rules = [
         rule
         for row in rows
         if row.placement == "--fit" and "-ot" in row.flags
         for rule in row.flags[row.flags.index("-ot") + 1].split(",")
     ]
-    assert {rule.rpartition("=")[2] for rule in rules} == {"CPU", f"{backend}1"}
+    assert {rule.rpartition("=")[2] for rule in rules} == {"CPU", second}
 
 
 def test_fit_leaves_a_model_that_fits_alone() -> None:

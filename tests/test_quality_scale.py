@@ -16,7 +16,7 @@ from quantplan.costs.quality import LossTable, type_errors
 from quantplan.costs.scale import ScalePrior
 from quantplan.formats.sensitivity_tables import SensitivityTable
 from scripts.quality_curves import Curves, fit_curves
-from scripts.quality_data import OWN_TABLES, Measured, read_models
+from scripts.quality_data import OWN_TABLES, Measured, read_models, tables
 from scripts.quality_scale import fit_scales, scale_spread
 from tests.support.models import toy_moe
 
@@ -186,7 +186,7 @@ def test_tiny_models_are_not_extrapolated_to(tmp_path: Path) -> None:
 
 def test_tables_that_were_measured_here_are_in_the_fit() -> None:
     """Each is of a model of the catalog, matrix by matrix, and the shipped constants name it."""
-    models, skipped = read_models(OWN_TABLES)
+    models, skipped = read_models(tables(OWN_TABLES))
     assert models
     assert not skipped
     assert models.keys() <= set(load_data("quality.json")["models"])

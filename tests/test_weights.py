@@ -14,6 +14,7 @@ from quantplan.quantize import quantize
 from quantplan.quantize.ggml import ggml
 from quantplan.quantize.imatrix import read_imatrix
 from quantplan.quantize.weights import WeightErrors, measure_weights
+from tests.support.models import steps
 from tests.support.quantizer import recipe_for, tiny
 
 NAME = "blk.0.ffn_up.weight"
@@ -64,12 +65,13 @@ def test_one_huge_row_hides_no_other(tmp_path: Path) -> None:
     assert found["Q4_0"] == pytest.approx(plain["Q4_0"] * 31 / 41, rel=0.05)
 
 
-def test_rows_of_zeros_say_nothing(tmp_path: Path) -> None:
-    """Half of the rows are zeros: the error is that of the others."""
+@pytest.mark.parametrize("scale", [0, 1e-9])
+def test_dead_rows_say_nothing(tmp_path: Path, scale: float) -> None:
+    """Most of the rows are zeros, or nearly so: the error is that of the others."""
     weights = gaussian(16, 256)
-    plain = measure_weights(model(tmp_path / "m.gguf", weights), ["Q4_K"], rows_per_tensor=32)
-    both = np.concatenate([weights, np.zeros_like(weights)])
-    found = measure_weights(model(tmp_path / "n.gguf", both), ["Q4_K"], rows_per_tensor=32)
+    plain = measure_weights(model(tmp_path / "m.gguf", weights), ["Q4_K"])
+    both = np.concatenate([weights, scale * gaussian(24, 256)]).astype(np.float32)
+    found = measure_weights(model(tmp_path / "n.gguf", both), ["Q4_K"])
     assert found.errors[NAME] == pytest.approx(plain.errors[NAME])
 
 
@@ -160,6 +162,22 @@ def test_errors_survive_saving(tmp_path: Path) -> None:
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(SourceError, match="is no file of `quantplan measure-weights`"):
         WeightErrors.load(path)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"])
+def test_models_are_blurred_by_the_steps_of_their_own_types(tmp_path: Path, name: str) -> None:
+    """Within a block, or its part with a scale of its own, weights lie a whole number of the steps
+    apart by which real models are blurred.
+    """
+    source = model(tmp_path / "m.gguf", gaussian(8, 256))
+    quantize(recipe_for(source, {NAME: name}), source, tmp_path / "q.gguf")
+    reader = gguf.GGUFReader(tmp_path / "q.gguf")
+    tensor = next(t for t in reader.tensors if t.name == NAME)
+    weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(-1, 16)
+    step = steps(tensor.data, tensor.tensor_type).reshape(-1, 16)
+    apart = (weights - weights[:, :1]) / step
+    assert np.abs(apart - apart.round()).max() < 1e-2
+    assert np.abs(apart).max() > 1.5
 
 
 def gguf_imatrix(path: Path, sums: np.ndarray, counts: np.ndarray) -> Path:

@@ -18,7 +18,7 @@ def maker(inventory: Inventory) -> str:
     """Who trained a model, as its vocabulary tells: makers keep theirs from design to design.
 
     The letters that ``tokenizer.ggml.pre`` begins with (``qwen`` of ``qwen35``), or those of the
-    architecture where the vocabulary has no name of its own.
+    architecture where the vocabulary has none, or ``default``, which names nobody.
     """
     name = str(inventory.metadata.get("tokenizer.ggml.pre") or "default")
     if name == "default":

@@ -21,11 +21,14 @@ from quantplan.quantize.ggml import ggml
 from quantplan.quantize.imatrix import Importance, importance_fault
 from quantplan.schema import Frozen, read_saved
 
-# What rounding to F16 does: a type that hits weights exactly has no smaller error than that.
+# What rounding to F16 does; a type that hits weights exactly counts as having that error.
 _LEAST_ERROR = 2.0**-22 / 3
 # What a row counts at most, in times the median row. With it the errors rank the losses of single
 # matrices better (benchmarks/order_matrices.py); thirty instead of ten are as good.
 _MOST_OF_MEDIAN = 10.0
+# Rows below so much of the largest one, squared, are dead: scales of blocks in F16 cannot tell them
+# from zeros.
+_DEAD = 1e-12
 
 
 class WeightErrors(Frozen):
@@ -41,7 +44,8 @@ class WeightErrors(Frozen):
             which count by ``|w|^2``, the columns of matrices in the layers weighted by importance.
             No row counts more than ten times the median row: the few outputs that carry a model's
             massive activations would hide all others, and a sample would hang on whether it has
-            them.
+            them. Rows of next to nothing do not count, tensors of nothing else are not there, and
+            no error is below that of rounding to F16.
         shapes: Shapes of these tensors in GGUF order, row length first; empty in files of versions
             that did not keep them.
     """
@@ -208,12 +212,15 @@ def _errors(
 
 
 def _mean_error(lost: NDArray[np.float64], total: NDArray[np.float64]) -> float:
-    """Mean of the rows' relative errors; rows of zeros, or that no text ever reached, do not count.
+    """Mean of the rows' relative errors, which count by their capped squared norms.
+
+    Rows of zeros, or that no text ever reached, do not count.
 
     Args:
         lost: Squared error of each row.
-        total: Square of each row; some are above zero.
+        total: Squared norm of each row; some are above zero.
     """
-    lost, total = lost[total > 0], total[total > 0]
+    alive = total > _DEAD * total.max()
+    lost, total = lost[alive], total[alive]
     weight = np.minimum(total, _MOST_OF_MEDIAN * np.median(total))
     return float(weight @ (lost / total) / weight.sum())

@@ -52,7 +52,7 @@ def blurred_f16(source: Path, path: Path, seed: int = 0) -> Path:
 
     Dequantized weights lie on a grid which their own type hits exactly and all other types miss, so
     the order of the types would be wrong. Every weight is therefore moved by uniform noise as wide
-    as one step of its own block. Norms stay as they are.
+    as one step of its own block, or part of a block that has its own scale. Norms stay as they are.
 
     Args:
         source: The quantized model.
@@ -61,6 +61,9 @@ def blurred_f16(source: Path, path: Path, seed: int = 0) -> Path:
 
     Returns:
         `path`.
+
+    Raises:
+        NotImplementedError: Where the steps of a type are is not known here.
     """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(path, reader.get_field("general.architecture").contents())
@@ -75,7 +78,7 @@ def blurred_f16(source: Path, path: Path, seed: int = 0) -> Path:
     for tensor in reader.tensors:
         weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-            step = _steps(tensor.data, tensor.tensor_type)
+            step = steps(tensor.data, tensor.tensor_type)
             noise = rng.random(step.shape, dtype=np.float32) - np.float32(0.5)
             weights = (weights + (noise * step).reshape(weights.shape)).astype(np.float16)
         writer.add_tensor(tensor.name, weights)
@@ -83,7 +86,7 @@ def blurred_f16(source: Path, path: Path, seed: int = 0) -> Path:
     return path
 
 
-def _steps(blocks: NDArray[np.uint8], qtype: gguf.GGMLQuantizationType) -> NDArray[np.float32]:
+def steps(blocks: NDArray[np.uint8], qtype: gguf.GGMLQuantizationType) -> NDArray[np.float32]:
     """Width of one quantization step at each weight, a row per block."""
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[qtype]
     block = blocks.reshape(-1, block_bytes)
