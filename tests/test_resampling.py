@@ -175,13 +175,16 @@ def test_a_robust_plan_says_what_it_expects_too() -> None:
     assert plain.loss_nats == pytest.approx(mix)
 
 
-def test_noisier_texts_change_more_types() -> None:
-    """Plans for resamples differ, the more so the fewer chunks there are, and it is counted."""
+def test_noisier_texts_make_plans_that_cost_more() -> None:
+    """Plans for resamples differ, which is counted, and cost the more the fewer chunks there are.
+
+    How many types differ says less: like tensors change places for next to nothing.
+    """
     few, many = (planned(measured(n_chunks=n, seed=5), resamples=4).type_changes for n in (4, 64))
     assert few is not None
     assert many is not None
-    assert many.n_changed < few.n_changed
-    assert few.n_changed <= few.n_unsettled <= few.n_decisions
+    for found in (few, many):
+        assert 0 < found.n_changed <= found.n_unsettled <= found.n_decisions
     assert 0 <= many.excess < few.excess < 0.2
 
 
