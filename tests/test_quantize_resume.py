@@ -17,6 +17,7 @@ import pytest
 from quantplan.errors import QuantizeError, RecipeError, SourceError, WeightError
 from quantplan.inventory.header import read_header
 from quantplan.quantize import Progress, quantize
+from quantplan.quantize.partial import PartialFile
 from quantplan.recipe import Recipe
 from tests.support.models import toy_moe
 from tests.support.quantizer import recipe_for, spread, stored
@@ -154,6 +155,35 @@ def test_an_interruption_can_be_continued(
     assert target.read_bytes() == b"an older model"
     assert beside(target) == {"q.gguf", ".q.gguf.partial", ".q.gguf.journal"}
     assert resumed(recipe, toy, target, whole)[0] > 0.4 * len(whole)
+
+
+def interrupted(*_: object) -> None:
+    """What a signal does at this place."""
+    raise KeyboardInterrupt
+
+
+def test_a_signal_while_a_file_is_begun_leaves_nothing(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first file and the first byte there is nothing to keep either."""
+    monkeypatch.setattr(PartialFile, "_note", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        PartialFile(target, "job", resume=False)
+    assert beside(target) == {"q.gguf"}
+
+
+def test_a_signal_while_earlier_work_is_read_takes_nothing(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier run left can still be continued."""
+    with PartialFile(target, "job", resume=False) as part:
+        part.write(b"good")
+        part.mark()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(PartialFile, "_find_last_good_place", interrupted)
+        PartialFile(target, "job", resume=True)
+    with PartialFile(target, "job", resume=True) as part:
+        assert part.n_bytes == len(b"good")
 
 
 def test_without_resuming_a_run_starts_again(

@@ -57,18 +57,23 @@ class PartialFile(contextlib.AbstractContextManager["PartialFile"]):
         self.path = _partial(target)
         self._journal_path = target.with_name(f".{target.name}.journal")
         self.n_bytes = self.crc = 0
-        self._is_worth_keeping = False
+        # What is there already stays, whatever happens before its last good place is found.
+        self._is_worth_keeping = resume and self.path.exists()
+        # Closes in the end, and at once where a signal comes in between.
         with contextlib.ExitStack() as opened, self._explained():
             self._journal: IO[bytes] = opened.enter_context(self._journal_path.open("a+b"))
             self._lock()
-            self._file: IO[bytes] = opened.enter_context(self.path.open("a+b"))
+            opened.callback(self._tidy)
+            self._file: IO[bytes] = self.path.open("a+b")
+            opened.callback(self._close_file)
             if resume:
                 self._find_last_good_place(job)
+            self._is_worth_keeping = self.n_bytes > 0
             self._file.truncate(self.n_bytes)
             if not self.n_bytes:
                 self._journal.truncate(0)
                 self._note({"job": job})
-            opened.pop_all()
+            self._opened = opened.pop_all()
 
     def _lock(self) -> None:
         """Refuses to write what another process is writing, where the system can tell."""
@@ -105,7 +110,6 @@ class PartialFile(contextlib.AbstractContextManager["PartialFile"]):
             if (n_bytes, crc) != (note["n_bytes"], note["crc"]):
                 break
             self.n_bytes, self.crc = n_bytes, crc
-        self._is_worth_keeping = self.n_bytes > 0
 
     def _note(self, note: dict[str, Any]) -> None:
         # A line break first: the line before may be torn.
@@ -114,14 +118,19 @@ class PartialFile(contextlib.AbstractContextManager["PartialFile"]):
 
     def __exit__(self, *_: object) -> None:
         """Closes the file; unless `commit` has renamed it, it stays if it can be continued."""
+        self._opened.close()
+
+    def _close_file(self) -> None:
         with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
             self._file.close()
+
+    def _tidy(self) -> None:
+        """Removes what cannot be continued."""
         if os.name == "nt":  # where an open file cannot be removed; elsewhere the lock holds
             self._journal.close()
         if not self._is_worth_keeping:
             self.path.unlink(missing_ok=True)
             self._journal_path.unlink(missing_ok=True)
-        self._journal.close()
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends bytes.
