@@ -23,7 +23,6 @@ import os
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import quantplan as qp
 from benchmarks.quality_mixes import texts, working_folder, write_imatrix
 from benchmarks.small_models import MODELS
-from benchmarks.validate_quality import spearman
+from benchmarks.validate_quality import rank_correlations
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.families import family, quantized
 from quantplan.costs.quality import LossTable
@@ -49,7 +48,7 @@ from quantplan.quantize.imatrix import read_imatrix
 from quantplan.quantize.weights import measure_weights
 from quantplan.runtime import find_llama_cpp
 from scripts.quality_data import all_tables, read_models
-from scripts.quality_fit import fit
+from scripts.quality_fit import fit_without
 from tests.support.llama_cpp import packaged_folder, portable_cpu
 
 # The lowest type that fits the rows of all of these models.
@@ -87,20 +86,14 @@ def measure(setup: Setup, table: Path, minutes: float) -> dict[str, Array]:
 
 def fitted_without(inventory: Inventory, directory: Path) -> dict[str, Any]:
     """Constants fitted on published tables and our own, those of a model's family left out."""
-    left_out = family(inventory.architecture.name)
     models, _ = read_models(all_tables(directory))
-    return fit({name: m for name, m in models.items() if m.family != left_out})
+    return fit_without(models, family(inventory.architecture.name))
 
 
 def correlations(predicted: Array, measured: Array, roles: list[str]) -> tuple[float, float]:
     """Rank correlation over all, and the median within roles."""
-    by_role = defaultdict(list)
-    for i, role in enumerate(roles):
-        by_role[role].append(i)
-    within = [
-        spearman(predicted[rows], measured[rows]) for rows in by_role.values() if len(rows) > 1
-    ]
-    return spearman(predicted, measured), median(within)
+    overall, within = rank_correlations(list(predicted), list(measured), roles)
+    return overall, median(within)
 
 
 def report(name: str, predicted: Array, by_chunk: Array, roles: list[str]) -> None:

@@ -25,7 +25,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -46,7 +46,7 @@ from quantplan.inventory import Inventory
 from quantplan.inventory.catalog import read_catalog
 from quantplan.qtypes import QTYPES
 from scripts.quality_data import Measured, all_tables, read_models, tables
-from scripts.quality_fit import fit
+from scripts.quality_fit import fit_without
 from scripts.quality_shares import depth_floor, depth_floor_share
 
 SAME_SIZE, LEAST_LN_PPL = 0.03, 0.003
@@ -85,10 +85,18 @@ def predicted_klds(model: Measured, document: Document) -> list[float]:
 
 def correlations(model: Measured, document: Document) -> tuple[float, list[float]]:
     """Rank correlation over all units of a model, and within each role with enough of them."""
-    predicted, measured = predicted_klds(model, document), [u.kld_nats for u in model.units]
+    measured = [unit.kld_nats for unit in model.units]
+    roles = [unit.roles for unit in model.units]
+    return rank_correlations(predicted_klds(model, document), measured, roles)
+
+
+def rank_correlations(
+    predicted: Sequence[float], measured: Sequence[float], roles: Sequence[str]
+) -> tuple[float, list[float]]:
+    """Rank correlation over everything, and within each role with enough of it."""
     by_role = defaultdict(list)
-    for i, unit in enumerate(model.units):
-        by_role[unit.roles].append(i)
+    for i, role in enumerate(roles):
+        by_role[role].append(i)
     within = [
         spearman([predicted[i] for i in found], [measured[i] for i in found])
         for found in by_role.values()
@@ -229,8 +237,7 @@ class _Documents(dict[str, Document]):
 
     def __missing__(self, left_out: str) -> Document:
         if self._refit:
-            kept = {name: m for name, m in self._models.items() if m.family != left_out}
-            self[left_out] = fit(kept)
+            self[left_out] = fit_without(self._models, left_out)
         else:
             self[left_out] = load_data("quality.json")
         return self[left_out]

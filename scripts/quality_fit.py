@@ -6,7 +6,7 @@ type give the shares of tensors. Both contain a noise floor: any change at all t
 however small, changes its KLD, the more so the earlier the layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -55,11 +55,12 @@ def fit(models: Mapping[str, Measured]) -> dict[str, Any]:
     }
 
 
-def leave_one_family_out(
-    models: Mapping[str, Measured], fitter: Callable[[Mapping[str, Measured]], dict[str, Any]] = fit
-) -> dict[str, dict[str, Any]]:
+def fit_without(models: Mapping[str, Measured], family: str) -> dict[str, Any]:
+    """The document fitted without a family."""
+    return fit({name: m for name, m in models.items() if m.family != family})
+
+
+def leave_one_family_out(models: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
     """The document fitted without each family, by family."""
-    return {
-        left: fitter({name: m for name, m in models.items() if m.family != left})
-        for left in sorted({m.family for m in models.values()})
-    }
+    families = sorted({m.family for m in models.values()})
+    return {family: fit_without(models, family) for family in families}

@@ -195,8 +195,7 @@ def _errors(
         if kind.needs_imatrix and by_expert is None:
             continue
         ggml().prepare(kind, has_imatrix=by_expert is not None)
-        lost: list[NDArray[np.float64]] = []
-        total: list[NDArray[np.float64]] = []
+        squares: list[NDArray[np.float64]] = []  # of errors and of weights, by row
         for expert in np.unique(experts):
             own = np.ascontiguousarray(rows[experts == expert])
             weight = None if by_expert is None else by_expert[expert]
@@ -204,10 +203,11 @@ def _errors(
             columns = np.ones(n_columns)
             if weight is not None and is_weighted:
                 columns = weight.astype(np.float64)
-            lost.append(difference.astype(np.float64) ** 2 @ columns)
-            total.append(own.astype(np.float64) ** 2 @ columns)
-        if any(squares.any() for squares in total):
-            found[kind.name] = max(_LEAST_ERROR, _mean_error(*map(np.concatenate, (lost, total))))
+            both = np.stack([difference, own]).astype(np.float64)
+            squares.append(both**2 @ columns)
+        lost, total = np.hstack(squares)
+        if total.any():
+            found[kind.name] = max(_LEAST_ERROR, _mean_error(lost, total))
     return found
 
 
