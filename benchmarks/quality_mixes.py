@@ -3,7 +3,7 @@
 Usage: python benchmarks/quality_mixes.py [MODEL] [--chunks N] [--tokens T] [--seeds 0 1]
     [--folder DIR]
 
-MODEL is SmolLM2-135M, which is in no fit, or another one of `benchmarks.small_models`. It is
+MODEL is SmolLM2-135M or another one of `benchmarks.small_models`; only gemma-3-270m is in a fit. It is
 quantized by llama.cpp itself into five of its mixes, and into quantplan's recipes of the same size
 (within 0.5 %), in two ways: without any measurement of the model, and with errors on its weights
 and an importance matrix. For the latter there is also llama.cpp's mix with the same matrix. The
@@ -14,7 +14,7 @@ paired bootstrap over chunks puts the 95 % interval of the ratio of mean KLDs be
 The F16 source is dithered (see `blurred_f16`), so types are compared on weights that lie on no
 grid; each seed is another dither, to see that nothing hangs on it. Only the first seed has the
 importance matrix. Rows of SmolLM2 are 576 wide, those of gemma-3-270m 640: types with blocks of 256
-are possible in ``ffn_down`` only, and in gemma's ``attn_output``.
+are possible in ``ffn_down`` only, and in gemma's ``attn_output``. Those of Qwen2.5 take all types.
 """
 
 import argparse
