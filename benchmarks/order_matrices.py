@@ -14,8 +14,8 @@ roles of the layers) is printed of
 - the other half of the chunks, the most that any prediction could reach.
 
 Intervals are 95 % of resamples of the chunks. The shipped constants are fitted on the models of
-scripts/measured, whose tables come from here, and on no other one of these. Given the published tables
-(``--sensitivities``), constants are fitted without the model's family.
+scripts/measured, whose tables come from here, and on no other one of these. Given the published
+tables (``--sensitivities``), constants are fitted without the model's family.
 """
 
 import argparse
