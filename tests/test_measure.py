@@ -289,3 +289,31 @@ def test_survival_is_the_share_that_both_halves_show() -> None:
     half = [(0.5, 0.5), (-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5)]
     assert survival(model, table_of(half)) == pytest.approx(0)
     assert survival(model, table_of(same[:2])) is None
+
+
+def test_what_a_source_has_quantized_is_not_measured() -> None:
+    """Matrices that are quantized in the source stay, in the curve as in groups of tensors."""
+    model = inventory("GLM-4.5-Air")
+    kept = {t.name: "Q8_0" for t in model.tensors if t.role in {"token_embd", "attn_k"}}
+    mixed = model.with_qtypes(kept)
+    for job in curve_jobs(mixed):
+        assert kept.keys().isdisjoint(job.tensors)
+    assert {t.role for t in model.tensors} > {"attn_k", "token_embd"}
+    assert not {t.role for group in groups(mixed).values() for t in group} & {
+        "attn_k",
+        "token_embd",
+    }
+    found = next_group(mixed, Evidence(), [])
+    assert found is not None
+    assert kept.keys().isdisjoint(found.tensors)
+
+
+def test_a_folder_is_no_table(tmp_path: Path) -> None:
+    """Where the table cannot be written nothing is measured, and the message says why."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    words = ["measure", "model.gguf", str(tmp_path), "--text", str(text), "--runs", "1"]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code != 0
+    assert isinstance(found.exception, InputError)
+    assert "it is a directory; name a file" in str(found.exception)

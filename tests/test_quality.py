@@ -1,6 +1,7 @@
 """Predicted loss per tensor and type."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -299,7 +300,7 @@ def test_measured_losses_stay_what_they_are_beside_errors_on_weights() -> None:
     plain = LossTable(DENSE, Evidence(singles=(single,)))
     table = LossTable(DENSE, Evidence(singles=(single,), weight_errors=ratios))
     tensor = DENSE.by_name[name]
-    assert table.loss_nats(tensor, "Q4_K") == pytest.approx(plain.loss_nats(tensor, "Q4_K"), 0.05)
+    assert table.loss_nats(tensor, "Q4_K") == pytest.approx(plain.loss_nats(tensor, "Q4_K"), 0.06)
 
 
 def test_a_bundle_says_less_of_its_members_than_of_their_sum() -> None:
@@ -355,6 +356,49 @@ def test_evidence_of_another_model_is_refused(kind: str) -> None:
     own = {(t.name, "Q4_K"): 1.2 for t in DENSE.tensors[:20]}
     kept = Evidence(weight_errors={**own, (names[0], "Q4_K"): 1.1}).of(DENSE)
     assert kept.weight_errors == own
+    assert "1 tensors that the model lacks left out" in kept.describe()
+
+
+def test_foreign_measurements_hide_behind_no_weights() -> None:
+    """The model's own errors on weights do not make another model's measurements its own."""
+    own = {(t.name, "Q4_K"): 1.2 for t in DENSE.tensors}
+    foreign = tuple(Measurement((f"blk.{i}.ffn_gate_exps.weight",), "Q4_K", 0.1) for i in range(9))
+    with pytest.raises(InputError, match="is of another model"):
+        Evidence(singles=foreign, weight_errors=own).of(DENSE)
+
+
+def test_evidence_says_what_of_it_counts() -> None:
+    """Types that there are not are left out and named; so is how many layers were measured."""
+    one = Measurement(("blk.3.ffn_down.weight",), "Q4_K", 0.01)
+    found = Evidence(singles=(one, replace(one, qtype="Q4_K_M")), curve={"Q4_K_M": 0.1}).of(DENSE)
+    n_layers = DENSE.architecture.n_loaded_layers
+    assert found.describe() == (
+        "1 measurements of tensors, no such types, left out: Q4_K_M, "
+        f"tensors of 1 of {n_layers} layers"
+    )
+    assert found.of(DENSE) == found
+
+
+@pytest.mark.parametrize("qtype", ["Q8_0", "BF16"])
+def test_a_tensor_measured_at_many_bits_is_hardly_known(qtype: str) -> None:
+    """What llama.cpp shows at such types is mostly rounding of activations, not of weights."""
+    tensor = DENSE.by_name["blk.3.ffn_down.weight"]
+    prior = LossTable(DENSE)
+    sensitivity = prior.loss_nats(tensor, "Q4_K") / prior.error(tensor, "Q4_K")
+    single = Measurement((tensor.name,), qtype, sensitivity * 1.5e-4, 1e-7)
+    found = LossTable(DENSE, Evidence(singles=(single,)))
+    assert 1 / 1.3 < found.loss_nats(tensor, "Q4_K") / prior.loss_nats(tensor, "Q4_K") < 1.3
+    assert found.own_ln_sd(tensor) > 0.4 * prior.own_ln_sd(tensor)
+
+
+def test_a_kld_below_zero_bounds_a_loss() -> None:
+    """Where its standard error is known, what shows nothing lowers the loss; else it is no news."""
+    tensor = DENSE.by_name["blk.3.ffn_down.weight"]
+    before = LossTable(DENSE).loss_nats(tensor, "Q4_K")
+    none = Measurement((tensor.name,), "Q4_K", -1e-6)
+    bounded = replace(none, standard_error_nats=before / 20)
+    assert LossTable(DENSE, Evidence(singles=(none,))).loss_nats(tensor, "Q4_K") == before
+    assert LossTable(DENSE, Evidence(singles=(bounded,))).loss_nats(tensor, "Q4_K") < before
 
 
 def _explained(inventory: Inventory, name: str, evidence: Evidence | None = None) -> None:

@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from quantplan.costs.evidence import Measurement
 from quantplan.errors import SourceError
-from quantplan.formats.sensitivity_tables import plain_type, read_sensitivity_table
+from quantplan.formats.sensitivity_tables import (
+    append_measurement,
+    plain_type,
+    read_sensitivity_table,
+)
 
 
 def written(path: Path, text: str) -> Path:
@@ -148,3 +153,71 @@ def test_a_missing_file_is_a_source_error(tmp_path: Path) -> None:
     """A path that leads nowhere is said so."""
     with pytest.raises(SourceError, match="cannot be read"):
         read_sensitivity_table(tmp_path / "none.csv")
+
+
+def test_names_of_columns_may_be_written_in_any_case(tmp_path: Path) -> None:
+    """Groups, standard errors and chunks are read whatever the case and blanks of their columns."""
+    rows = (
+        "blk.0.attn_k.weight,Q4_0,0.01,0.002,attn_k,0.01 0.01\n"
+        "blk.1.attn_k.weight,Q4_0,0.01,0.002,attn_k,\n"
+    )
+    plain = read_sensitivity_table(
+        written(tmp_path / "a.csv", f"tensor,qtype,kld,standard_error,group,chunks\n{rows}")
+    )
+    odd = read_sensitivity_table(
+        written(tmp_path / "b.csv", f"Tensor, QType,KLD,Standard_Error,GROUP,Chunks\n{rows}")
+    )
+    assert odd == plain
+    assert len(odd.singles[0].tensors) == 2
+
+
+def test_what_is_appended_begins_a_line(tmp_path: Path) -> None:
+    """A table whose last line an editor left without an end stays readable."""
+    table = written(tmp_path / "t.csv", "tensor,qtype,kld\noutput.weight,Q4_0,0.25")
+    one = Measurement(("token_embd.weight",), "Q4_0", 0.5)
+    append_measurement(table, one, "token_embd")
+    klds = [single.kld_nats for single in read_sensitivity_table(table).singles]
+    assert klds == [pytest.approx(0.25), pytest.approx(0.5)]
+
+
+def test_the_word_that_is_no_number_is_named(tmp_path: Path) -> None:
+    """A fault in a standard error or in a chunk is not blamed on the KLD."""
+    text = (
+        "tensor,qtype,kld,standard_error,group,chunks\n"
+        "output.weight,Q4_0,0.01,n/a,,\ntoken_embd.weight,Q4_0,0.01,,,0.01 x\n"
+    )
+    with pytest.raises(SourceError) as found:
+        read_sensitivity_table(written(tmp_path / "t.csv", text))
+    one, other = found.value.faults
+    assert one.endswith("'n/a' is not a standard error of a KLD")
+    assert other.endswith("'x' is not a KLD of a chunk")
+
+
+def test_equal_values_in_one_layer_are_two_measurements(tmp_path: Path) -> None:
+    """KLDs that a person rounded are not taken for those of a bundle."""
+    text = "tensor,qtype,kld\nblk.3.ffn_down.weight,Q4_K,0.01\nblk.3.ffn_up.weight,Q4_K,0.01\n"
+    found = read_sensitivity_table(written(tmp_path / "t.csv", text))
+    assert [len(one.tensors) for one in found.singles] == [1, 1]
+
+
+def test_a_zero_does_not_erase_other_measurements(tmp_path: Path) -> None:
+    """Repeated measurements of which one shows nothing count by their mean."""
+    text = "tensor,qtype,kld\noutput.weight,Q4_0,0.02\noutput.weight,Q4_0,0\n"
+    (one,) = read_sensitivity_table(written(tmp_path / "t.csv", text)).singles
+    assert one.kld_nats == pytest.approx(0.01)
+
+
+def test_a_gzipped_table_needs_no_suffix(tmp_path: Path) -> None:
+    """What is gzipped is told by its content, and a plain table may be called .gz."""
+    text = "tensor,qtype,kld\noutput.weight,Q4_0,0.02\n"
+    packed, plain = tmp_path / "packed.csv", tmp_path / "plain.csv.gz"
+    packed.write_bytes(gzip.compress(text.encode()))
+    plain.write_text(text)
+    assert read_sensitivity_table(packed) == read_sensitivity_table(plain)
+
+
+def test_kld_of_404_is_unmeasured_however_written(tmp_path: Path) -> None:
+    """404 marks what was not measured, also with decimals."""
+    text = "tensor,qtype,kld\noutput.weight,Q4_0,404.00\ntoken_embd.weight,Q4_0,0.02\n"
+    found = read_sensitivity_table(written(tmp_path / "t.csv", text))
+    assert (len(found.singles), found.n_unmeasured) == (1, 1)

@@ -128,6 +128,14 @@ def test_types_that_need_an_imatrix_get_one_or_are_refused(tmp_path: Path) -> No
         ggml().prepare(QTYPES["IQ2_XXS"])
 
 
+@pytest.mark.parametrize("name", ["Q8_K", "F16", "I8", "IQ4_KS", "Q4_0_R8", ""])
+def test_only_types_that_the_library_quantizes_to_are_measured(tmp_path: Path, name: str) -> None:
+    """Formats of activations, of integers and of other programs would end the process in ggml."""
+    path = model(tmp_path / "m.gguf", gaussian(4, 256))
+    with pytest.raises(InputError, match=f"'{name}' is no type that the bundled ggml quantizes to"):
+        measure_weights(path, ["Q4_K", name])
+
+
 @pytest.mark.parametrize("n_columns", [128, 512])
 def test_an_importance_matrix_of_another_model_is_refused(tmp_path: Path, n_columns: int) -> None:
     """Columns that are too few or too many are named before anything is measured."""
@@ -154,14 +162,16 @@ def test_a_quantized_model_has_no_errors_to_measure(tmp_path: Path) -> None:
 
 
 def test_errors_survive_saving(tmp_path: Path) -> None:
-    """What is saved loads back equal; another file is refused."""
+    """What is saved loads back equal; another file, or one with infinite errors, is refused."""
     found = measure_weights(model(tmp_path / "m.gguf", gaussian(4, 256)), ["Q4_K"])
     path = tmp_path / "e.json"
     path.write_text(found.model_dump_json(), encoding="utf-8")
     assert WeightErrors.load(path) == found
-    path.write_text("{}", encoding="utf-8")
-    with pytest.raises(SourceError, match="is no file of `quantplan measure-weights`"):
-        WeightErrors.load(path)
+    broken = found.model_copy(update={"errors": {NAME: {"Q4_K": np.inf}}}).model_dump_json()
+    for text in ("{}", broken):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(SourceError, match="is no file of `quantplan measure-weights`"):
+            WeightErrors.load(path)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"])

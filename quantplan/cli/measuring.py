@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantplan.cli.options import json_option, read_text, say
+from quantplan.cli.options import check_targets, json_option, read_text, say
 from quantplan.cli.progress import working
 
 
@@ -61,6 +61,7 @@ def measure(
     from quantplan.printed import MeasuredLosses  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
 
+    check_targets(table)
     setup = Setup(
         source=source,
         texts=tuple(read_text(path) for path in text),

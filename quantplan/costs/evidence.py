@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from quantplan.errors import InputError
 from quantplan.inventory import Inventory
+from quantplan.qtypes import QTYPES
 
 # Scatter of types beyond so many standard deviations counts linearly: some runs are broken.
 _HUBER_SDS = 2.0
@@ -28,6 +29,13 @@ _CONVERGED = 1e-4
 _FLOOR_PERCENTILE, _LEAST_FLOOR_SCATTER = 5, 0.02
 # Each text must have so many chunks to hold half of them out: two show a standard error.
 _FEWEST_CHUNKS = 4
+# More than this share of tensors that a model lacks are another model's. Tables of one model may
+# lack and have the parts of a converted attention, a tenth of all (DeepSeek-V3's kv_b).
+_MOST_FOREIGN = 0.2
+# Relative squared error that rounding of activations adds where a matrix is quantized at all, as
+# one of the type would: KLDs of SmolLM2-135M by llama.cpp on a CPU at Q8_0 over sensitivities, of
+# the whole model (0.9e-4), of its embedding (1.35e-4) and of blk.3.ffn_down (1.65e-4).
+_ACTIVATION_ERROR = 1.2e-4
 # Fewer measurements than this show no floor, and their sum says nothing of the whole model.
 FEWEST_FOR_A_FLOOR = 20
 
@@ -73,6 +81,8 @@ class Evidence:
             name and type.
         shapes: Shapes of the tensors that were measured, by name, where they are known.
         files: Where the measurements were read from, for provenance.
+        gaps: What of it does not count, and what of the model it does not cover, in words; set by
+            `of`.
         upper_sds: Losses count as so many of their standard deviations above what is expected. A
             plan against the upper end prefers what is known well. Deviations of what was measured
             chunk by chunk are those of the mean loss over resamples of the chunks; of all else
@@ -87,6 +97,7 @@ class Evidence:
     weight_errors: Mapping[tuple[str, str], float] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    gaps: tuple[str, ...] = ()
     upper_sds: float = 0.0
 
     @property
@@ -96,17 +107,14 @@ class Evidence:
         return any(map(can_be_halved, own))
 
     def of(self, inventory: Inventory) -> "Evidence":
-        """What is about tensors of a model.
+        """What is about tensors of a model, and of types that are known.
 
         Raises:
-            InputError: Shapes differ, or the model lacks most of the tensors: the evidence is of
-                another model.
+            InputError: Shapes differ, or the model lacks more than a fifth of the tensors: the
+                evidence is of another model.
         """
         known = inventory.by_name
         odd = [n for n, shape in self.shapes.items() if n in known and known[n].shape_ne != shape]
-        names = {name for name, _ in self.weight_errors}
-        names |= {name for one in self.singles for name in one.tensors}
-        foreign = sorted(name for name in names if name not in known)
         files = f" in {', '.join(self.files)}" if self.files else ""
         if odd:
             raise InputError(
@@ -114,16 +122,37 @@ class Evidence:
                 f"the shape {self.shapes[odd[0]]} there and {known[odd[0]].shape_ne} here, and "
                 f"{len(odd) - 1} more tensors differ. Measure this model, or leave it out"
             )
-        if len(foreign) > len(names) / 2:
-            raise InputError(
-                f"what was measured{files} is of another model than {inventory.name}, which has "
-                f"no {foreign[0]}, nor {len(foreign) - 1} more of the {len(names)} tensors. "
-                "Measure this model, or leave it out"
-            )
+        single_names = {name for one in self.singles for name in one.tensors}
+        weight_names = {name for name, _ in self.weight_errors}
+        gaps = list(self.gaps)
+        for names in (single_names, weight_names):
+            foreign = sorted(names - known.keys())
+            if len(foreign) > _MOST_FOREIGN * len(names):
+                raise InputError(
+                    f"what was measured{files} is of another model than {inventory.name}, which "
+                    f"has no {foreign[0]}, nor {len(foreign) - 1} more of the {len(names)} "
+                    "tensors. Measure this model, or leave it out"
+                )
+            if foreign:
+                gaps.append(f"{len(foreign)} tensors that the model lacks left out")
+        types = {*self.curve, *(one.qtype for one in self.singles)}
+        unknown = sorted(types - QTYPES.keys())
+        if unknown:
+            gaps.append(f"no such types, left out: {', '.join(unknown)}")
+        layers = {known[name].layer for name in single_names & known.keys()} - {None}
+        n_layers = inventory.architecture.n_loaded_layers
+        if 0 < len(layers) < n_layers:
+            gaps.append(f"tensors of {len(layers)} of {n_layers} layers")
         return replace(
             self,
-            singles=tuple(one for one in self.singles if not known.keys().isdisjoint(one.tensors)),
+            curve={name: kld for name, kld in self.curve.items() if name in QTYPES},
+            singles=tuple(
+                replace(one, tensors=tuple(n for n in one.tensors if n in known))
+                for one in self.singles
+                if one.qtype in QTYPES and not known.keys().isdisjoint(one.tensors)
+            ),
             weight_errors={key: r for key, r in self.weight_errors.items() if key[0] in known},
+            gaps=tuple(dict.fromkeys(gaps)),
         )
 
     def describe(self) -> str:
@@ -134,7 +163,7 @@ class Evidence:
             f"{len(self.singles)} measurements of tensors" if self.singles else "",
             f"errors on the weights of {n_tensors} tensors" if n_tensors else "",
         ]
-        found = ", ".join(part for part in parts if part) or "metadata alone"
+        found = ", ".join(part for part in (*parts, *self.gaps) if part) or "metadata alone"
         if self.holds_out:
             found += ", with half of the chunks held out"
         if self.files:
@@ -318,7 +347,9 @@ def fit_singles(
     """Sensitivities from measurements of single tensors, the noise floor of each type removed.
 
     The floor is the 5th percentile of all KLDs at the type; its spread below the median of what is
-    above it bounds what can be told from noise.
+    above it bounds what can be told from noise. KLDs of zero or below count as what can be told
+    from noise, and where nothing says how much that is they do not count. Types of many bits err
+    less than the rounding of activations beside them, and so say little.
 
     Args:
         singles: Measurements.
@@ -329,15 +360,22 @@ def fit_singles(
     found = []
     by_type: dict[str, list[Measurement]] = {}
     for one in singles:
-        if one.kld_nats > 0:
+        if one.kld_nats > 0 or one.standard_error_nats > 0:
             by_type.setdefault(one.qtype, []).append(one)
     for ones in by_type.values():
         kld = np.array([one.kld_nats for one in ones])
         has_floor = len(ones) >= FEWEST_FOR_A_FLOOR
-        floor = float(np.percentile(kld, _FLOOR_PERCENTILE)) if has_floor else 0.0
+        floor = max(0.0, float(np.percentile(kld, _FLOOR_PERCENTILE))) if has_floor else 0.0
         noise = max(floor - float(kld.min()), _LEAST_FLOOR_SCATTER * floor)
         for one in ones:
-            above = max(one.kld_nats - floor, noise, 1e-9)
-            sd = math.hypot(single_sd, math.hypot(noise, one.standard_error_nats) / above)
-            found.append(Single(one.tensors, math.log(link.loss(above) / error(one)), sd))
+            least = noise if one.kld_nats > 0 else max(noise, one.standard_error_nats)
+            above = max(one.kld_nats - floor, least, 1e-9)
+            own = error(one)
+            total = own + _ACTIVATION_ERROR
+            sd = math.hypot(
+                single_sd,
+                math.hypot(noise, one.standard_error_nats) / above,
+                math.log(total / own),
+            )
+            found.append(Single(one.tensors, math.log(link.loss(above) / total), sd))
     return found

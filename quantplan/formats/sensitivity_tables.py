@@ -10,14 +10,16 @@ Three layouts are understood, plain or gzipped:
 - long: ``scope,tensor_or_group,bench_group,qtype,metric,value,flag``, where ``bench_group`` names
   tensors that were measured together and ``scope`` tells single tensors from whole models.
 
-``404`` and empty values are unmeasured. Tensors measured together share one value and count once:
-where the layout does not say so, equal values within one layer do.
+``404`` and empty values are unmeasured, and names of columns may be written in any case. Tensors
+measured together share one value and count once: where the layout does not say so, equal values
+within a layer do, in several layers.
 """
 
 import csv
 import gzip
 import io
 import math
+import os
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -33,13 +35,17 @@ from quantplan.errors import SourceError
 from quantplan.inventory.roles import split_layer
 from quantplan.qtypes import QTYPES
 
-_UNMEASURED = {"", "404"}
+_UNMEASURED = 404.0
+_GZIP = b"\x1f\x8b"
 # ik_llama.cpp's row-interleaved copies of a type: the same numbers in another order.
 _REPACKED = re.compile(r"_R(?:4|8|16)$")
 # A mean over tokens may come out this far below zero where nothing changed.
 _ROUNDING_NATS = 1e-3
 PLAIN_COLUMNS = ("tensor", "qtype", "kld", "standard_error", "group", "chunks")
-_WHOLE = re.compile(r"group\d+|ffn_all|all")
+_LONG_COLUMNS = {"scope", "tensor_or_group", "qtype", "metric", "value"}
+_COLUMNS = {*PLAIN_COLUMNS, *_LONG_COLUMNS, "bench_group", "flag"}
+_WHOLE = re.compile(r"group\d+|ffn_all|all", re.IGNORECASE)
+_FEWEST_EQUAL_LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ class SensitivityTable:
     @property
     def baseline(self) -> str | None:
         """The quantized type that KLDs are relative to, whose own is zero; else None."""
-        zero = [name for name, kld in self.curve.items() if kld == 0]
-        return next((n for n in zero if n in QTYPES and not QTYPES[n].is_float), None)
+        zero = [QTYPES[name] for name, kld in self.curve.items() if kld == 0 and name in QTYPES]
+        return None if any(kind.is_float for kind in zero) else next((k.name for k in zero), None)
 
     @property
     def evidence(self) -> Evidence:
@@ -101,7 +107,7 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
     """Reads a table of KLDs.
 
     Args:
-        path: A CSV file in one of the layouts above; ``.gz`` is unpacked.
+        path: A CSV file in one of the layouts above; one that is gzipped is unpacked.
 
     Raises:
         SourceError: The file cannot be read, or is in none of the layouts, or a value is no number.
@@ -109,10 +115,10 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
     path = Path(path)
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+        text = (gzip.decompress(raw) if raw.startswith(_GZIP) else raw).decode("utf-8-sig")
         # Lines may end as on any system, and without their last columns.
         reader = csv.DictReader(io.StringIO(text, newline=None), restval="")
-        columns = list(reader.fieldnames or ())
+        reader.fieldnames = columns = [_column(name) for name in reader.fieldnames or ()]
         rows = list(_rows(columns, reader))
     except (OSError, UnicodeDecodeError, EOFError, zlib.error, csv.Error) as error:
         why = getattr(error, "strerror", None) or error
@@ -123,10 +129,11 @@ def read_sensitivity_table(path: str | Path) -> SensitivityTable:
             "columns tensor, qtype and kld"
         )
     faults = [
-        f"{path}: {row.name} at {row.qtype}: {row.value!r} is not a KLD"
+        f"{path}: {row.name} at {row.qtype}: {word!r} is not a {what}"
         for row in rows
         if not _is_unmeasured(row.value)
-        and not all(map(_is_kld, (row.value, row.error or "0", *_chunk_words(row))))
+        for what, word in _words(row)
+        if not _is_kld(word)
     ]
     if faults:
         raise SourceError(faults)
@@ -162,14 +169,20 @@ def append_measurement(path: Path, measurement: Measurement, group: str) -> None
         f"{name},{measurement.qtype},{value},{shared},{'' if i else chunks}\n"
         for i, name in enumerate(names)
     ]
-    with path.open("a", encoding="utf-8", newline="") as file:
+    with path.open("a+b") as file:
         if not file.tell():
             rows.insert(0, ",".join(PLAIN_COLUMNS) + "\n")
-        file.write("".join(rows))
+        else:  # editors may leave the last line without an end
+            file.seek(-1, os.SEEK_END)
+            rows.insert(0, "" if file.read(1) == b"\n" else "\n")
+        file.write("".join(rows).encode())
 
 
 def _is_unmeasured(value: str) -> bool:
-    return value in _UNMEASURED or value.removesuffix(".0") in _UNMEASURED
+    try:
+        return not value or float(value) == _UNMEASURED
+    except ValueError:
+        return False
 
 
 def _is_kld(value: str) -> bool:
@@ -179,8 +192,17 @@ def _is_kld(value: str) -> bool:
         return False
 
 
-def _chunk_words(row: _Row) -> list[str]:
-    return row.chunks.replace("|", " ").split()
+def _column(name: str) -> str:
+    """Name of a column as this module writes it; names of tensors keep their case."""
+    own = name.strip()
+    return own.lower() if own.lower() in _COLUMNS else own
+
+
+def _words(row: _Row) -> list[tuple[str, str]]:
+    """What a row says in numbers, each with what it is."""
+    chunks = row.chunks.replace("|", " ").split()
+    error = [("standard error of a KLD", row.error)] if row.error else []
+    return [("KLD", row.value), *error, *(("KLD of a chunk", word) for word in chunks)]
 
 
 def _by_chunk(text: str) -> ByChunk:
@@ -189,8 +211,7 @@ def _by_chunk(text: str) -> ByChunk:
 
 
 def _rows(columns: list[str], reader: Iterable[dict[str, str]]) -> Iterator[_Row]:
-    lower = {column.lower(): column for column in columns}
-    if {"scope", "tensor_or_group", "qtype", "metric", "value"} <= set(columns):
+    if set(columns) >= _LONG_COLUMNS:
         for row in reader:
             if row["metric"] == "kld":
                 name, scope = row["tensor_or_group"], row["scope"]
@@ -200,21 +221,19 @@ def _rows(columns: list[str], reader: Iterable[dict[str, str]]) -> Iterator[_Row
                 group = row.get("bench_group", "")
                 whole = scope != "tensor"
                 yield _Row(name, group, plain_type(row["qtype"]), value, whole, sure)
-    elif {"tensor", "qtype", "kld"} <= lower.keys():
+    elif {"tensor", "qtype", "kld"} <= set(columns):
         for row in reader:
-            name, value = (row[lower[c]].strip() for c in ("tensor", "kld"))
+            name, value = row["tensor"].strip(), row["kld"].strip()
             whole = bool(_WHOLE.fullmatch(name))
-            group, error, chunks = (
-                row.get(column, "") for column in ("group", "standard_error", "chunks")
-            )
-            kind = plain_type(row[lower["qtype"]])
+            error, group, chunks = (row.get(column, "").strip() for column in PLAIN_COLUMNS[3:])
+            kind = plain_type(row["qtype"])
             yield _Row(name, group, kind, value, whole, False, error, True, chunks)
-    elif "qtype" in lower:
+    elif "qtype" in columns:
         for row in reader:
             for name in columns:
-                if name != lower["qtype"]:
+                if name != "qtype":
                     whole = bool(_WHOLE.fullmatch(name))
-                    kind, value = plain_type(row[lower["qtype"]]), row[name].strip()
+                    kind, value = plain_type(row["qtype"]), row[name].strip()
                     yield _Row(name, "", kind, value, whole, False)
 
 
@@ -244,7 +263,8 @@ def _singles(rows: Iterable[_Row]) -> Iterator[Measurement]:
 def _silent_bundles(rows: list[_Row]) -> dict[tuple[str, int | None, str], frozenset[str]]:
     """Roles that were measured together although no column says so.
 
-    Their values are equal, to the last digit, in at least half of the layers that have them.
+    Their values are equal, to the last digit, in at least half of the layers that have them, and in
+    three: fewer may have been rounded to the same digits.
     """
     roles: dict[tuple[str, int | None, str], set[str]] = defaultdict(set)
     layers: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -258,7 +278,8 @@ def _silent_bundles(rows: list[_Row]) -> dict[tuple[str, int | None, str], froze
     return {
         (kind, layer, value): found
         for (kind, layer, value), found in equal.items()
-        if 2 * often[kind, found] >= max(len(layers[kind, role]) for role in found)
+        if often[kind, found] >= _FEWEST_EQUAL_LAYERS
+        and 2 * often[kind, found] >= max(len(layers[kind, role]) for role in found)
     }
 
 
@@ -271,7 +292,7 @@ def _curve(rows: list[_Row]) -> dict[str, float]:
 
 
 def _mean(values: list[float]) -> float:
-    """Geometric mean; 0 where any value is not above it."""
+    """Geometric mean; the arithmetic one where any value is not above zero."""
     if min(values) <= 0:
-        return 0.0
+        return max(0.0, float(np.mean(values)))
     return float(np.exp(np.mean(np.log(values))))

@@ -8,7 +8,7 @@ from quantplan.costs.evidence import Evidence
 from quantplan.costs.families import quantized
 from quantplan.costs.quality import LossTable, link
 from quantplan.inventory import Inventory, Tensor
-from quantplan.qtypes import fitting_qtype
+from quantplan.qtypes import fitting_qtype, qtype
 from quantplan.schema import Frozen
 
 WHOLE = "all"
@@ -44,9 +44,14 @@ class Job(Frozen):
         return f"{self.name} at {self.qtype}"
 
 
+def measurable(inventory: Inventory) -> list[Tensor]:
+    """Matrices whose loss can be measured: what a source has quantized already stays as it is."""
+    return [t for t in quantized(inventory) if qtype(t.qtype).is_float]
+
+
 def curve_jobs(inventory: Inventory) -> list[Job]:
     """The whole model at each type of the curve; types that fit its rows."""
-    matrices = quantized(inventory)
+    matrices = measurable(inventory)
     total = sum(t.n_weights for t in matrices)
     for types in _CURVES:
         fitting = {kind: [t for t in matrices if _fits(t, kind)] for kind in types}
@@ -63,7 +68,7 @@ def groups(inventory: Inventory) -> dict[str, list[Tensor]]:
     """Tensors by role and band of depth, by a name such as ``attn_v 0-7``."""
     n_layers = max(inventory.architecture.n_loaded_layers, 1)
     found: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
-    for tensor in quantized(inventory):
+    for tensor in measurable(inventory):
         band = -1 if tensor.layer is None else min(
             tensor.layer * DEPTH_BANDS // n_layers, DEPTH_BANDS - 1
         )  # fmt: skip

@@ -24,9 +24,8 @@ from quantplan.formats.sensitivity_tables import (
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
 from quantplan.measure.conditions import Conditions, check_conditions
-from quantplan.measure.groups import WHOLE, Job, curve_jobs, next_group
+from quantplan.measure.groups import WHOLE, Job, curve_jobs, measurable, next_group
 from quantplan.measure.runs import Outcome, Setup, run_job
-from quantplan.qtypes import qtype
 from quantplan.runtime.perplexity import chunk_faults
 
 _EMPTY = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
@@ -198,7 +197,7 @@ def _check(
         faults.append(f"a limit of {limit_s} s; it must be above 0")
     if parallel < 1:
         faults.append(f"{parallel} runs at the same time; there must be at least 1")
-    if not any(t.is_quantizable and qtype(t.qtype).is_float for t in inventory.tensors):
+    if not measurable(inventory):
         faults.append(
             f"{inventory.name} is quantized already: give the F32, F16 or BF16 model, whose losses "
             "are to be measured"

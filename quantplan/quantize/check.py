@@ -159,7 +159,7 @@ def _source_fault(
 ) -> str | None:
     if source.qtype.is_float:
         return None
-    if not _is_written_by(program, source.qtype):
+    if not is_written_by(program, source.qtype):
         return (
             f"it is {source.qtype.name} in the source, which only {_other(program)} can read; use "
             "its llama-quantize"
@@ -172,7 +172,8 @@ def _source_fault(
     return None
 
 
-def _is_written_by(program: Runtime | None, qtype: QType) -> bool:
+def is_written_by(program: Runtime | None, qtype: QType) -> bool:
+    """Whether a quantizer writes a type: that of a runtime, or the bundled one (None)."""
     return qtype.is_file_target and (program or "llama.cpp") in qtype.runtimes
 
 
@@ -181,7 +182,7 @@ def _other(program: Runtime | None) -> Runtime:
 
 
 def _type_fault(source: TensorEntry, qtype: QType, program: Runtime | None) -> str | None:
-    if not _is_written_by(program, qtype):
+    if not is_written_by(program, qtype):
         other = _other(program)
         return (
             f"{program or 'llama.cpp'}'s quantizer writes no such file; for {other} use its "

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from quantplan.inventory.header import Header, TensorEntry
 from quantplan.inventory.roles import is_quantizable, split_layer
 from quantplan.inventory.sources import read_headers
 from quantplan.qtypes import QTYPES, fitting_qtype
-from quantplan.quantize.check import refuse_big_endian
+from quantplan.quantize.check import is_written_by, refuse_big_endian
 from quantplan.quantize.convert import MAX_MAGNITUDE
 from quantplan.quantize.ggml import ggml
 from quantplan.quantize.imatrix import Importance, importance_fault
@@ -55,7 +55,7 @@ class WeightErrors(Frozen):
     library: str
     rows_per_tensor: int
     has_imatrix: bool
-    errors: dict[str, dict[str, float]]
+    errors: dict[str, dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]]
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
 
     @classmethod
@@ -89,7 +89,7 @@ def measure_weights(
     """Quantizes a sample of each tensor's rows to each type, with ggml's own kernels.
 
     Rows are spread evenly over the tensor, and so over its experts. Where a row does not fit a
-    type, the type that would be written instead is measured; floating-point types are not.
+    type, the type that would be written instead is measured.
 
     Outside the layers, errors are not weighted by importance: embeddings are looked up, not
     multiplied, and what a few large columns add to all logits alike, the softmax does not see.
@@ -102,13 +102,18 @@ def measure_weights(
         progress: Is told after each tensor how many are done, and how many there are.
 
     Raises:
-        InputError: A type is unknown, needs an importance matrix that is not given, the number of
-            rows is below 1, or the importance matrix is another model's.
+        InputError: A type is unknown, none that ggml quantizes to, or needs an importance matrix
+            that is not given, the number of rows is below 1, or the importance matrix is another
+            model's.
         SourceError: The source cannot be read, is big-endian, or is quantized already.
         QuantizeError: The library cannot be used, or a sampled weight is not finite.
     """
     wanted = [name.upper() for name in types]
-    faults = [f"there is no type {name}" for name in wanted if name not in QTYPES]
+    faults = [
+        f"{name!r} is no type that the bundled ggml quantizes to"
+        for name in wanted
+        if name not in QTYPES or not is_written_by(None, QTYPES[name]) or QTYPES[name].is_float
+    ]
     faults += [
         f"{name} needs an importance matrix; give one with --imatrix"
         for name in wanted
@@ -139,8 +144,10 @@ def measure_weights(
                 rows, which = _sample(header, entry, content, rows_per_tensor)
                 weights = (imatrix or {}).get(entry.name)
                 is_weighted = split_layer(entry.name)[0] is not None
-                errors[entry.name] = _errors(rows, which, wanted, weights, is_weighted)
-                shapes[entry.name] = entry.shape_ne
+                found = _errors(rows, which, wanted, weights, is_weighted)
+                if found:
+                    errors[entry.name] = found
+                    shapes[entry.name] = entry.shape_ne
             n_done += 1
             if progress is not None:
                 progress(n_done, n_tensors)
