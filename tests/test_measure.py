@@ -3,9 +3,10 @@
 import csv
 import math
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ import quantplan as qp
 from quantplan.cli import app
 from quantplan.costs.evidence import Evidence, Measurement
 from quantplan.costs.quality import LossTable, link
-from quantplan.errors import InputError
+from quantplan.errors import InputError, LlamaCppError
 from quantplan.formats.sensitivity_tables import (
     SensitivityTable,
     append_measurement,
@@ -317,3 +318,28 @@ def test_a_folder_is_no_table(tmp_path: Path) -> None:
     assert found.exit_code != 0
     assert isinstance(found.exception, InputError)
     assert "it is a directory; name a file" in str(found.exception)
+
+
+class _FailsOnce(Executor):
+    """Runs jobs at once; the second one fails, as where a host of a cluster is lost."""
+
+    def __init__(self) -> None:
+        self._n_begun = 0
+
+    def submit(self, function: Any, /, *arguments: Any, **more: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._n_begun += 1
+        if self._n_begun == 2:
+            future.set_exception(LlamaCppError("the host is gone"))
+        else:
+            future.set_result(function(*arguments, **more))
+        return future
+
+
+@needs_llama_cpp
+def test_runs_beside_one_that_failed_are_kept(setup: Setup, tmp_path: Path) -> None:
+    """Of runs at the same time, those that ended well are in the table when another has failed."""
+    table = tmp_path / "kld.csv"
+    with pytest.raises(LlamaCppError, match="the host is gone"):
+        measure_losses(setup, table, runs=3, executor=_FailsOnce(), parallel=2)
+    assert len(read_sensitivity_table(table).curve) == 2

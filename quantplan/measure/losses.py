@@ -156,14 +156,16 @@ def _run(
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 outcome = future.result()
-                campaign.add(outcome)
                 del pending[future]
+                campaign.add(outcome)
                 width = parallel
                 if progress is not None:
                     progress(outcome.job, outcome)
     finally:
+        # Beside a run that failed, others may have ended well.
         for future in pending:
-            future.cancel()
+            if not future.cancel() and future.done() and future.exception() is None:
+                campaign.add(future.result())
 
 
 class _Inline(Executor):
