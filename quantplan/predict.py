@@ -268,6 +268,7 @@ def _speed(resolved: Resolved, machine: Machine) -> SpeedPrediction:
         placement.output,
         machine=for_model(machine, inventory.architecture),
         workload=launch.workload,
+        caches=placement.caches,
         runtime="llama.cpp" if launch.ik is None else "ik_llama.cpp",
         op_offload=launch.op_offload,
     )
@@ -358,7 +359,11 @@ def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Byte
     """The compute buffer of one device."""
     inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
     architecture = inventory.architecture
-    streams_to = machine.streaming_gpu.name if machine.streaming_gpu else ""
+    first, streams_to = machine.devices[0], machine.streaming_gpu
+    if launch.split_mode == "none" and machine.gpus:
+        first = streams_to = machine.gpus[launch.main_gpu]
+        if device.kind == "gpu" and device != first:
+            return BytesEstimate(low=0, expected=0, high=0)  # llama.cpp uses no other GPU
     experts = (
         homes for name, homes in placement.tensors.items() if inventory.by_name[name].is_expert
     )
@@ -368,10 +373,10 @@ def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Byte
         has_experts=any(device.name in homes for homes in experts),
         has_output=device.name == placement.output,
         streamed_bytes=streamed_bytes(inventory, launch, placement, machine)
-        if device.name == streams_to
+        if device == streams_to
         else 0,
         n_input_copies=n_input_copies(launch, placement, machine),
-        is_first=device == machine.devices[0],
+        is_first=device == first,
     )
     found = estimate(architecture, inventory.n_vocab, launch, work)
     known = machine.measured_compute(model_key(architecture), device, found.expected)

@@ -31,15 +31,19 @@ CASES = [
     ("Qwen3-4B-Thinking-2507", "4GiB@300GB/s + 64GiB@80GB/s"),
     ("Kimi-K2-Thinking", "4x RTX 3090 + 768GiB@300GB/s"),
 ]
+REMOTE = [
+    ("Qwen3-30B-A3B", "RPC 192.168.1.7:50052 RTX 3090@1Gbit/s,0.2ms + 64GiB@80GB/s"),
+    ("Qwen3-30B-A3B", "RPC a:1 RTX 3090@1Gbit/s,0.2ms + RTX 3060 + 64GiB@80GB/s"),
+]
 
 
 @cache
 def baselines_of(
-    model: str, machine: str, *, is_quantized: bool = False, min_tps: float | None = None
+    model: str, machine: str, *, is_quantized: bool = False, goal: Goal | None = None
 ) -> tuple[Baseline, ...]:
     """Every baseline, beside a plan that leaves all types as they are and everything in RAM."""
     inventory, described = read(model, is_quantized=is_quantized), qp.Machine.parse(machine)
-    problem = build_problem(inventory, described, WORK, qp.policy(), Goal(min_decode_tps=min_tps))
+    problem = build_problem(inventory, described, WORK, qp.policy(), goal or Goal())
     ram = described.ram.name
     problem = problem.with_layers((ram,) * problem.n_layers)
     kept = {t.name: (t.qtype, ram) for t in inventory.tensors if inventory.is_loaded(t)}
@@ -84,7 +88,7 @@ def predicted(
 # What a row says.
 
 
-@pytest.mark.parametrize(("model", "machine"), CASES)
+@pytest.mark.parametrize(("model", "machine"), [*CASES, *REMOTE])
 def test_rows_are_what_their_flags_lead_to(model: str, machine: str) -> None:
     """Memory and speed of a baseline are those of its flags by `predict` and the speed model."""
     described = qp.Machine.parse(machine)
@@ -254,7 +258,7 @@ def test_a_model_that_fits_is_told_to_be_plain() -> None:
 
 def test_answers_that_are_too_slow_are_no_answers() -> None:
     """With a speed target only baselines that reach it may be preferred, or come first."""
-    found = baselines_of("GLM-4.5-Air", ONE, min_tps=12)
+    found = baselines_of("GLM-4.5-Air", ONE, goal=Goal(min_decode_tps=12))
     assert {b.reaches_speed for b in found} == {True, False}
     assert all(b.reaches_goal == b.reaches_speed for b in found)
     for row in found:
@@ -388,3 +392,12 @@ def test_plain_answers_keep_to_the_limits_of_the_goal() -> None:
         assert row.reaches_goal == (turn_s <= 40.0)
     lossy = qp.plan(inventory, machine, WORK, max_loss_nats=0.005)
     assert all(b.loss_nats <= 0.005 for b in lossy.baselines if b.is_answer)
+
+
+@pytest.mark.parametrize("mix", ["Q5_K_M", "Q4_K_M", "Q3_K_M"])
+def test_a_mix_is_no_worse_than_itself(mix: str) -> None:
+    """Where a plan may lose as much as a mix, that mix is among the answers, in spite of digits."""
+    inventory = read("GLM-4.5-Air")
+    most = LossTable(inventory).model_kld_nats(qp.stock_mix(inventory, mix))
+    rows = baselines_of("GLM-4.5-Air", ONE, goal=Goal(max_loss_nats=most))
+    assert all(row.reaches_goal for row in rows if row.types == mix)

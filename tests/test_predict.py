@@ -215,6 +215,33 @@ def test_caches_stay_in_ram_when_told_so() -> None:
     assert in_ram == [0, on_gpu[0]]
 
 
+def test_caches_in_ram_are_read_there() -> None:
+    """With `-nkvo` attention is the CPU's, at the rate of RAM, where layers are on a GPU too."""
+    flags, machine = "-ngl 99 --cpu-moe -c 65536 -np 1 --fit off", qp.Machine.parse(GPU)
+    on_gpu, in_ram = (
+        1 / qp.predict(AIR, f"{flags} {x}", machine).speed.decode_tps(65536).expected
+        for x in ("", "-nkvo")
+    )
+    caches = qp.predict(AIR, f"{flags} -nkvo", machine).devices[1].kv_bytes
+    assert in_ram - on_gpu > caches / machine.ram.bandwidth_bytes_per_s
+
+
+def test_slots_with_caches_of_their_own_share_the_context_out() -> None:
+    """No slot gets deeper than its part of the context, and speed is predicted down to there."""
+    flags, machine = "-ngl 99 --cpu-moe -c 131072 -np 8 --fit off", qp.Machine.parse(GPU)
+    for shared, deepest in (("-kvu", 131072), ("-no-kvu", 16384)):
+        speed = qp.predict(AIR, f"{flags} {shared}", machine).speed
+        assert speed.points[-1].depth == deepest
+
+
+def test_one_gpu_of_several_does_all_of_a_gpus_work() -> None:
+    """With `-sm none` the main GPU, whichever it is, has every buffer, and others have nothing."""
+    flags, machine = "-ngl 99 --cpu-moe -c 32768 --fit off -sm none", qp.Machine.parse(TWO)
+    first, second = (qp.predict(AIR, f"{flags} -mg {n}", machine).devices for n in (0, 1))
+    assert first[0].compute_bytes == second[1].compute_bytes
+    assert first[1].compute_bytes == second[0].compute_bytes == 0
+
+
 @pytest.mark.parametrize("machine", ["24GiB + 64GiB@80GB/s", "128GiB@80GB/s"])
 def test_every_form_of_a_plan_takes_the_bytes_of_the_plan(machine: str) -> None:
     """A plan, its recipe, its assignments and the same as a mapping are one configuration."""

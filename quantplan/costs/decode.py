@@ -4,6 +4,7 @@ from quantplan.costs.factors import Factors, shipped
 from quantplan.costs.traffic import Read, Traffic
 from quantplan.hardware.device import Device
 from quantplan.hardware.machine import Machine
+from quantplan.hardware.network import Network
 from quantplan.inventory import Architecture, LayerCache
 from quantplan.qtypes import qtype
 from quantplan.workload import Workload
@@ -122,15 +123,24 @@ def network_s(traffic: Traffic, machine: Machine, n_tokens: int = 1) -> float:
         machine: The devices.
         n_tokens: Tokens of the batch.
     """
-    row_bytes = _F32_BYTES * traffic.architecture.n_embd * n_tokens
     seconds = 0.0
     for device in machine.gpus:
         if device.network is not None:
             n_ways = traffic.transfers.get(device.name, 0.0)
-            seconds += device.network.seconds(row_bytes, n_ways)
+            seconds += n_ways * row_s(device.network, traffic.architecture, n_tokens)
             if device.name == traffic.output:
-                seconds += device.network.seconds(_F32_BYTES * traffic.n_vocab, 1)
+                seconds += logits_s(device.network, traffic.n_vocab)
     return seconds
+
+
+def row_s(network: Network, arch: Architecture, n_tokens: int = 1) -> float:
+    """Seconds for a row of F32 activations per token, one way."""
+    return network.seconds(_F32_BYTES * arch.n_embd * n_tokens, 1)
+
+
+def logits_s(network: Network, n_vocab: int) -> float:
+    """Seconds for the logits of one token, which come back from the output layer's device."""
+    return network.seconds(_F32_BYTES * n_vocab, 1)
 
 
 def decode_s(

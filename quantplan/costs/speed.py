@@ -55,8 +55,8 @@ class SpeedPrediction(Frozen):
     Attributes:
         where: Whether GPUs, the CPU or both multiply weights.
         runtime: The program whose constants were used.
-        points: Speeds at rising depths, from an empty context to a full one; between them the
-            seconds per token are linear.
+        points: Speeds at rising depths, from an empty context to the most that a slot holds;
+            between them the seconds per token are linear.
     """
 
     where: Where
@@ -130,6 +130,7 @@ def predict_speed(
     *,
     machine: Machine,
     workload: Workload,
+    caches: Sequence[str] | None = None,
     runtime: Runtime = "llama.cpp",
     op_offload: bool = True,
 ) -> SpeedPrediction:
@@ -142,10 +143,11 @@ def predict_speed(
         output: Device name of the output layer.
         machine: The devices.
         workload: Context, ubatch and cache types.
+        caches: Device name of each layer's cache; that of the layer by default.
         runtime: The program that will run.
         op_offload: Whether weights in RAM may be streamed to a GPU for prompts.
     """
-    traffic = collect(inventory, assignment, layers, output)
+    traffic = collect(inventory, assignment, layers, output, caches)
     return predict_traffic(traffic, machine, workload, runtime=runtime, op_offload=op_offload)
 
 
@@ -233,8 +235,10 @@ def _depths(traffic: Traffic, workload: Workload) -> list[int]:
 
 
 def _sample_depths(caches: Iterable[LayerCache], workload: Workload) -> list[int]:
-    even = {round(workload.context * i / (_DEPTHS - 1)) for i in range(_DEPTHS)}
-    windows = {cache.window for cache in caches if cache.window < workload.context}
+    # Slots that have a cache each share the context out.
+    deepest = workload.context / workload.n_streams
+    even = {round(deepest * i / (_DEPTHS - 1)) for i in range(_DEPTHS)}
+    windows = {cache.window for cache in caches if cache.window < deepest}
     return sorted(even | windows)
 
 

@@ -132,7 +132,7 @@ class Traffic:
     Attributes:
         architecture: Dimensions of the model.
         reads: Matrices read, by the name of the device.
-        layers: Device name of each loaded layer, whose cache is there too.
+        layers: Device name of each loaded layer's cache.
         n_crossings: Hops from a GPU to the CPU and back, or to the next device.
         transfers: How often a row of activations goes to or from each device, one way each.
         n_vocab: Logits that the output layer's device gives back.
@@ -171,6 +171,7 @@ def collect(
     assignment: Mapping[str, tuple[str, str]],
     layers: Sequence[str],
     output: str,
+    caches: Sequence[str] | None = None,
 ) -> Traffic:
     """Sums what a token needs over the tensors that are loaded.
 
@@ -179,6 +180,8 @@ def collect(
         assignment: Type and device name of each loaded tensor.
         layers: Device name of each layer; those of next-token-prediction blocks are not used.
         output: Device name of the output layer.
+        caches: Device name of each layer's cache, which its layer attends on; that of the layer by
+            default. Elsewhere it costs a hop there and back.
     """
     sums: dict[tuple[str, str, bool, bool], list[Read]] = defaultdict(list)
     shares = crossing_shares(inventory)
@@ -202,10 +205,12 @@ def collect(
     reads: dict[str, list[Read]] = defaultdict(list)
     for (device, *_), found_reads in sums.items():
         reads[device].append(_total(found_reads))
+    cache_homes = homes if caches is None else tuple(caches)[: len(homes)]
+    n_crossings += sum(a != b for a, b in zip(homes, cache_homes, strict=True))
     return Traffic(
         architecture=inventory.architecture,
         reads={device: tuple(found) for device, found in reads.items()},
-        layers=homes,
+        layers=cache_homes,
         n_crossings=n_crossings,
         transfers=transfers,
         n_vocab=inventory.n_vocab,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quantplan.costs import compute, memory
 from quantplan.costs.compute import Work
-from quantplan.costs.decode import cache_s, read_s
+from quantplan.costs.decode import cache_s, logits_s, read_s, row_s
 from quantplan.costs.factors import shipped
 from quantplan.costs.host import copies_tied_output
 from quantplan.costs.traffic import Read, Where, crossing_shares, output_read, read_of
@@ -350,8 +350,31 @@ class TypedModel:
         crossings = (is_away * costs.shares).sum(axis=(1, 2))
         run = np.concatenate([homes[:, :n_loaded], output[:, None]], axis=1)
         crossings += (run[:, 1:] != run[:, :-1]).sum(axis=1) / 2
-        found: NDArray[np.float64] = seconds + crossings * shipped().crossing_s + shipped().fixed_s
+        seconds += crossings * shipped().crossing_s + shipped().fixed_s
+        found: NDArray[np.float64] = seconds + self._network_s(layouts, run)
         return found
+
+    def _network_s(self, layouts: Layouts, run: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Seconds per token on the way to and from other hosts, per placement.
+
+        Args:
+            layouts: The placements.
+            run: Device of each loaded layer and of the output layer, per placement.
+        """
+        costs = self.costs
+        machine, inventory = costs.machine, costs.inventory
+        path = np.concatenate([np.full((len(run), 1), costs.ram), run], axis=1)
+        is_away = (layouts.parts != layouts.homes[:, None, :-1]) * costs.shares
+        seconds = np.zeros(len(run))
+        for d, device in enumerate(machine.gpus):
+            if device.network is not None:
+                is_here = path == d
+                n_ways = (is_here[:, 1:] != is_here[:, :-1]).sum(axis=1, dtype=np.float64)
+                is_end = (layouts.parts == d) | (layouts.homes[:, None, :-1] == d)
+                n_ways += 2 * (is_away * is_end).sum(axis=(1, 2))
+                seconds += n_ways * row_s(device.network, inventory.architecture)
+                seconds += is_here[:, -1] * logits_s(device.network, inventory.n_vocab)
+        return seconds
 
     def where(self, layouts: Layouts, b: int) -> Where:
         """Whether GPUs, the CPU or both multiply weights in a placement."""
