@@ -11,6 +11,7 @@ from quantplan.costs.host import is_repacked, mapped_bytes
 from quantplan.costs.ik_caches import COMPACTS_WINDOWS, derived_weight_bytes
 from quantplan.costs.speed import SpeedEstimate, SpeedPrediction, predict_speed
 from quantplan.display import Table, html_card
+from quantplan.formats.args_notes import kernel_notes
 from quantplan.hardware.device import Device
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
@@ -254,7 +255,13 @@ def predict_resolved(
         fits=all(use.free_bytes >= use.margin_bytes for use in uses),
         speed=_speed(resolved, machine),
         warnings=(*launch.warnings, *resolved.placement.warnings, *_foreign_types(resolved)),
-        notes=(*launch.notes, *notes, *_host_notes(uses[-1]), *_ik_notes(resolved)),
+        notes=(
+            *launch.notes,
+            *notes,
+            *_host_notes(uses[-1]),
+            *_ik_notes(resolved),
+            *_kernel_notes(resolved, machine),
+        ),
     )
 
 
@@ -344,6 +351,13 @@ def _ik_notes(resolved: Resolved) -> list[str]:
     if launch.ik.swa_compress and has_windows and architecture.name not in COMPACTS_WINDOWS:
         notes.append(f"--swa-compress is not known to work for {architecture.name}; not counted")
     return notes
+
+
+def _kernel_notes(resolved: Resolved, machine: Machine) -> tuple[str, ...]:
+    launch, caches = resolved.launch, set(resolved.placement.caches)
+    if launch.ik is not None or caches == {machine.ram.name}:
+        return ()
+    return kernel_notes(launch.workload, machine)
 
 
 def _foreign_types(resolved: Resolved) -> list[str]:

@@ -194,7 +194,7 @@ def test_no_flag_of_llama_cpp_is_taken_for_a_slip(folder: Callable[[], Path | No
 
 def test_a_sound_command_has_no_warnings() -> None:
     """Nothing is pointed out where the flags agree with each other."""
-    flags = "-ngl 99 -sm layer -ts 1,2 -ncmoe 4 -c 4096 -b 4096 -ub 4096 -fa on -ctv q8_0 -lm none"
+    flags = "-ngl 99 -sm layer -ts 1,2 -ncmoe 4 -c 4096 -b 4096 -ub 4096 -fa on -lm none"
     found = qp.predict(AIR, f"{flags} --fit off", qp.Machine.parse(TWO))
     assert (found.warnings, found.notes) == ((), ())
 
@@ -377,3 +377,25 @@ def test_impossible_flags_are_refused(flags: str, machine: str, says: str) -> No
     """Flags that llama.cpp refuses, or that the machine cannot follow, are named."""
     with pytest.raises(qp.InputError, match="(?s)" + says.replace("(", r"\(")):
         qp.predict(AIR, flags, qp.Machine.parse(machine))
+
+
+@pytest.mark.parametrize(
+    ("types", "machine", "says"),
+    [
+        ("-ctk q5_1 -ctv q5_1", "RTX 4090 + 512GiB@80GB/s", "unless built with"),
+        ("-ctk q8_0 -ctv q4_0", "24GiB@900GB/s + 512GiB@80GB/s", "unless built with"),
+        ("-ctk iq4_nl -ctv iq4_nl", "RX 7900 XTX + 512GiB@80GB/s", "no kernel for that, and then"),
+        ("-ctk q8_0 -ctv q8_0", "RTX 4090 + 512GiB@80GB/s", None),
+        ("-ctk q5_1 -ctv q5_1", "512GiB@80GB/s", None),
+        ("-ctk q5_1 -ctv q5_1 -nkvo", "RTX 4090 + 512GiB@80GB/s", None),
+    ],
+)
+def test_caches_without_kernels_on_gpus_are_told(
+    types: str, machine: str, says: str | None
+) -> None:
+    """CUDA and ROCm builds attend on the CPU to caches of types that they have no kernel for."""
+    described = qp.Machine.parse(machine)
+    flags = f"-ngl 99 --cpu-moe -c 4096 -np 1 --fit off {types}"
+    found = [n for n in qp.predict(AIR, flags, described).notes if n.startswith("KV cache in")]
+    assert bool(found) == (says is not None)
+    assert all((says or "") in note for note in found)

@@ -5,7 +5,14 @@ import difflib
 import shlex
 from collections.abc import Collection, Sequence
 
-from quantplan.llama_cpp import NEWEST_KNOWN_BUILD, OLDEST_KNOWN_BUILD
+from quantplan.hardware.machine import Machine
+from quantplan.llama_cpp import (
+    FLASH_BY_DEFAULT,
+    FLASH_IF_BUILT,
+    NEWEST_KNOWN_BUILD,
+    OLDEST_KNOWN_BUILD,
+)
+from quantplan.workload import Workload
 
 # Builds from this one on refuse --no-mmap (seen in b11434; b10434 calls it deprecated).
 _LOAD_MODE_BUILD = 11434
@@ -80,6 +87,26 @@ def build_note(llama_cpp_build: int) -> str | None:
     else:
         return None
     return f"llama.cpp b{llama_cpp_build} is {than} that was checked: its memory may differ"
+
+
+def kernel_notes(workload: Workload, machine: Machine) -> tuple[str, ...]:
+    """Says that attention may run on the CPU, where GPUs have no kernel for the cache's types.
+
+    Args:
+        workload: The types.
+        machine: The GPUs; of NVIDIA and AMD, or of no known vendor.
+    """
+    is_cuda = any(gpu.vendor in (None, "nvidia", "amd") for gpu in machine.gpus)
+    k, v = workload.kv_type_k, workload.kv_type_v
+    if not (is_cuda and workload.flash_attention) or (k == v and k in FLASH_BY_DEFAULT):
+        return ()
+    can_be_built = {k, v} <= FLASH_IF_BUILT
+    only = " unless built with -DGGML_CUDA_FA_ALL_QUANTS=ON" if can_be_built else ""
+    return (
+        f"KV cache in {k} and {v}: CUDA and ROCm builds have no kernel for that{only}, and then "
+        "attention runs on the CPU, many times slower and with a large buffer in RAM, which is not "
+        "counted; f16, q8_0 or q4_0 for both need nothing",
+    )
 
 
 def flag_notes(

@@ -27,7 +27,9 @@ _CAPACITY = r"(?P<capacity>\d+(?:\.\d+)?\s*[GMT]i?B)"
 _CAPACITY_FIRST = re.compile(rf"\s*{_CAPACITY}\s+(?P<name>[^@]*?[A-Za-z][^@]*?)\s*", re.IGNORECASE)
 _CAPACITY_LAST = re.compile(rf"\s*(?P<name>[^@]+?)\s+{_CAPACITY}\s*", re.IGNORECASE)
 _CAPACITY_ALONE = re.compile(rf"\s*{_CAPACITY}\s*", re.IGNORECASE)
-_MEMORY = re.compile(r"(?:LP)?DDR\d?X?(?:[-\s]*(?P<mt_s>\d{4,5}))?\b.*", re.IGNORECASE)
+_MEMORY = re.compile(
+    r"(?:LP)?DDR(?P<generation>[345])?X?(?:[-\s]*(?P<mt_s>\d{4,5}))?\b.*", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +164,11 @@ def _missing_ram(term: str) -> str:
 def _only_memory(capacity: str, memory: re.Match[str]) -> str:
     """Says how to give the rate of memory whose kind alone was given."""
     per_mt_s = 2 * 8 * load_hardware()["defaults"]["ram_measured_share"] / 1e3
-    rate = f"{int(memory['mt_s'] or 5600) * per_mt_s:.0f}GB/s"
+    usual = load_hardware()["defaults"]["ram_mt_s"][memory["generation"] or "5"]
+    rate = f"{int(memory['mt_s'] or usual) * per_mt_s:.0f}GB/s"
     return (
         f"{memory[0]!r} is a kind of memory, which does not say how many channels there are: give "
-        f"the bandwidth, {capacity}@{rate} for two channels{'' if memory['mt_s'] else ' of 5600'}"
+        f"the bandwidth, {capacity}@{rate} for two channels{'' if memory['mt_s'] else f' of {usual}'}"
     )
 
 

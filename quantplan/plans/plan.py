@@ -7,6 +7,7 @@ from quantplan.costs import data_hashes
 from quantplan.costs.calibration import for_model
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable, type_errors
+from quantplan.formats.args_notes import kernel_notes
 from quantplan.ftypes.mixes import stock_mix
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
@@ -165,6 +166,7 @@ def _plan_of(
             *plan_notes(machine, problem, solution),
             *backend_notes(machine, outcome.flags),
             *build_notes(problem.workload, outcome.flags),
+            *kernel_notes(problem.workload, problem.machine),
             *imatrix_notes(outcome.tensors, problem.inventory),
             *evidence_notes(problem.evidence),
         ),
