@@ -331,6 +331,7 @@ def test_missing_ram_is_explained(text: str) -> None:
         ("64GiB DDR5-6000", r"'DDR5-6000' is a kind of memory.*64GiB@77GB/s for two channels"),
         ("RTX 4090 + 64GB DDR4 3200", r"64GB@41GB/s for two channels"),
         ("64GiB LPDDR5X", r"64GiB@72GB/s for two channels of 5600"),
+        ("64GiB DDR4", r"64GiB@41GB/s for two channels of 3200"),
     ],
 )
 def test_a_missing_bandwidth_is_explained(text: str, says: str) -> None:

@@ -166,9 +166,10 @@ def _only_memory(capacity: str, memory: re.Match[str]) -> str:
     per_mt_s = 2 * 8 * load_hardware()["defaults"]["ram_measured_share"] / 1e3
     usual = load_hardware()["defaults"]["ram_mt_s"][memory["generation"] or "5"]
     rate = f"{int(memory['mt_s'] or usual) * per_mt_s:.0f}GB/s"
+    channels = "two channels" if memory["mt_s"] else f"two channels of {usual}"
     return (
         f"{memory[0]!r} is a kind of memory, which does not say how many channels there are: give "
-        f"the bandwidth, {capacity}@{rate} for two channels{'' if memory['mt_s'] else f' of {usual}'}"
+        f"the bandwidth, {capacity}@{rate} for {channels}"
     )
 
 
