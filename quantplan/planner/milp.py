@@ -276,7 +276,7 @@ def add_speed(model: Model) -> None:
     """
     problem, target = model.problem, model.problem.goal.min_decode_tps
     if target is not None:
-        base = problem.decode.fixed_s if model.relaxed else problem.decode.base_s
+        base = problem.decode.least_s if model.relaxed else problem.decode.base_s
         allowed = (1 - _TOLERANCE) / target - base
         model.lp.add_row("speed", model.decode_ms, upper=MILLI * allowed - _TOLERANCE)
 
@@ -288,7 +288,7 @@ def add_turn(model: Model) -> None:
     """
     problem, most = model.problem, model.problem.goal.max_turn_s
     if most is not None:
-        base = problem.turn.fixed_s if model.relaxed else problem.turn.base_s
+        base = problem.turn.least_s if model.relaxed else problem.turn.base_s
         allowed = (1 - _TOLERANCE) * most - base
         model.lp.add_row("turn", model.turn_ms, upper=MILLI * allowed - _TOLERANCE)
 

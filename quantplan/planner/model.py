@@ -156,7 +156,7 @@ class Model:
     def constant_nats(self) -> float:
         """What is constant in the objective."""
         decode = self.problem.decode
-        base = decode.fixed_s if self.relaxed else decode.base_s
+        base = decode.least_s if self.relaxed else decode.base_s
         return self.problem.decode_price_nats_per_s * base
 
     def in_nats(self, millinats: float) -> float:

@@ -77,6 +77,14 @@ class Times(ABC):
         transfers = boundary_transfers(self.layer_devices, output)
         return self.fixed_s + caches + self.transfer_s(n_crossings, transfers, output)
 
+    @cached_property
+    def least_s(self) -> float:
+        """Seconds at least, wherever layers are: the fixed ones, and the way to the output's device
+        and of its logits back.
+        """
+        output = self.output_device.name
+        return self.fixed_s + self.transfer_s(0, {output: 1.0}, output)
+
     def total_s(self, choices: Iterable[tuple[Group, tuple[Option, str]]]) -> float:
         """Seconds of the whole model, with an option and the name of a device for every group."""
         return self.base_s + sum(self.group_s(g, option, name) for g, (option, name) in choices)
