@@ -126,7 +126,7 @@ def test_weights_in_ram_are_not_streamed_over_a_network() -> None:
 
 
 def test_the_bound_knows_the_way_to_the_output() -> None:
-    """Where all GPUs are of another host, no plan does without the way there and the logits back."""
+    """Where all GPUs are another host's, no plan does without the way there and the logits back."""
     machine = qp.Machine.parse("2x RPC a:1 RTX 3060@1Gbit/s,0.2ms + 64GiB@80GB/s")
     found = qp.plan(qp.read_inventory("Qwen3-30B-A3B"), machine, qp.Workload(context=16384))
     assert found.gap < 0.03

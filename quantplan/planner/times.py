@@ -79,9 +79,7 @@ class Times(ABC):
 
     @cached_property
     def least_s(self) -> float:
-        """Seconds at least, wherever layers are: the fixed ones, and the way to the output's device
-        and of its logits back.
-        """
+        """Seconds at least, wherever layers are: fixed ones, the way to the output, its logits."""
         output = self.output_device.name
         return self.fixed_s + self.transfer_s(0, {output: 1.0}, output)
 
