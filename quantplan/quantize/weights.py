@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from quantplan.costs import load_data
 from quantplan.errors import InputError, QuantizeError, SourceError
@@ -50,12 +50,14 @@ class WeightErrors(Frozen):
             that did not keep them.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     schema_version: Literal[1] = 1
     source: str
     library: str
     rows_per_tensor: int
     has_imatrix: bool
-    errors: dict[str, dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]]
+    errors: dict[str, dict[str, float]]
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
 
     @classmethod
