@@ -63,7 +63,7 @@ def _measurement(
     placement = place(inventory, machine, launch)
     by_name = inventory.by_name
     assignment = {n: (by_name[n].qtype, homes[0]) for n, homes in placement.tensors.items()}
-    traffic = collect(inventory, assignment, placement.layers, placement.output)
+    traffic = collect(inventory, assignment, placement.layers, placement.output, placement.caches)
     if not traffic.reads:
         raise InputError(f"{inventory.name} has no tensors, so its speed says nothing")
     n_tokens = min(result.n_prompt, launch.workload.ubatch) if result.n_prompt else 1

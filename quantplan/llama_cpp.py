@@ -8,10 +8,11 @@ KVType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0",
 AnyKVType = Literal[KVType, "q6_0"]
 """Those, and one that only ik_llama.cpp has."""
 
-# Types of K and V, alike, that CUDA and ROCm builds have kernels for by default, and those that
-# they have in any pairs with GGML_CUDA_FA_ALL_QUANTS (ggml/src/ggml-cuda/fattn.cu).
 FLASH_BY_DEFAULT = frozenset({"f32", "f16", "bf16", "q8_0", "q4_0"})
+"""Types, of K and V alike, that CUDA and ROCm builds attend to (ggml/src/ggml-cuda/fattn.cu)."""
+
 FLASH_IF_BUILT = FLASH_BY_DEFAULT | {"q4_1", "q5_0", "q5_1"}
+"""Those, in any pairs, that they attend to where built with ``GGML_CUDA_FA_ALL_QUANTS``."""
 
 Vendor = Literal["nvidia", "amd", "intel", "apple"]
 """Whose a GPU is."""

@@ -373,11 +373,10 @@ def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Byte
     """The compute buffer of one device."""
     inventory, launch, placement = resolved.inventory, resolved.launch, resolved.placement
     architecture = inventory.architecture
-    first, streams_to = machine.devices[0], machine.streaming_gpu
-    if launch.split_mode == "none" and machine.gpus:
-        first = streams_to = machine.gpus[launch.main_gpu]
-        if device.kind == "gpu" and device != first:
-            return BytesEstimate(low=0, expected=0, high=0)  # llama.cpp uses no other GPU
+    if launch.split_mode == "none" and machine.gpus:  # llama.cpp uses no other GPU
+        machine = machine.model_copy(update={"gpus": (machine.gpus[launch.main_gpu],)})
+    if device not in machine.devices:
+        return BytesEstimate(low=0, expected=0, high=0)
     experts = (
         homes for name, homes in placement.tensors.items() if inventory.by_name[name].is_expert
     )
@@ -387,10 +386,10 @@ def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Byte
         has_experts=any(device.name in homes for homes in experts),
         has_output=device.name == placement.output,
         streamed_bytes=streamed_bytes(inventory, launch, placement, machine)
-        if device == streams_to
+        if device == machine.streaming_gpu
         else 0,
         n_input_copies=n_input_copies(launch, placement, machine),
-        is_first=device == first,
+        is_first=device == machine.devices[0],
     )
     found = estimate(architecture, inventory.n_vocab, launch, work)
     known = machine.measured_compute(model_key(architecture), device, found.expected)

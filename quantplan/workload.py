@@ -90,6 +90,11 @@ class Workload(Frozen):
         """KV buffers per layer, one for all slots, or one each."""
         return 1 if self.kv_unified else self.slots
 
+    @property
+    def slot_context(self) -> float:
+        """The most tokens of a slot, as those that have a cache each share the context out."""
+        return self.context / self.n_streams
+
 
 def _fault(fault: Any) -> str:
     """One validation fault as a sentence."""

@@ -194,7 +194,8 @@ def test_no_flag_of_llama_cpp_is_taken_for_a_slip(folder: Callable[[], Path | No
 
 def test_a_sound_command_has_no_warnings() -> None:
     """Nothing is pointed out where the flags agree with each other."""
-    flags = "-ngl 99 -sm layer -ts 1,2 -ncmoe 4 -c 4096 -b 4096 -ub 4096 -fa on -lm none"
+    flags = "-ngl 99 -sm layer -ts 1,2 -ncmoe 4 -c 4096 -b 4096 -ub 4096 -fa on "
+    flags += "-ctk q8_0 -ctv q8_0 -lm none"
     found = qp.predict(AIR, f"{flags} --fit off", qp.Machine.parse(TWO))
     assert (found.warnings, found.notes) == ((), ())
 

@@ -135,7 +135,7 @@ def test_sliding_windows_stop_growing() -> None:
             update={"caches": tuple(c for c in gemma.architecture.caches if c.window)}
         ),
     )
-    sliding = replace(sliding, layers=sliding.layers[: len(sliding.architecture.caches)])
+    sliding = replace(sliding, cache_homes=sliding.cache_homes[: len(sliding.architecture.caches)])
     machine = Machine.parse("RTX PRO 6000 Blackwell + 64GiB@80GB/s")
     times = [decode_s(sliding, machine, Workload(), depth) for depth in (512, 1024, 4096, 65536)]
     assert times[0] < times[1] == times[2] == times[3]

@@ -32,9 +32,9 @@ _FEWEST_CHUNKS = 4
 # More than this share of tensors that a model lacks are another model's. Tables of one model may
 # lack and have the parts of a converted attention, a tenth of all (DeepSeek-V3's kv_b).
 _MOST_FOREIGN = 0.2
-# Relative squared error that rounding of activations adds where a matrix is quantized at all, as
-# one of the type would: KLDs of SmolLM2-135M by llama.cpp on a CPU at Q8_0 over sensitivities, of
-# the whole model (0.9e-4), of its embedding (1.35e-4) and of blk.3.ffn_down (1.65e-4).
+# Relative squared error that no type seems to go below, since activations are rounded too: KLDs of
+# SmolLM2-135M by llama.cpp on a CPU at Q8_0 over sensitivities, of the whole model (0.9e-4), of its
+# embedding (1.35e-4) and of blk.3.ffn_down (1.65e-4).
 _ACTIVATION_ERROR = 1.2e-4
 # Fewer measurements than this show no floor, and their sum says nothing of the whole model.
 FEWEST_FOR_A_FLOOR = 20
@@ -371,11 +371,8 @@ def fit_singles(
             least = noise if one.kld_nats > 0 else max(noise, one.standard_error_nats)
             above = max(one.kld_nats - floor, least, 1e-9)
             own = error(one)
-            total = own + _ACTIVATION_ERROR
-            sd = math.hypot(
-                single_sd,
-                math.hypot(noise, one.standard_error_nats) / above,
-                math.log(total / own),
-            )
-            found.append(Single(one.tensors, math.log(link.loss(above) / total), sd))
+            shown = max(own, _ACTIVATION_ERROR)
+            of_text = math.hypot(noise, one.standard_error_nats) / above
+            sd = math.hypot(single_sd, of_text, math.log(shown / own))
+            found.append(Single(one.tensors, math.log(link.loss(above) / shown), sd))
     return found

@@ -235,8 +235,7 @@ def _depths(traffic: Traffic, workload: Workload) -> list[int]:
 
 
 def _sample_depths(caches: Iterable[LayerCache], workload: Workload) -> list[int]:
-    # Slots that have a cache each share the context out.
-    deepest = workload.context / workload.n_streams
+    deepest = workload.slot_context
     even = {round(deepest * i / (_DEPTHS - 1)) for i in range(_DEPTHS)}
     windows = {cache.window for cache in caches if cache.window < deepest}
     return sorted(even | windows)

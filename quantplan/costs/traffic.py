@@ -132,7 +132,7 @@ class Traffic:
     Attributes:
         architecture: Dimensions of the model.
         reads: Matrices read, by the name of the device.
-        layers: Device name of each loaded layer's cache.
+        cache_homes: Device name of each loaded layer's cache.
         n_crossings: Hops from a GPU to the CPU and back, or to the next device.
         transfers: How often a row of activations goes to or from each device, one way each.
         n_vocab: Logits that the output layer's device gives back.
@@ -141,7 +141,7 @@ class Traffic:
 
     architecture: Architecture
     reads: Mapping[str, tuple[Read, ...]]
-    layers: tuple[str, ...]
+    cache_homes: tuple[str, ...]
     n_crossings: float
     transfers: Mapping[str, float] = field(default_factory=dict)
     n_vocab: int = 0
@@ -150,7 +150,7 @@ class Traffic:
     @cached_property
     def caches(self) -> tuple[tuple[str, LayerCache, int], ...]:
         """Device, cache and number of the layers with equal caches on one device."""
-        pairs = zip(self.layers, self.architecture.caches, strict=False)
+        pairs = zip(self.cache_homes, self.architecture.caches, strict=False)
         return tuple((name, cache, n) for (name, cache), n in Counter(pairs).items())
 
     @cached_property
@@ -210,7 +210,7 @@ def collect(
     return Traffic(
         architecture=inventory.architecture,
         reads={device: tuple(found) for device, found in reads.items()},
-        layers=cache_homes,
+        cache_homes=cache_homes,
         n_crossings=n_crossings,
         transfers=transfers,
         n_vocab=inventory.n_vocab,

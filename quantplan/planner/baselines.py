@@ -36,6 +36,7 @@ AS_IT_IS = "as it is"
 # Part of the speed below which a difference is no reason for anything: repeated runs of llama-bench
 # scatter by a few percent.
 _NOTICEABLE = 0.05
+# A limit may be a mix's own loss, through the link and back.
 _SAME_LOSS = 1e-6
 
 
@@ -312,7 +313,6 @@ def _baseline(problem: Problem, typed: _TypeSet, placed: _Placed) -> Baseline:
 def _keeps_to_limits(problem: Problem, typed: _TypeSet, placed: _Placed) -> bool:
     """Whether loss, size and turn are within the limits of the plan's goal."""
     goal, most = problem.goal, problem.max_summed_loss_nats
-    # The limit may be a mix's own loss, through the link and back.
     if most is not None and typed.summed_loss_nats > most * (1 + _SAME_LOSS):
         return False
     if goal.max_file_bytes is not None and typed.file_bytes > goal.max_file_bytes:

@@ -135,7 +135,7 @@ class PlainCosts:
     @cached_property
     def cache_s(self) -> NDArray[np.float64]:
         """Seconds to attend with the context full; axes are device and loaded layer."""
-        arch, depth = self.inventory.architecture, self.workload.context / self.workload.n_streams
+        arch, depth = self.inventory.architecture, self.workload.slot_context
         kinds = arch.caches[: arch.n_loaded_layers]
         rows = []
         for device in self.machine.devices:
@@ -346,32 +346,33 @@ class TypedModel:
         seconds = self.seconds[layouts.parts, part, layer].sum(axis=(1, 2))
         seconds += costs.cache_s[homes[:, :n_loaded], np.arange(n_loaded)].sum(axis=1)
         seconds += self.outside_s[0, output] + self.outside_s[1, ram] + self.outside_s[2, output]
-        is_away = layouts.parts != homes[:, None, :]
-        crossings = (is_away * costs.shares).sum(axis=(1, 2))
+        away = (layouts.parts != homes[:, None, :]) * costs.shares
+        crossings = away.sum(axis=(1, 2))
         run = np.concatenate([homes[:, :n_loaded], output[:, None]], axis=1)
         crossings += (run[:, 1:] != run[:, :-1]).sum(axis=1) / 2
-        seconds += crossings * shipped().crossing_s + shipped().fixed_s
-        found: NDArray[np.float64] = seconds + self._network_s(layouts, run)
-        return found
+        found: NDArray[np.float64] = seconds + crossings * shipped().crossing_s + shipped().fixed_s
+        return found + self._network_s(layouts, run, away) if costs.machine.endpoints else found
 
-    def _network_s(self, layouts: Layouts, run: NDArray[np.intp]) -> NDArray[np.float64]:
+    def _network_s(
+        self, layouts: Layouts, run: NDArray[np.intp], away: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         """Seconds per token on the way to and from other hosts, per placement.
 
         Args:
             layouts: The placements.
             run: Device of each loaded layer and of the output layer, per placement.
+            away: Hops that each part of each layer causes by leaving its layer, as `layouts.parts`.
         """
         costs = self.costs
         machine, inventory = costs.machine, costs.inventory
         path = np.concatenate([np.full((len(run), 1), costs.ram), run], axis=1)
-        is_away = (layouts.parts != layouts.homes[:, None, :-1]) * costs.shares
         seconds = np.zeros(len(run))
         for d, device in enumerate(machine.gpus):
             if device.network is not None:
                 is_here = path == d
                 n_ways = (is_here[:, 1:] != is_here[:, :-1]).sum(axis=1, dtype=np.float64)
                 is_end = (layouts.parts == d) | (layouts.homes[:, None, :-1] == d)
-                n_ways += 2 * (is_away * is_end).sum(axis=(1, 2))
+                n_ways += 2 * (away * is_end).sum(axis=(1, 2))
                 seconds += n_ways * row_s(device.network, inventory.architecture)
                 seconds += is_here[:, -1] * logits_s(device.network, inventory.n_vocab)
         return seconds

@@ -158,7 +158,7 @@ class DecodeTimes(Times):
 
         A cache that all slots share is read whole for each of them.
         """
-        arch, depth = self.inventory.architecture, self.workload.context / self.workload.n_streams
+        arch, depth = self.inventory.architecture, self.workload.slot_context
         return cache_s(device, arch, kind, self.workload, depth)
 
     def transfer_s(

@@ -221,7 +221,7 @@ def speed_tests(workload: Workload, depths: Sequence[int] | None = None) -> Spee
         workload: Its context and ubatch.
         depths: Tokens in the context before; by default none, and half of a slot's context.
     """
-    cells = workload.context // workload.n_streams
+    cells = int(workload.slot_context)
     if depths is None:
         deep = min(cells // 2, _DEEPEST)
         depths = (0, deep) if SpeedTests(depths=(deep,), n_prompt=1).n_cells <= cells else (0,)
