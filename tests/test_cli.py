@@ -370,6 +370,21 @@ def test_a_loss_is_explained_with_what_was_measured(tmp_path: Path) -> None:
     assert "Q9" in failed.stderr
 
 
+def test_no_loss_is_explained_that_a_tensor_cannot_have() -> None:
+    """A type whose blocks do not divide the rows is refused with what would be written, which is
+    explained where no type is named; a vector keeps its type.
+    """
+    narrow = ["explain", "gemma-3-270m", "blk.3.ffn_up.weight"]  # rows of 640 weights
+    refused = quantplan(*narrow, "--qtype", "q4_k")
+    assert refused.returncode == 2
+    assert "cannot be Q4_K: its rows of 640 weights" in refused.stderr
+    assert "--qtype Q5_0" in refused.stderr
+    assert "blk.3.ffn_up.weight at Q5_0" in quantplan(*narrow).stdout
+    vector = quantplan("explain", "gemma-3-270m", "blk.3.attn_norm.weight")
+    assert vector.returncode == 2
+    assert "quantizers leave it F32" in vector.stderr
+
+
 def test_errors_of_weights_go_into_a_plan(tmp_path: Path) -> None:
     """What `measure-weights` saves, `plan` takes, and says so."""
     source, errors = toy_moe(tmp_path / "toy.gguf"), tmp_path / "errors.json"

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
@@ -35,8 +35,12 @@ from quantplan.errors import InputError
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD, KVType
 from quantplan.near import similar
 
+if TYPE_CHECKING:
+    from quantplan.inventory import Tensor
+
 # Of measured chunks, that --robust plans again for; each takes as long as a plan.
 _RESAMPLES = 12
+_EXPLAINED = "Q4_K"
 
 
 def plan(
@@ -303,7 +307,10 @@ def predict(
 def explain(
     model: ModelArgument,
     tensor: Annotated[str, typer.Argument(metavar="TENSOR", help="Full name of a tensor.")],
-    qtype: Annotated[str, typer.Option(help="Type to explain the loss of.")] = "Q4_K",
+    qtype: Annotated[
+        str | None,
+        typer.Option(help="Type to explain the loss of; Q4_K, or what is written in its place."),
+    ] = None,
     measured: MeasuredOption = None,
     weights: WeightsOption = None,
     json_output: Annotated[bool, json_option("explanation")] = False,
@@ -317,13 +324,44 @@ def explain(
     faults = []
     if tensor not in inventory.by_name:
         faults.append(f"{inventory.name} has no tensor {tensor}; quantplan show lists them")
-    if qtype.upper() not in type_errors():
+    if qtype is not None and qtype.upper() not in type_errors():
         faults.append(f"the error of the type {qtype} was never measured")
     if faults:
         raise InputError(faults)
-    table = LossTable(inventory, read_evidence(measured, weights))
-    found = table.explain(inventory.by_name[tensor], qtype.upper())
+    explained = inventory.by_name[tensor]
+    name = _type_of(explained, qtype)
+    found = LossTable(inventory, read_evidence(measured, weights)).explain(explained, name)
     tell(found, explanation_text(found), json_output)
+
+
+def _type_of(tensor: "Tensor", asked: str | None) -> str:
+    """The type whose loss is explained.
+
+    Args:
+        tensor: The tensor that has it.
+        asked: What was asked for, in any case; by default what a quantizer writes for Q4_K.
+
+    Raises:
+        InputError: The tensor cannot have the type.
+    """
+    from quantplan.qtypes import fitting_qtype, qtype  # noqa: PLC0415
+
+    kind = qtype(asked or _EXPLAINED)
+    if not tensor.is_quantizable:
+        raise InputError(
+            f"{tensor.name} cannot be {kind.name}: quantizers leave it {tensor.qtype}, which "
+            "costs nothing; name a tensor that they change"
+        )
+    written = fitting_qtype(kind.name, tensor.shape_ne[0])
+    if written == kind or (asked is None and written is not None):
+        return written.name
+    instead = (
+        f"; llama-quantize would write {written.name}: --qtype {written.name}" if written else ""
+    )
+    raise InputError(
+        f"{tensor.name} cannot be {kind.name}: its rows of {tensor.shape_ne[0]} weights are no "
+        f"whole number of blocks of {kind.block} weights{instead}"
+    )
 
 
 def show(
