@@ -8,9 +8,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quantplan.errors import InputError
 from quantplan.files import write_whole
+from quantplan.units import MIB
 
 # Characters of what was given that a message shows; whole documents have hundreds of thousands.
 _SHOWN = 60
+# No saved value is nearly as large; a model's file that is named by mistake is.
+_MOST_BYTES = 256 * MIB
 
 
 class Frozen(BaseModel):
@@ -65,9 +68,13 @@ def read_saved(
     """
     name = os.fspath(path)
     try:
-        return kind.model_validate_json(Path(path).read_bytes())
+        with Path(path).open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise InputError(f"it has more than {_MOST_BYTES // MIB} MiB")
+        return kind.model_validate_json(content)
     except OSError as found:
         raise error(f"{name} cannot be read: {found.strerror or found}") from found
-    except (InputError, ValidationError) as found:  # the first of machines, and those in recipes
+    except (InputError, ValidationError) as found:  # the first also of machines and in recipes
         faults = found.faults if isinstance(found, InputError) else faults_of(found)
         raise error(f"{name} is no {what} that this version reads: {f}" for f in faults) from found

@@ -1,6 +1,7 @@
 """Machines as people write them."""
 
 import json
+import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -239,6 +240,22 @@ def test_profiles_are_machines(tmp_path: Path) -> None:
         Machine.load(path)
     with pytest.raises(MachineError, match="cannot be read"):
         Machine.parse(str(tmp_path / "none.json"))
+
+
+def test_a_file_is_a_profile_whatever_its_name(tmp_path: Path) -> None:
+    """A file that is there is read as a profile, and named where it is none, such as a model."""
+    machine = Machine.parse("RTX 4090 + 64GiB@80GB/s")
+    machine.save(tmp_path / "desk.profile")
+    assert Machine.parse(str(tmp_path / "desk.profile")) == machine
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    with pytest.raises(MachineError, match=r"model\.gguf is no profile of a machine"):
+        Machine.parse(str(model))
+    os.truncate(model, 2**30)
+    with pytest.raises(MachineError, match=r"model\.gguf is no profile .* more than 256 MiB"):
+        Machine.parse(str(model))
+    with pytest.raises(MachineError, match="the RAM is missing"):
+        Machine.parse(str(tmp_path))
 
 
 def test_another_kind_of_json_is_refused_in_few_words(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ MachineOption = Annotated[
     typer.Option(
         metavar="TEXT",
         help="GPUs and RAM: 'RTX 4090 + 64GiB@80GB/s', '2x 24GiB + 128GiB@200GB/s', "
-        "'M3 Max + 64GiB', or the profile of a machine (.json); without, this machine.",
+        "'M3 Max + 64GiB', or the path of a profile; without, this machine.",
     ),
 ]
 LlamaBuildOption = Annotated[
@@ -162,15 +162,17 @@ def parse_machine(
     margin_bytes = parse_size("--margin", margin)
     if text is not None:
         from quantplan.costs.calibration import for_model  # noqa: PLC0415
+        from quantplan.hardware.machine import is_profile  # noqa: PLC0415
 
+        saved = is_profile(text)
         try:
             given = qp.Machine.parse(text, margin_bytes=margin_bytes)
         except InputError as error:
-            if not text.endswith(".json"):
+            if not saved:
                 raise
             advice = "A profile is what `quantplan machine --save FILE.json` writes."
             raise InputError((*error.faults, advice)) from error
-        for said in given.assumed if not text.endswith(".json") else ():
+        for said in given.assumed if not saved else ():
             typer.echo(f"assumed: {said}", err=True)
         return given if inventory is None else for_model(given, inventory.architecture)
     from quantplan.hardware.detect import detect  # noqa: PLC0415

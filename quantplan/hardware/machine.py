@@ -17,6 +17,15 @@ from quantplan.units import gb_per_s, gib
 _MAX_GPUS = 16
 
 
+def is_profile(text: str) -> bool:
+    """Whether a text names a machine's profile: a file that is there, or is meant by its suffix."""
+    try:
+        is_there = Path(text).exists() and not Path(text).is_dir()
+    except (OSError, ValueError):  # too long for a path, or with a NUL
+        is_there = False
+    return is_there or text.endswith(".json")
+
+
 class ComputeMeasurement(Frozen):
     """A compute buffer that llama.cpp laid out on a machine.
 
@@ -131,7 +140,7 @@ class Machine(MachineValue):
         9950X``); a RAM term alone is a machine without a GPU. A capacity behind a GPU's name is
         that of its memory: ``RTX 4090 48GiB``. ``RPC HOST:PORT`` before a GPU and ``@RATE,LATENCY``
         behind it make it one that another host lends (`quantplan.hardware.network.Network`); such
-        GPUs come first, as in llama.cpp. A text that ends in ``.json`` is the path of a profile.
+        GPUs come first, as in llama.cpp. The path of a file is that of a profile (`is_profile`).
 
         Where a GPU shares the RAM (Apple's chips, Radeon 8060S, GB10), the last term is all the
         memory of the machine, ``M3 Max + 64GiB``, and its bandwidth may be left out. The GPU has
@@ -148,7 +157,7 @@ class Machine(MachineValue):
             MachineError: The text is not understood, has more than 16 GPUs, or several that share
                 the RAM. All faults of the terms are gathered; unknown GPUs come with similar names.
         """
-        if text.endswith(".json"):
+        if is_profile(text):
             found = cls.load(Path(text))
             return found if margin_bytes is None else found.with_margin(margin_bytes)
         gpus, ram = parse_text(text)
