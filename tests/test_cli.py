@@ -124,6 +124,18 @@ def test_plan_then_quantize_on_the_command_line(tmp_path: Path) -> None:
     assert len(set(wanted.values())) > 2
 
 
+def test_a_plan_does_where_a_recipe_is_asked_for(tmp_path: Path) -> None:
+    """What `plan --json` prints is shown, exported and compared as the recipe that it has."""
+    recipe, plan = tmp_path / "recipe.json", tmp_path / "plan.json"
+    made = quantplan("plan", "gemma-3-270m", *_ON, "--recipe", recipe, "--json")
+    plan.write_text(made.stdout, encoding="utf-8")
+    assert quantplan("show", plan, "--json").stdout == quantplan("show", recipe, "--json").stdout
+    exported = quantplan("export", plan, "shell")
+    assert exported.returncode == 0, exported.stderr
+    assert exported.stdout == quantplan("export", recipe, "shell").stdout
+    assert "the same types, places and flags" in quantplan("diff", recipe, plan).stdout
+
+
 def test_recipes_go_out_come_in_and_are_compared(tmp_path: Path) -> None:
     """`export`, `import` and `diff` hand a plan through a shell script without a difference."""
     recipe, script, back = (tmp_path / name for name in ("air.json", "air.sh", "back.json"))

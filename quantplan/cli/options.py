@@ -136,12 +136,15 @@ def read_text(path: Path) -> str:
 
 
 def read_recipe(path: str | Path) -> "Recipe":
-    """A saved recipe; where it is none, what writes one is said too."""
+    """A saved recipe, or that of a plan; where there is none, what writes one is said too."""
+    from quantplan.plans.result import Plan  # noqa: PLC0415
     from quantplan.recipe import Recipe  # noqa: PLC0415
 
     try:
         return Recipe.load(path)
     except InputError as error:
+        with contextlib.suppress(InputError):
+            return Plan.load(path).recipe
         advice = "A recipe is what `quantplan plan MODEL --recipe FILE.json` writes."
         raise InputError((*error.faults, advice)) from error
 

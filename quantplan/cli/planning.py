@@ -367,7 +367,7 @@ def _type_of(tensor: "Tensor", asked: str | None) -> str:
 def show(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A recipe, a GGUF file, or a catalog name."),
+        typer.Argument(metavar="SOURCE", help="A recipe, a plan, a GGUF file, or a catalog name."),
     ],
     ftype: Annotated[
         str | None,

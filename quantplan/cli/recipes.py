@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(help="A recipe.")],
+    first: Annotated[Path, typer.Argument(help="A recipe, or a plan as JSON.")],
     second: Annotated[Path, typer.Argument(help="Another one.")],
     json_output: Annotated[bool, json_option("difference")] = False,
 ) -> None:
@@ -35,7 +35,7 @@ def diff(
 
 
 def export(
-    recipe: Annotated[Path, typer.Argument(help="A recipe.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, or a plan as JSON.")],
     target: Annotated[
         str, typer.Argument(metavar="FORMAT", help="For which program; --help names all formats.")
     ],
