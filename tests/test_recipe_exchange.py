@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import quantplan as qp
@@ -94,6 +95,18 @@ def test_a_container_without_a_gpu_asks_for_none(
     assert "image: ghcr.io/ggml-org/llama.cpp:server\n" in said
     assert "devices" not in said
     assert "deploy" not in said
+
+
+def test_a_container_that_needs_rpc_says_which_image_has_it(planned: Recipe) -> None:
+    """Where devices of other hosts are used, the file says that the image may lack RPC, and what to
+    build instead.
+    """
+    plain = compose_of(planned, "RTX 4090 + 64GiB@80GB/s")
+    flags = ("--rpc", "10.0.0.7:50052", *planned.flags)
+    said = compose_of(planned, "RPC 10.0.0.7:50052 RTX 3090@1Gbit/s,0.2ms + 64GiB@80GB/s", flags)
+    assert "-DGGML_RPC=ON added in .devops/cpu.Dockerfile" in said
+    assert "RPC" not in plain
+    assert yaml.safe_load(said)["services"]["llama-server"]["command"][2:4] == list(flags[:2])
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,12 @@ _OF_BACKEND = {
     "SYCL": ("-intel", _RENDER_NODES),
     "Vulkan": ("-vulkan", _RENDER_NODES),
 }
+# llama.cpp's Dockerfiles leave GGML_RPC off, its default, with which llama-server has no --rpc.
+_RPC_NOTE = """\
+    # llama.cpp's images come without RPC as a rule, and then refuse --rpc: build one with
+    # -DGGML_RPC=ON added in .devops/{dockerfile}.Dockerfile, --target server, and name it above.
+    # In a container 127.0.0.1 is not its host.
+"""
 _COMPOSE_COMMAND = re.compile(r"^\s*command:\s*(\[.*\])\s*$", re.MULTILINE)
 _PROGRAMS = {"llama-quantize", "llama-server", "llama-cli", "llama-bench", "koboldcpp"}
 
@@ -121,10 +127,11 @@ def compose_file(model_path: str, flags: Sequence[str], backend: str | None = "C
     # Compose takes a folder whose path has no root and no dot in front for a volume's name.
     place = folder if folder.startswith(("/", ".", "~")) else f"./{folder}".rstrip("/")
     volume = json.dumps(f"{place}:/models:ro".replace("$", "$$"))
+    note = _RPC_NOTE.format(dockerfile=image[1:] or "cpu") if "--rpc" in flags else ""
     return f"""services:
   llama-server:
     image: {_IMAGE}{image}
-    command: {words}
+{note}    command: {words}
     volumes: [{volume}]
     ports: ["8080:8080"]
     restart: unless-stopped
