@@ -22,12 +22,15 @@ from quantplan.formats.sensitivity_tables import (
     read_sensitivity_table,
 )
 from quantplan.inventory.catalog import read_catalog
+from quantplan.measure.conditions import Conditions, check_conditions
 from quantplan.measure.groups import Job, curve_jobs, groups, next_group
 from quantplan.measure.halves import survival
 from quantplan.measure.losses import measure_losses
 from quantplan.measure.runs import Setup
+from quantplan.quantize.weights import measure_weights
 from quantplan.runtime import find_llama_cpp
 from quantplan.runtime.sparse import write_sparse
+from quantplan.schema import write_saved
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
 from tests.support.models import toy_moe
 
@@ -307,6 +310,26 @@ def test_what_a_source_has_quantized_is_not_measured() -> None:
     found = next_group(mixed, Evidence(), [])
     assert found is not None
     assert kept.keys().isdisjoint(found.tensors)
+
+
+@pytest.mark.parametrize("matrix", ["0" * 64, None])
+def test_evidence_with_and_without_an_importance_matrix_is_told_apart(
+    setup: Setup, tmp_path: Path, matrix: str | None
+) -> None:
+    """The plan notes KLDs with a matrix beside errors on weights without one, and no like pair."""
+    table, weights = tmp_path / "kld.csv", tmp_path / "errors.json"
+    check_conditions(Conditions.of(setup).model_copy(update={"imatrix_sha256": matrix}), table)
+    append_measurement(table, Measurement((), "Q4_K", 0.05), "all")
+    write_saved(measure_weights(setup.source, ["Q4_K"]), weights)
+    made = qp.plan(
+        qp.read_inventory(setup.source),
+        qp.Machine.parse("64MiB@20GB/s"),
+        qp.Workload(context=256),
+        evidence=qp.read_evidence(table, weights),
+        baselines=False,
+    )
+    said = "KLDs with an importance matrix beside errors without one"
+    assert any(said in note for note in made.notes) == (matrix is not None)
 
 
 def test_a_folder_is_no_table(tmp_path: Path) -> None:

@@ -81,8 +81,8 @@ class Evidence:
             name and type.
         shapes: Shapes of the tensors that were measured, by name, where they are known.
         files: Where the measurements were read from, for provenance.
-        gaps: What of it does not count, and what of the model it does not cover, in words; set by
-            `of`.
+        gaps: What of it does not count, does not go together, or is not covered of the model, in
+            words; `of` adds to them.
         upper_sds: Losses count as so many of their standard deviations above what is expected. A
             plan against the upper end prefers what is known well. Deviations of what was measured
             chunk by chunk are those of the mean loss over resamples of the chunks; of all else

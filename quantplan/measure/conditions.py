@@ -43,12 +43,12 @@ class Conditions(Frozen):
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
 
     @classmethod
-    def shapes_beside(cls, table: Path) -> dict[str, tuple[int, ...]]:
-        """Shapes of the model that a table is of; empty where they are not known."""
+    def beside(cls, table: Path) -> Self | None:
+        """What a table was measured with; None where nothing beside it says so."""
         try:
-            return cls.model_validate_json(_path_beside(table).read_bytes()).shapes
+            return cls.model_validate_json(_path_beside(table).read_bytes())
         except (OSError, ValueError):
-            return {}
+            return None
 
     @classmethod
     def of(cls, setup: Setup) -> Self:

@@ -38,13 +38,18 @@ def read_evidence(
     if not paths and not robust:
         return None
     found = Evidence()
+    conditions = None
     if measured is not None:
-        shapes = Conditions.shapes_beside(Path(measured))
+        conditions = Conditions.beside(Path(measured))
+        shapes = conditions.shapes if conditions else {}
         found = replace(read_sensitivity_table(measured).evidence, shapes=shapes)
     if weights is not None:
         errors = WeightErrors.load(weights)
         found = replace(
-            found, weight_errors=errors.ratios(), shapes={**found.shapes, **errors.shapes}
+            found,
+            weight_errors=errors.ratios(),
+            shapes={**found.shapes, **errors.shapes},
+            gaps=_mismatches(conditions, errors),
         )
     files = tuple(
         f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
@@ -52,3 +57,19 @@ def read_evidence(
     )
     upper_sds = NormalDist().inv_cdf(_ROBUST_QUANTILE) if robust else 0.0
     return replace(found, files=files, upper_sds=upper_sds)
+
+
+def _mismatches(conditions: Conditions | None, errors: WeightErrors) -> tuple[str, ...]:
+    """What measurements of losses and of errors on the weights do not have in common, in words.
+
+    Args:
+        conditions: What losses were measured with; None where that is not known.
+        errors: Errors on the weights.
+    """
+    if conditions is None or (conditions.imatrix_sha256 is not None) == errors.has_imatrix:
+        return ()
+    losses, weights = ("without", "with") if errors.has_imatrix else ("with", "without")
+    return (
+        f"KLDs {losses} an importance matrix beside errors {weights} one, which changes both: give "
+        "measure and measure-weights the same --imatrix",
+    )
