@@ -166,6 +166,7 @@ ORDER = [
     "measure.groups",
     "measure.halves",
     "measure.runs",
+    "measure.threads",
     "measure.conditions",
     "measure.losses",
     "measure.evidence_files",

@@ -2,6 +2,10 @@
 
 import csv
 import math
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -173,6 +177,38 @@ def test_the_command_measures(setup: Setup, tmp_path: Path) -> None:
         app, ["explain", str(setup.source), "blk.0.attn_q.weight", "--measured", str(table)]
     )
     assert "scaled to the model's own curve" in explained.output
+
+
+@needs_llama_cpp
+def test_an_interrupt_ends_parallel_runs(setup: Setup, tmp_path: Path) -> None:
+    """A real SIGINT, as Ctrl-C sends it, ends llama.cpp and the command soon, with a hint; no
+    quantized file stays.
+    """
+    text, cache = tmp_path / "text", tmp_path / "cache"
+    text.write_text(TEXT * 6000)  # minutes of work
+    words: list[object] = ["measure", setup.source, tmp_path / "kld.csv", "--text", text]
+    words += ["--cache", cache, "--curve", "--chunks", 3000, "--parallel", 2]
+    words += ["--llama-cpp", packaged_folder()]
+    with subprocess.Popen(
+        [sys.executable, "-m", "quantplan.cli", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background ignore SIGINT, and what they start would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not list(cache.glob("*/*.npy")):  # of the first chunk
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, printed = process.communicate(timeout=5)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "--resume goes on" in printed
+    assert not list(cache.glob("run-*"))
 
 
 def test_a_budget_is_needed(setup: Setup, tmp_path: Path) -> None:

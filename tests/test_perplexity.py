@@ -310,7 +310,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     """What the worker is asked to do, which it then does not."""
     asked: list[dict[str, object]] = []
 
-    def end(command: list[str]) -> None:
+    def end(command: list[str], **_: object) -> None:
         asked.append(json.loads(Path(command[-1]).read_text(encoding="utf-8")))
         raise LlamaCppError("ended")
 

@@ -51,8 +51,6 @@ def measure(
     json_output: Annotated[bool, json_option("measured-losses")] = False,
 ) -> None:
     """Measure the KLD of a model at low types on your own text, on a budget."""
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
-
     from quantplan.inventory.sources import read_inventory  # noqa: PLC0415
     from quantplan.measure.groups import Job  # noqa: PLC0415
     from quantplan.measure.halves import survival  # noqa: PLC0415
@@ -72,7 +70,7 @@ def measure(
         threads=threads,
     )
     outcomes: list[Outcome] = []
-    with working("measuring") as shown, ThreadPoolExecutor(max(parallel, 1)) as pool:
+    with working("measuring") as shown:
 
         def report(job: Job, outcome: Outcome | None) -> None:
             if outcome is None:
@@ -85,17 +83,23 @@ def measure(
                 err=True,
             )
 
-        found = measure_losses(
-            setup,
-            table,
-            curve=curve,
-            runs=runs,
-            limit_s=None if minutes is None else minutes * 60,
-            resume=resume,
-            executor=pool if parallel > 1 else None,
-            parallel=parallel,
-            progress=report,
-        )
+        try:
+            found = measure_losses(
+                setup,
+                table,
+                curve=curve,
+                runs=runs,
+                limit_s=None if minutes is None else minutes * 60,
+                resume=resume,
+                parallel=parallel,
+                progress=report,
+            )
+        except KeyboardInterrupt:
+            typer.echo(
+                "Interrupted. What was measured is kept; the same command with --resume goes on.",
+                err=True,
+            )
+            raise
     share = survival(read_inventory(source), found)
     if json_output:
         printed = MeasuredLosses(

@@ -10,9 +10,9 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantplan.costs.evidence import Evidence, Measurement
 from quantplan.errors import InputError
@@ -26,6 +26,7 @@ from quantplan.inventory.sources import read_inventory
 from quantplan.measure.conditions import Conditions, check_conditions
 from quantplan.measure.groups import WHOLE, Job, curve_jobs, measurable, next_group
 from quantplan.measure.runs import Outcome, Setup, run_job
+from quantplan.measure.threads import EndingThreads
 from quantplan.runtime.perplexity import chunk_faults
 
 _EMPTY = SensitivityTable(singles=(), curve={}, n_unmeasured=0)
@@ -60,7 +61,8 @@ def measure_losses(
         limit_s: No run begins after so many seconds.
         resume: Go on with a table that is there.
         executor: Where runs go, such as a ``ThreadPoolExecutor``, a ``ProcessPoolExecutor`` or that
-            of a dask.distributed client; it must see the same files. This thread by default.
+            of a dask.distributed client; it must see the same files. By default threads of this
+            process; what they run ends with this call, also where that is interrupted.
         parallel: Runs at the same time.
         progress: Is called in this thread when a run begins and when it ends.
 
@@ -81,9 +83,9 @@ def measure_losses(
     )  # fmt: skip
     check_conditions(Conditions.of(setup), table)
     campaign = _Campaign(inventory, table, curve)
-    pool = executor or _Inline()
     budget = _Budget(runs, math.inf if limit_s is None else time.monotonic() + limit_s)
-    _run(campaign, budget, lambda job: pool.submit(run_job, setup, job), parallel, progress)
+    with nullcontext(executor) if executor else EndingThreads(parallel) as pool:
+        _run(campaign, budget, lambda job: pool.submit(run_job, setup, job), parallel, progress)
     return read_sensitivity_table(table) if table.exists() else _EMPTY
 
 
@@ -166,15 +168,6 @@ def _run(
         for future in pending:
             if not future.cancel() and future.done() and future.exception() is None:
                 campaign.add(future.result())
-
-
-class _Inline(Executor):
-    """Runs jobs at once, in the calling thread, so that an interrupt ends them."""
-
-    def submit(self, function: Any, /, *arguments: Any, **more: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*arguments, **more))
-        return future
 
 
 def _check(

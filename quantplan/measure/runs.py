@@ -14,6 +14,7 @@ from quantplan.quantize.apply import quantize
 from quantplan.recipe import Provenance, Recipe, RecipeTensor
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.perplexity import measure_divergence
+from quantplan.runtime.process import Watch
 from quantplan.schema import Frozen
 from quantplan.version import __version__
 
@@ -76,12 +77,13 @@ class Outcome(Frozen):
         )
 
 
-def run_job(setup: Setup, job: Job) -> Outcome:
+def run_job(setup: Setup, job: Job, watch: Watch | None = None) -> Outcome:
     """Quantizes the tensors of a job and measures the KLD; the file is removed.
 
     Args:
         setup: The model, the text and what runs it.
         job: Tensors and their type; all others stay as they are.
+        watch: Is called many times a second; an exception that it raises ends the run.
 
     Raises:
         SourceError: The source cannot be read.
@@ -95,14 +97,14 @@ def run_job(setup: Setup, job: Job) -> Outcome:
         target = Path(name) / "model.gguf"
         quantize(
             _recipe(inventory, job), setup.source, target, imatrix=setup.imatrix,
-            threads=setup.threads,
+            threads=setup.threads, progress=None if watch is None else lambda _: watch(),
         )  # fmt: skip
         by_chunk = tuple(
             tuple(
                 measure_divergence(
                     setup.llama_cpp, target, text, base=setup.source, cache=setup.cache,
                     chunks=setup.chunks, chunk_tokens=setup.chunk_tokens, threads=setup.threads,
-                    gpu_layers=setup.gpu_layers,
+                    gpu_layers=setup.gpu_layers, watch=watch,
                 ).kld_by_chunk.tolist()
             )
             for text in setup.texts

@@ -29,7 +29,7 @@ from quantplan.runtime import logits_worker
 from quantplan.runtime.divergence import Divergence
 from quantplan.runtime.find import LlamaCpp
 from quantplan.runtime.locate import LIBRARIES
-from quantplan.runtime.process import running
+from quantplan.runtime.process import Watch, running
 from quantplan.runtime.saved_logits import read_chunks, read_head
 from quantplan.threads import usable_threads
 
@@ -55,6 +55,7 @@ def measure_divergence(
     gpu_layers: int | None = None,
     chunk_limit_s: float = 3600.0,
     progress: ChunkProgress | None = None,
+    watch: Watch | None = None,
 ) -> Divergence:
     """Measures how far a model is from its base on a text.
 
@@ -73,6 +74,8 @@ def measure_divergence(
         gpu_layers: Layers on GPUs; by default as llama.cpp decides.
         chunk_limit_s: Time for one chunk, loading included, in seconds.
         progress: Is called after every chunk.
+        watch: Is called many times a second; an exception that it raises ends the work and is
+            passed on.
 
     Raises:
         InputError: The text is shorter than two chunks, or a number is out of range.
@@ -81,7 +84,9 @@ def measure_divergence(
             two models do not cut the text into the same tokens.
     """
     _check(model, base, chunks, chunk_tokens)
-    job = _Job(llama_cpp, text, base, chunks, chunk_tokens, threads, gpu_layers, chunk_limit_s)
+    job = _Job(
+        llama_cpp, text, base, chunks, chunk_tokens, threads, gpu_layers, chunk_limit_s, watch
+    )
     store = _Store.of(job, cache, model)
     for path, is_base in ((base, True), (model, False)):
         if store.n_left(is_base=is_base) != 0:
@@ -179,6 +184,7 @@ class _Job:
     threads: int | None
     gpu_layers: int | None
     chunk_limit_s: float
+    watch: Watch | None
 
     def key(self) -> str:
         """Another one for all that changes the base's log probabilities."""
@@ -241,7 +247,7 @@ class _Job:
         path.write_text(json.dumps(job), encoding="utf-8")
         # -P: the modules beside the worker must not stand in for those of the standard library.
         command = [sys.executable, "-P", logits_worker.__file__, str(path)]
-        with running(command) as child:
+        with running(command, watch=self.watch) as child:
             process = replace(child, name=f"llama.cpp ({library.name}) with {one.model.name}")
             left = one.n_left()
             while left != 0:
@@ -259,7 +265,7 @@ class _Job:
         command += ["-t", str(self.threads)] if self.threads else []
         command += ["-ngl", str(self.gpu_layers)] if self.gpu_layers is not None else []
         n_most = self.chunks or max(len(self.text) // self.chunk_tokens, 1)
-        with running(command) as process:
+        with running(command, watch=self.watch) as process:
             process.wait_until(lambda: process.popen.poll() == 0, self.chunk_limit_s * n_most)
         with saved.open("rb") as file:
             tokens, n_vocab, n_chunks = read_head(file)

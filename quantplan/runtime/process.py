@@ -25,6 +25,8 @@ _POLL_S = 0.05
 _SHOWN_LINES = 12
 # Lines of level E, and what says so in words.
 _TELLING = re.compile(r"^[\d.]+ E |error|fail|invalid|unable|abort|assert", re.IGNORECASE)
+Watch = Callable[[], None]
+"""Is called many times a second while work goes on; an exception that it raises ends the work."""
 PORT_TAKEN = "another program listens on the port"
 """The likely cause that is told where a server cannot have its port."""
 
@@ -84,11 +86,13 @@ class Process:
         name: Of the program.
         popen: The child process.
         log_path: Where its output goes, standard error included.
+        watch: Is called while it is waited for.
     """
 
     name: str
     popen: subprocess.Popen[bytes]
     log_path: Path
+    watch: Watch | None = None
 
     @property
     def log(self) -> str:
@@ -108,6 +112,8 @@ class Process:
         """
         deadline = time.monotonic() + limit_s
         while True:
+            if self.watch is not None:
+                self.watch()
             code = self.popen.poll()
             if ready():  # also after its end: the last lines may have what is asked
                 return
@@ -166,7 +172,9 @@ def ending(code: int) -> str:
 
 @contextmanager
 def running(
-    command: Sequence[str], environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Process]:
     """Runs a program until the block ends, or quantplan does.
 
@@ -175,6 +183,7 @@ def running(
     Args:
         command: Program and arguments; no shell reads them.
         environment: Its whole environment; None is `isolated_environment`.
+        watch: Is called while it is waited for.
 
     Raises:
         LlamaCppError: The program cannot be started.
@@ -183,7 +192,7 @@ def running(
         folder = Path(name)
         variables = isolated_environment(folder) if environment is None else dict(environment)
         with (folder / "log").open("wb") as log, guarded(command, variables, log) as popen:
-            yield Process(Path(command[0]).name, popen, folder / "log")
+            yield Process(Path(command[0]).name, popen, folder / "log", watch)
 
 
 @contextmanager
