@@ -109,6 +109,19 @@ def test_texts_are_measured_side_by_side(setup: Setup, tmp_path: Path) -> None:
 
 
 @needs_llama_cpp
+def test_short_texts_are_refused_before_the_first_run(setup: Setup, tmp_path: Path) -> None:
+    """Every text that is too short is named before anything is quantized."""
+    begun: list[Job] = []
+    with pytest.raises(InputError, match="fewer than 2 chunks of 32 tokens") as caught:
+        measure_losses(
+            replace(setup, texts=(TEXT, "Too short.", "So is this.")), tmp_path / "kld.csv", runs=1,
+            progress=lambda job, _: begun.append(job),
+        )  # fmt: skip
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["text 2 of 3", "text 3 of 3"]
+    assert not begun
+
+
+@needs_llama_cpp
 def test_goes_on_with_the_table(setup: Setup, tmp_path: Path) -> None:
     """A table is never overwritten, is gone on with, and takes no other text's results."""
     table = tmp_path / "kld.csv"
@@ -380,7 +393,7 @@ def test_a_folder_is_no_table(tmp_path: Path) -> None:
 
 
 class _FailsOnce(Executor):
-    """Runs jobs at once; the second one fails, as where a host of a cluster is lost."""
+    """Works at once; the second run fails, as where a host of a cluster is lost."""
 
     def __init__(self) -> None:
         self._n_begun = 0
@@ -388,7 +401,7 @@ class _FailsOnce(Executor):
     def submit(self, function: Any, /, *arguments: Any, **more: Any) -> Future[Any]:
         future: Future[Any] = Future()
         self._n_begun += 1
-        if self._n_begun == 2:
+        if self._n_begun == 3:  # the texts are checked first
             future.set_exception(LlamaCppError("the host is gone"))
         else:
             future.set_result(function(*arguments, **more))

@@ -25,7 +25,7 @@ from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
 from quantplan.measure.conditions import Conditions, check_conditions
 from quantplan.measure.groups import WHOLE, Job, curve_jobs, measurable, next_group
-from quantplan.measure.runs import Outcome, Setup, run_job
+from quantplan.measure.runs import Outcome, Setup, run_job, text_faults
 from quantplan.measure.threads import EndingThreads
 from quantplan.runtime.perplexity import chunk_faults
 
@@ -70,8 +70,8 @@ def measure_losses(
         All that is in the table.
 
     Raises:
-        InputError: There is no budget or no text, chunks are too few or too short, the table exists
-            or was measured differently, or the source is quantized already.
+        InputError: There is no budget or no text, a text is too short, chunks are too few or too
+            short, the table exists or was measured differently, or the source is quantized already.
         SourceError: The source or the table cannot be read.
         LlamaCppError: llama.cpp failed; what was measured before is kept.
         QuantizeError: A quantized file could not be written.
@@ -85,6 +85,9 @@ def measure_losses(
     campaign = _Campaign(inventory, table, curve)
     budget = _Budget(runs, math.inf if limit_s is None else time.monotonic() + limit_s)
     with nullcontext(executor) if executor else EndingThreads(parallel) as pool:
+        # A run would come to the last text only after hours on the others.
+        if faults := pool.submit(text_faults, setup).result():
+            raise InputError(faults)
         _run(campaign, budget, lambda job: pool.submit(run_job, setup, job), parallel, progress)
     return read_sensitivity_table(table) if table.exists() else _EMPTY
 

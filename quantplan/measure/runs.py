@@ -7,13 +7,14 @@ from pathlib import Path
 
 from quantplan.costs.evidence import ByChunk, Measurement
 from quantplan.costs.resampling import mean_nats, standard_error_nats
+from quantplan.errors import InputError
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
 from quantplan.measure.groups import Job
 from quantplan.quantize.apply import quantize
 from quantplan.recipe import Provenance, Recipe, RecipeTensor
 from quantplan.runtime.find import LlamaCpp
-from quantplan.runtime.perplexity import measure_divergence
+from quantplan.runtime.perplexity import check_length, measure_divergence
 from quantplan.runtime.process import Watch
 from quantplan.schema import Frozen
 from quantplan.version import __version__
@@ -75,6 +76,30 @@ class Outcome(Frozen):
         return Measurement(
             self.job.tensors, self.job.qtype, self.kld_nats, self.standard_error_nats, self.by_chunk
         )
+
+
+def text_faults(setup: Setup, watch: Watch | None = None) -> list[str]:
+    """Which texts are too short to measure on, one sentence each.
+
+    Args:
+        setup: The model, the texts and what runs it.
+        watch: Is called many times a second; an exception that it raises ends the work.
+
+    Raises:
+        SourceError: The source cannot be read.
+        LlamaCppError: llama.cpp failed.
+    """
+    faults = []
+    for number, text in enumerate(setup.texts, 1):
+        try:
+            check_length(
+                setup.llama_cpp, text, base=setup.source, cache=setup.cache,
+                chunk_tokens=setup.chunk_tokens, threads=setup.threads,
+                gpu_layers=setup.gpu_layers, watch=watch,
+            )  # fmt: skip
+        except InputError as error:
+            faults += [f"text {number} of {len(setup.texts)}: {f}" for f in error.faults]
+    return faults
 
 
 def run_job(setup: Setup, job: Job, watch: Watch | None = None) -> Outcome:

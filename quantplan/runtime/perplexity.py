@@ -37,6 +37,8 @@ ChunkProgress = Callable[[int, int], None]
 """Is called with the chunks that are done and the chunks to do, those of the base included."""
 
 _PROGRAM = "llama-perplexity"
+# A standard error needs so many.
+_FEWEST_CHUNKS = 2
 # Files up to so many bytes are hashed whole, of others the header and so many places.
 _WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 2**29, 256, 2**16
 _JOURNAL_LINE = re.compile(r'^\{"chunk": (\d+),.*\}$', re.MULTILINE)
@@ -89,13 +91,7 @@ def measure_divergence(
     )
     store = _Store.of(job, cache, model)
     for path, is_base in ((base, True), (model, False)):
-        if store.n_left(is_base=is_base) != 0:
-            job.run(path, store, is_base=is_base, progress=progress)
-        if (store.n_wanted or 0) < 2:
-            raise InputError(
-                f"the text has fewer than 2 chunks of {chunk_tokens} tokens: give a longer one, or "
-                "shorter chunks"
-            )
+        job.complete(path, store, is_base=is_base, progress=progress)
     rows = [row for chunk, row in sorted(store.rows().items()) if chunk < (store.n_wanted or 0)]
     return Divergence(
         kld_nats=np.array([row["kld_nats"] for row in rows]),
@@ -103,6 +99,47 @@ def measure_divergence(
         ln_ppl_by_chunk=np.array([row["ln_ppl"] for row in rows]),
         base_ln_ppl_by_chunk=np.array([row["base_ln_ppl"] for row in rows]),
     )
+
+
+def check_length(
+    llama_cpp: LlamaCpp,
+    text: str,
+    *,
+    base: Path,
+    cache: Path,
+    chunk_tokens: int = 512,
+    threads: int | None = None,
+    gpu_layers: int | None = None,
+    chunk_limit_s: float = 3600.0,
+    watch: Watch | None = None,
+) -> None:
+    """Refuses a text that is too short for `measure_divergence`, by its first two chunks.
+
+    What llama.cpp's library gives for them is kept, so that this takes no time from what follows.
+
+    Args:
+        llama_cpp: What runs the model.
+        text: The text.
+        base: The model before quantization.
+        cache: Folder for what is kept.
+        chunk_tokens: Tokens per chunk.
+        threads: Of the CPU; all by default.
+        gpu_layers: Layers on GPUs; by default as llama.cpp decides.
+        chunk_limit_s: Time for one chunk, loading included, in seconds.
+        watch: Is called many times a second; an exception that it raises ends the work and is
+            passed on.
+
+    Raises:
+        InputError: The text is shorter than two chunks, or a number is out of range.
+        SourceError: Shards of the model are missing.
+        LlamaCppError: llama.cpp failed or took too long.
+    """
+    _check(base, base, _FEWEST_CHUNKS, chunk_tokens)
+    job = _Job(
+        llama_cpp, text, base, _FEWEST_CHUNKS, chunk_tokens, threads, gpu_layers, chunk_limit_s,
+        watch,
+    )  # fmt: skip
+    job.complete(base, _Store.of(job, cache, base), is_base=True, progress=None)
 
 
 def _check(model: Path, base: Path, chunks: int | None, chunk_tokens: int) -> None:
@@ -119,8 +156,8 @@ def _check(model: Path, base: Path, chunks: int | None, chunk_tokens: int) -> No
 def chunk_faults(chunks: int | None, chunk_tokens: int) -> list[str]:
     """What is wrong with a number of chunks and their tokens, one sentence each."""
     faults = []
-    if chunks is not None and chunks < 2:
-        faults.append(f"{chunks} chunks; at least 2 are needed for a standard error")
+    if chunks is not None and chunks < _FEWEST_CHUNKS:
+        faults.append(f"{chunks} chunks; at least {_FEWEST_CHUNKS} are needed for a standard error")
     if chunk_tokens < 8:
         faults.append(f"chunks of {chunk_tokens} tokens; they must have at least 8")
     return faults
@@ -214,7 +251,23 @@ class _Job:
             )
         return found
 
-    def run(
+    def complete(
+        self, model: Path, store: _Store, *, is_base: bool, progress: ChunkProgress | None
+    ) -> None:
+        """Runs a model over the chunks that are missing, if any are.
+
+        Raises:
+            InputError: The text is too short.
+        """
+        if store.n_left(is_base=is_base) != 0:
+            self._run(model, store, is_base=is_base, progress=progress)
+        if (store.n_wanted or 0) < _FEWEST_CHUNKS:
+            raise InputError(
+                f"the text has fewer than {_FEWEST_CHUNKS} chunks of {self.chunk_tokens} tokens: "
+                "give a longer one, or shorter chunks"
+            )
+
+    def _run(
         self, model: Path, store: _Store, *, is_base: bool, progress: ChunkProgress | None
     ) -> None:
         """Runs a model over the chunks that are missing."""
