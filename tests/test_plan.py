@@ -105,6 +105,24 @@ def test_a_build_that_was_not_checked_is_told(build: int, said: list[str]) -> No
     assert all(re.search(text, note) for text, note in zip(said, notes, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("pinned", "said"),
+    [
+        ("Q4_K", []),
+        ("IQ2_XXS", ["IQ2_XXS: to be written with an importance matrix"]),
+        ("IQ3_S", ["IQ3_S is predicted for an importance matrix; .* is 1.5 times as large"]),
+    ],
+)
+def test_types_that_want_an_importance_matrix_are_named(pinned: str, said: list[str]) -> None:
+    """Some cannot be written without one, and what IQ3_S loses without one is told."""
+    rules = policy("free").pin("ffn_up", pinned)
+    model, machine = read("Qwen3.5-0.8B"), Machine.parse("64GiB@80GB/s")
+    made = plan(model, machine, policy=rules, baselines=False)
+    notes = [note for note in made.notes if "importance matrix" in note]
+    assert len(notes) == len(said)
+    assert all(re.match(text, note) for text, note in zip(said, notes, strict=True))
+
+
 # What a plan holds.
 
 

@@ -29,11 +29,16 @@ def gaussian(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def test_gaussian_rows_have_the_shipped_errors(tmp_path: Path) -> None:
-    """On Gaussian weights the errors are those that ship with the package: ratios of one."""
+    """On Gaussian weights, with an importance matrix, ratios are one; some types need it more."""
     source = model(tmp_path / "m.gguf", gaussian(64, 4096))
-    ratios = measure_weights(source, ["Q8_0", "Q4_K", "Q3_K", "IQ4_XS"]).ratios()
-    assert {q for _, q in ratios} == {"Q8_0", "Q4_K", "Q3_K", "IQ4_XS"}
-    assert all(ratio == pytest.approx(1, abs=0.05) for ratio in ratios.values())
+    types = ["Q8_0", "Q4_K", "Q3_K", "IQ4_XS", "IQ3_S"]
+    uniform = {NAME: np.ones((1, 4096), dtype=np.float32)}
+    found = measure_weights(source, types, imatrix=uniform)
+    assert found.ratios() == {(NAME, name): pytest.approx(1, abs=0.05) for name in types}
+    without = load_data("type_error.json")["without_imatrix"]
+    errors = measure_weights(source, types).errors[NAME]
+    assert errors == {name: pytest.approx(without[name], rel=0.05) for name in types}
+    assert errors["IQ3_S"] > 1.4 * found.errors[NAME]["IQ3_S"]
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0"])
@@ -63,6 +68,18 @@ def test_one_huge_row_hides_no_other(tmp_path: Path) -> None:
     weights[3, 0] = 1000  # which Q4_0 hits exactly
     found = measure_weights(model(tmp_path / "n.gguf", weights), ["Q4_0"]).errors[NAME]
     assert found["Q4_0"] == pytest.approx(plain["Q4_0"] * 31 / 41, rel=0.05)
+
+
+def test_a_huge_row_that_a_type_loses_counts_in_full(tmp_path: Path) -> None:
+    """One row of a thousand, with nearly all of the output, is measured in any sample, uncapped."""
+    weights = gaussian(1000, 64)
+    weights[777] = 500  # which Q4_0 takes for zeros, beside weights that are twenty times as large
+    weights[777, ::32] = 10_000
+    own = weights[777]
+    lost = float((own[own == 500] ** 2).sum() / (own**2).sum())
+    source = model(tmp_path / "m.gguf", weights)
+    found = measure_weights(source, ["Q4_0"], rows_per_tensor=20)
+    assert found.errors[NAME]["Q4_0"] == pytest.approx(lost, rel=0.05)
 
 
 @pytest.mark.parametrize("scale", [0, 1e-9])

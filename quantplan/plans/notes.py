@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from quantplan.costs import load_data
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import kld_nats, link
 from quantplan.formats.args_notes import build_note
@@ -18,6 +19,8 @@ from quantplan.qtypes import qtype
 from quantplan.recipe import RecipeTensor
 from quantplan.workload import Workload
 
+# Errors of types that grow by less without an importance matrix are not worth a note.
+_MUCH_WORSE = 1.3
 _BUILT_FOR = {"ROCm": "ROCm", "SYCL": "SYCL", "MTL": "Metal"}
 
 
@@ -99,14 +102,30 @@ def text_notes(held_out: HeldOutGain | None, changes: TypeChanges | None) -> tup
     return tuple(found.describe() for found in (held_out, changes) if found)
 
 
-def imatrix_notes(assignments: tuple[RecipeTensor, ...], inventory: Inventory) -> tuple[str, ...]:
-    """Names the types that quantizers make with an importance matrix only."""
+def imatrix_notes(
+    assignments: tuple[RecipeTensor, ...], inventory: Inventory, evidence: Evidence | None
+) -> tuple[str, ...]:
+    """Names the types that need an importance matrix, and those that are much worse without one."""
     kept = {t.name: t.qtype for t in inventory.tensors}
     types = sorted({a.qtype for a in assignments if a.qtype != kept[a.tensor]})
+    notes = []
     needing = [name for name in types if qtype(name).needs_imatrix]
-    if not needing:
-        return ()
-    return (f"{', '.join(needing)}: to be written with an importance matrix, by llama-quantize",)
+    if needing:
+        notes.append(
+            f"{', '.join(needing)}: to be written with an importance matrix, by llama-quantize"
+        )
+    # Errors on the weights are of quantizing them as it will be done.
+    if not (evidence and evidence.weight_errors):
+        errors = load_data("type_error.json")
+        with_one, without = errors["relative_squared_error"], errors["without_imatrix"]
+        factors = {q: without[q] / with_one[q] for q in types if q in without}
+        notes += [
+            f"{name} is predicted for an importance matrix; without one its error is {f:.1f} times "
+            "as large"
+            for name, f in factors.items()
+            if f >= _MUCH_WORSE
+        ]
+    return tuple(notes)
 
 
 def evidence_notes(evidence: Evidence | None) -> tuple[str, ...]:

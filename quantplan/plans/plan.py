@@ -167,7 +167,7 @@ def _plan_of(
             *backend_notes(machine, outcome.flags),
             *build_notes(problem.workload, outcome.flags),
             *kernel_notes(problem.workload, problem.machine),
-            *imatrix_notes(outcome.tensors, problem.inventory),
+            *imatrix_notes(outcome.tensors, problem.inventory, problem.evidence),
             *evidence_notes(problem.evidence),
         ),
         provenance=provenance,
