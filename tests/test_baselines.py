@@ -401,3 +401,10 @@ def test_a_mix_is_no_worse_than_itself(mix: str) -> None:
     most = LossTable(inventory).model_kld_nats(qp.stock_mix(inventory, mix))
     rows = baselines_of("GLM-4.5-Air", ONE, goal=Goal(max_loss_nats=most))
     assert {row.reaches_goal for row in rows if row.types == mix} == {True}
+
+
+def test_a_plan_is_held_against_the_mix_that_it_is_compared_with() -> None:
+    """`no_worse_than` takes a mix as its rows do: with the matrix that llama-quantize demands."""
+    machine = qp.Machine.parse("8GiB@300GB/s + 16GiB@60GB/s")
+    made = qp.plan(read("Qwen3-4B-Instruct-2507"), machine, no_worse_than="IQ3_XXS")
+    assert {row.reaches_goal for row in made.baselines if row.types == "IQ3_XXS"} == {True}

@@ -10,7 +10,7 @@ from quantplan.errors import InputError
 from quantplan.ftypes.rules import MIXES, Family, Mix, ModelFacts, Position, family_of, rules_of
 from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.keys import Keys
-from quantplan.qtypes import QTYPES, fitting_qtype
+from quantplan.qtypes import QTYPES, fitting_qtype, qtype
 
 # Layers of the models whose size llama.cpp calls 70B, by architecture.
 _LAYERS_OF_70B = {"llama": 80, "llama-embed": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
@@ -62,6 +62,23 @@ def stock_mix(inventory: Inventory, ftype: str, *, has_imatrix: bool = False) ->
     if faults:
         raise InputError(faults)
     return qtypes
+
+
+def published_mix(inventory: Inventory, ftype: str) -> dict[str, str]:
+    """A stock mix as it is published: with an importance matrix where llama-quantize demands one.
+
+    Args:
+        inventory: The model.
+        ftype: See `stock_mix`.
+
+    Raises:
+        InputError: See `stock_mix`.
+        UnsupportedModelError: See `stock_mix`.
+    """
+    mix = stock_mix(inventory, ftype)
+    if ftype.upper() == "Q2_K_S" or any(qtype(name).needs_imatrix for name in mix.values()):
+        return stock_mix(inventory, ftype, has_imatrix=True)
+    return mix
 
 
 def _chosen_types(

@@ -15,7 +15,7 @@ from quantplan.costs.speed import Z80, SpeedEstimate, difference_s, interval, pr
 from quantplan.costs.traffic import Where, collect
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import workload_flags
-from quantplan.ftypes.mixes import stock_mix
+from quantplan.ftypes.mixes import published_mix
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory, RoleClass
 from quantplan.planner.fit import fit
@@ -25,13 +25,11 @@ from quantplan.policy import SOURCE, policy
 from quantplan.qtypes import QTYPES, fitting_qtype, qtype
 from quantplan.schema import Frozen
 
-# The mixes that are published for most models; True for those made with an importance matrix, which
-# llama-quantize demands for types that they hold.
-_STOCK_MIXES = {
-    "Q8_0": False, "Q6_K": False, "Q5_K_M": False, "Q5_K_S": False, "Q4_K_M": False,
-    "Q4_K_S": False, "MXFP4_MOE": False, "IQ4_XS": False, "Q3_K_L": False, "Q3_K_M": False,
-    "Q3_K_S": False, "IQ3_XXS": True, "Q2_K": False, "IQ2_M": True,
-}  # fmt: skip
+# The mixes that are published for most models.
+_STOCK_MIXES = (
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "MXFP4_MOE", "IQ4_XS", "Q3_K_L",
+    "Q3_K_M", "Q3_K_S", "IQ3_XXS", "Q2_K", "IQ2_M",
+)  # fmt: skip
 AS_IT_IS = "as it is"
 # Part of the speed below which a difference is no reason for anything: repeated runs of llama-bench
 # scatter by a few percent.
@@ -197,9 +195,9 @@ def type_sets(inventory: Inventory) -> dict[str, dict[str, str]]:
     if not changeable:
         return sets
     names = {t.name for t in changeable}
-    for name, has_imatrix in _STOCK_MIXES.items():
+    for name in _STOCK_MIXES:
         try:
-            mix = stock_mix(inventory, name, has_imatrix=has_imatrix)
+            mix = published_mix(inventory, name)
         except InputError:  # llama-quantize stops at this model, or its metadata are not known
             continue
         sets[name] = {tensor: kind for tensor, kind in mix.items() if tensor in names}

@@ -8,7 +8,7 @@ from quantplan.costs.calibration import for_model
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable, type_errors
 from quantplan.formats.args_notes import kernel_notes
-from quantplan.ftypes.mixes import stock_mix
+from quantplan.ftypes.mixes import published_mix
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.planner.baselines import Baseline, find_baselines
@@ -79,7 +79,7 @@ def plan(
             context.
         max_loss_nats: Largest predicted loss of the model, in nats per token.
         no_worse_than: A mix of llama-quantize, such as ``Q4_K_M``, whose predicted loss is the
-            largest that is allowed.
+            largest that is allowed; with an importance matrix where llama-quantize demands one.
         context: ``max`` for the longest context, up to the one that the model was trained for.
         kv_type: ``auto`` to choose between F16 and Q8_0.
         ubatch: ``auto`` to choose between 2048 and 128 tokens.
@@ -105,7 +105,7 @@ def plan(
     machine = for_model(machine, inventory.architecture)
     task = workload or Workload()
     if no_worse_than is not None:
-        mix = stock_mix(inventory, no_worse_than)
+        mix = published_mix(inventory, no_worse_than)
         mix_nats = LossTable(inventory, evidence).model_kld_nats(mix)
         max_loss_nats = mix_nats if max_loss_nats is None else min(max_loss_nats, mix_nats)
     goal = Goal.within(min_decode_tps, max_turn_s, max_loss_nats)
