@@ -302,6 +302,17 @@ def test_a_margin_of_ones_own_holds_for_every_gpu() -> None:
     assert own.ram == usual.ram
 
 
+def test_a_margin_that_leaves_nothing_of_a_gpu_is_refused() -> None:
+    """Each GPU that has no more than the margin a person gives is named with what it has."""
+    text = "RTX 4090 + 8GiB@300GB/s + RTX 3060 + 64GiB@80GB/s"
+    with pytest.raises(MachineError) as caught:
+        Machine.parse(text, margin_bytes=12 * GIB)
+    small, just_as_large = caught.value.faults
+    assert "12.00 GiB leaves nothing of GPU1" in small
+    assert "which has 8.00 GiB" in small
+    assert "GPU2 (RTX 3060), which has 12.00 GiB" in just_as_large
+
+
 def test_a_margin_above_the_capacity_leaves_nothing() -> None:
     """A device whose margin exceeds its memory offers none, not a negative amount."""
     assert Device.gpu(0, GIB, 1e9, margin_bytes=2 * GIB).usable_bytes == 0

@@ -61,7 +61,8 @@ def detect(*, measure: bool = True, margin_bytes: int | None = None) -> Machine:
         margin_bytes: Memory to leave free on every GPU; by default 10 %, at most 1 GiB.
 
     Raises:
-        MachineError: Nothing was measured and the CPU is not in the table.
+        MachineError: Nothing was measured and the CPU is not in the table, or the margin leaves
+            nothing of a GPU.
     """
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     name = cpu_name()
@@ -87,12 +88,13 @@ def detect(*, measure: bool = True, margin_bytes: int | None = None) -> Machine:
         )
     total_bytes = psutil.virtual_memory().total
     gpus, shared_bytes, sharing = share_ram(gpus, total_bytes)
-    return Machine(
-        gpus=tuple(Device.of(i, gpu, margin_bytes) for i, gpu in enumerate(gpus)),
+    found = Machine(
+        gpus=tuple(Device.of(i, gpu) for i, gpu in enumerate(gpus)),
         ram=Device.ram(total_bytes, rate, model=name, cores=cores, shared_bytes=shared_bytes),
         measured=measured,
         assumed=(*assumed, *sharing),
     )
+    return found if margin_bytes is None else found.with_margin(margin_bytes)
 
 
 def cpu_name() -> str:

@@ -161,7 +161,7 @@ class Device(MachineValue):
         )
 
     @classmethod
-    def of(cls, index: int, spec: GpuSpec, margin_bytes: int | None = None) -> Self:
+    def of(cls, index: int, spec: GpuSpec) -> Self:
         """A GPU from what is known of it; see `gpu`."""
         return cls.gpu(
             index,
@@ -171,7 +171,6 @@ class Device(MachineValue):
             flops_per_s=spec.flops_per_s,
             vector_flops_per_s=spec.vector_flops_per_s,
             link_bytes_per_s=spec.link_bytes_per_s,
-            margin_bytes=margin_bytes,
             network=spec.network,
             vendor=spec.vendor,
         )

@@ -155,14 +155,17 @@ class Machine(MachineValue):
 
         Raises:
             MachineError: The text is not understood, has more than 16 GPUs, or several that share
-                the RAM. All faults of the terms are gathered; unknown GPUs come with similar names.
+                the RAM; the margin leaves nothing of a GPU. All faults of the terms are gathered;
+                unknown GPUs come with similar names.
         """
-        if is_profile(text):
-            found = cls.load(Path(text))
-            return found if margin_bytes is None else found.with_margin(margin_bytes)
+        found = cls.load(Path(text)) if is_profile(text) else cls._described(text)
+        return found if margin_bytes is None else found.with_margin(margin_bytes)
+
+    @classmethod
+    def _described(cls, text: str) -> Self:
         gpus, ram = parse_text(text)
         return cls(
-            gpus=tuple(Device.of(i, gpu, margin_bytes) for i, gpu in enumerate(gpus)),
+            gpus=tuple(Device.of(i, gpu) for i, gpu in enumerate(gpus)),
             ram=Device.ram(
                 ram.capacity_bytes,
                 ram.bandwidth_bytes_per_s,
@@ -186,8 +189,16 @@ class Machine(MachineValue):
         """The machine with so much memory left free on every GPU.
 
         Raises:
-            MachineError: The number is negative.
+            MachineError: The number is negative, or leaves nothing of a GPU; all such are named.
         """
+        faults = [
+            f"a margin of {gib(margin_bytes)} leaves nothing of {gpu.name} ({gpu.model}), which "
+            f"has {gib(gpu.capacity_bytes)}: leave less free, or the GPU out of the machine"
+            for gpu in self.gpus
+            if gpu.capacity_bytes <= margin_bytes
+        ]
+        if faults:
+            raise MachineError(faults)
         margin = {"margin_bytes": margin_bytes}
         gpus = tuple(Device.model_validate(gpu.model_dump() | margin) for gpu in self.gpus)
         return self.model_copy(update={"gpus": gpus})
