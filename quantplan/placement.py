@@ -74,6 +74,7 @@ class Launch(Frozen):
         tensor_split: ``-ts`` proportions; empty for the memory of each GPU.
         split_mode: ``-sm``: ``layer``, or ``none`` for the main GPU alone.
         main_gpu: ``-mg``.
+        endpoints: ``--rpc``: addresses of the servers that lend devices.
         cache_on_gpu: Whether KV caches follow the layers; else all are in RAM (``-nkvo``).
         op_offload: Whether large batches multiply by weights in RAM on a GPU.
         maps_file: Whether weights in RAM stay in the mapped file.
@@ -95,6 +96,7 @@ class Launch(Frozen):
     tensor_split: tuple[float, ...] = ()
     split_mode: str = "layer"
     main_gpu: int = 0
+    endpoints: tuple[str, ...] = ()
     cache_on_gpu: bool = True
     op_offload: bool = True
     maps_file: bool = False

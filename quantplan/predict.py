@@ -258,6 +258,7 @@ def predict_resolved(
         notes=(
             *launch.notes,
             *notes,
+            *_network_notes(launch.endpoints, machine),
             *_host_notes(uses[-1]),
             *_ik_notes(resolved),
             *_kernel_notes(resolved, machine),
@@ -319,6 +320,17 @@ def _repacked(resolved: Resolved, machine: Machine) -> set[str]:
     homes = resolved.placement.tensors
     loaded = (tensor for tensor in resolved.inventory.tensors if tensor.name in homes)
     return {tensor.name for tensor in loaded if is_repacked(tensor, len(homes[tensor.name]))}
+
+
+def _network_notes(endpoints: Sequence[str], machine: Machine) -> list[str]:
+    """Names servers of ``--rpc`` whose devices are not the machine's, and so not counted."""
+    unknown = [endpoint for endpoint in endpoints if endpoint not in machine.endpoints]
+    if not unknown:
+        return []
+    return [
+        f"--rpc {','.join(unknown)}: the machine has no device there, so none is counted; say what "
+        f"it is, such as RPC {unknown[0]} RTX 3090@1Gbit/s,0.2ms + ..."
+    ]
 
 
 def _host_notes(ram: DeviceUse) -> list[str]:

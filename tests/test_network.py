@@ -130,3 +130,14 @@ def test_the_bound_knows_the_way_to_the_output() -> None:
     machine = qp.Machine.parse("2x RPC a:1 RTX 3060@1Gbit/s,0.2ms + 64GiB@80GB/s")
     found = qp.plan(qp.read_inventory("Qwen3-30B-A3B"), machine, qp.Workload(context=16384))
     assert found.gap < 0.03
+
+
+def test_only_servers_that_the_machine_lacks_are_told_not_to_count() -> None:
+    """A plan's own ``--rpc`` goes without saying; a server that the machine lacks is told."""
+    inventory, machine = toy_inventory([512, 512], experts=0), qp.Machine.parse(TEXT)
+    recipe = qp.plan(inventory, machine, baselines=False).recipe
+    assert "--rpc" in recipe.flags
+    assert not [note for note in qp.predict(inventory, recipe, machine).notes if "--rpc" in note]
+    flags = "-ngl 99 --rpc 192.168.1.7:50052,b:1 -fit off"
+    (note,) = [note for note in qp.predict(inventory, flags, machine).notes if "--rpc" in note]
+    assert note.startswith("--rpc b:1: the machine has no device there")

@@ -22,7 +22,6 @@ NOT_COUNTED = (
     ("-devd", "--device-draft", "--spec-draft-device"),
     ("-hfd", "-hfrd", "--hf-repo-draft", "--spec-draft-hf"),
     ("-mmu", "--mmproj-url"),
-    ("--rpc",),
     ("--lora",),
     ("--lora-scaled",),
     ("--control-vector",),

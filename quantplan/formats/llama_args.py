@@ -125,6 +125,7 @@ def _parser(engine: Runtime) -> _Parser:
     modes = ["none", "layer", "row", *own_modes]
     flag("-sm", "--split-mode", default="layer", choices=modes)
     flag("-mg", "--main-gpu", type=int, default=0)
+    flag("--rpc", default="")
     flag("-c", "--ctx-size", type=int, default=0)
     flag("-np", "--parallel", type=int, default=1 if is_ik else -1)
     flag("-kvu", "--kv-unified", action="store_true", dest="kv_unified", default=None)
@@ -224,6 +225,7 @@ def parse_flags(
         tensor_split=_proportions(parser, found.tensor_split),
         split_mode="none" if found.split_mode == "none" else "layer",
         main_gpu=found.main_gpu,
+        endpoints=tuple(found.rpc.split(",")) if found.rpc else (),
         cache_on_gpu=not found.no_kv_offload,
         op_offload=not found.no_op_offload,
         maps_file=not (found.no_mmap or found.run_time_repack or found.load_mode.lower() in _READS),
