@@ -12,6 +12,7 @@ from quantplan.costs.ik_caches import COMPACTS_WINDOWS, derived_weight_bytes
 from quantplan.costs.speed import SpeedEstimate, SpeedPrediction, predict_speed
 from quantplan.display import Table, html_card
 from quantplan.formats.args_notes import kernel_notes
+from quantplan.given import check_given
 from quantplan.hardware.device import Device
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
@@ -226,6 +227,7 @@ def predict(
             devices that do not exist; a workload beside flags.
         UnsupportedModelError: The memory of the architecture is not known.
     """
+    check_given(inventory, machine)
     resolved = resolve(
         inventory,
         configuration,

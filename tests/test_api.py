@@ -2,7 +2,11 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import quantplan
 from quantplan import errors
@@ -34,3 +38,20 @@ def test_import_does_not_print() -> None:
     code = "import quantplan"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert (done.stdout, done.stderr) == (b"", b"")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        quantplan.plan,
+        quantplan.frontier,
+        lambda inventory, machine: quantplan.predict(inventory, "-ngl 99", machine),
+    ],
+)
+def test_names_in_place_of_what_they_stand_for_are_refused(ask: Callable[..., Any]) -> None:
+    """Who gives the name of a model and the text of a machine is told what reads both."""
+    with pytest.raises(quantplan.InputError) as caught:
+        ask("GLM-4.5-Air", "RTX 4090 + 64GiB@80GB/s")
+    model, machine = caught.value.faults
+    assert "'GLM-4.5-Air', a str and no Inventory: read it with quantplan.read_inventory" in model
+    assert "a str and no Machine: read it with quantplan.Machine.parse" in machine

@@ -43,6 +43,7 @@ ORDER = [
     "hardware.text",
     "hardware.device",
     "hardware.machine",
+    "given",
     "workload",
     "policy",
     "ftypes",

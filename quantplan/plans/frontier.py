@@ -11,6 +11,7 @@ from quantplan.costs.memory import CELL_PADDING
 from quantplan.costs.quality import kld_nats
 from quantplan.display import Table
 from quantplan.errors import InputError
+from quantplan.given import check_given
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.planner.diagnose import ANY_TPS, no_plan, with_context
@@ -145,6 +146,7 @@ def frontier(
         InputError: A number is out of range.
         NoPlanError: Nothing fits.
     """
+    check_given(inventory, machine)
     goal = Goal(min_decode_tps=min_decode_tps)
     faults = goal.faults()
     if points < 2:

@@ -9,6 +9,7 @@ from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable, type_errors
 from quantplan.formats.args_notes import kernel_notes
 from quantplan.ftypes.mixes import published_mix
+from quantplan.given import check_given
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.planner.baselines import Baseline, find_baselines
@@ -95,13 +96,15 @@ def plan(
             to see which types hang on the text; within another ``time_limit_s``.
 
     Raises:
-        InputError: A number is out of range, llama.cpp does not load the model's types, or a rule
-            of the policy about single tensors does not fit the model.
+        InputError: A number is out of range, llama.cpp does not load the model's types, a rule of
+            the policy about single tensors does not fit the model, or a name was given in place
+            of the model or the machine.
         WorkloadError: The model cannot have the KV types.
         NoPlanError: Nothing fits, or the speed is out of reach; the message says by how much.
         UnsupportedModelError: The memory of the architecture is not known.
         SolverError: The solver failed.
     """
+    check_given(inventory, machine)
     machine = for_model(machine, inventory.architecture)
     task = workload or Workload()
     if no_worse_than is not None:

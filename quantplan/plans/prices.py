@@ -8,6 +8,7 @@ from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import kld_nats
 from quantplan.display import Table
 from quantplan.errors import InputError
+from quantplan.given import check_given
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.planner.bounds import split_bounds
@@ -150,6 +151,7 @@ def prices(
     Raises:
         InputError: The plan is for another model, or was made with rules that have no name.
     """
+    check_given(inventory, plan.machine)
     if plan.provenance.header_sha256 != inventory.header_sha256:
         raise InputError(f"the plan is for {plan.model}, not for {inventory.name}")
     asked = plan.provenance
