@@ -260,6 +260,7 @@ def predict_resolved(
         notes=(
             *launch.notes,
             *notes,
+            *_type_notes(resolved.inventory),
             *_network_notes(launch.endpoints, machine),
             *_host_notes(uses[-1]),
             *_ik_notes(resolved),
@@ -322,6 +323,17 @@ def _repacked(resolved: Resolved, machine: Machine) -> set[str]:
     homes = resolved.placement.tensors
     loaded = (tensor for tensor in resolved.inventory.tensors if tensor.name in homes)
     return {tensor.name for tensor in loaded if is_repacked(tensor, len(homes[tensor.name]))}
+
+
+def _type_notes(inventory: Inventory) -> list[str]:
+    """Says that no matrix is quantized, as in the catalog, where a mix of it may be meant."""
+    types = sorted({tensor.qtype for tensor in inventory.tensors if tensor.is_quantizable})
+    if not types or not all(qtype(name).is_float for name in types):
+        return []
+    return [
+        f"this is the unquantized model, in {', '.join(types)}: --ftype Q4_K_M (stock_mix in "
+        "Python) or a recipe gives it other types"
+    ]
 
 
 def _network_notes(endpoints: Sequence[str], machine: Machine) -> list[str]:

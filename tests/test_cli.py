@@ -165,6 +165,18 @@ def test_prediction_takes_a_recipe_in_place_of_flags(tmp_path: Path) -> None:
     assert found == qp.predict(inventory, qp.Recipe.load(recipe), described)
 
 
+def test_prediction_takes_a_stock_mix() -> None:
+    """`predict --ftype` is about the types that `show --ftype` lists, with and without a matrix."""
+    machine, flags = "RTX 4090 + 96GiB@80GB/s", ["-ngl", "99", "--cpu-moe", "-c", "4096"]
+    inventory, described = qp.read_inventory("GLM-4.5-Air"), qp.Machine.parse(machine)
+    command = ["predict", "GLM-4.5-Air", "--machine", machine, "--ftype", "IQ4_XS", "--json"]
+    for options, has_imatrix in (([], False), (["--imatrix"], True)):
+        done = quantplan(*command, *options, "--", *flags)
+        mix = qp.stock_mix(inventory, "IQ4_XS", has_imatrix=has_imatrix)
+        found = qp.MemoryPrediction.model_validate_json(done.stdout)
+        assert found == qp.predict(inventory.with_qtypes(mix), flags, described)
+
+
 def test_prediction_knows_ik_llama_cpp_and_a_margin() -> None:
     """Engine, day of its sources and margin of the command line are those of the API."""
     options = ["--engine", "ik", "--engine-date", "2025-09-02", "--margin", "2GiB", "--json"]
@@ -186,6 +198,8 @@ def test_prediction_knows_ik_llama_cpp_and_a_margin() -> None:
          "--split-max-size: '40' has no unit: write 40GiB"),
         (["predict", "GLM-4.5-Air", "--machine", "24GiB + 64GiB@80GB/s", "--recipe", "a.json",
           "--", "-ngl", "9"], "not both"),
+        (["predict", "GLM-4.5-Air", "--machine", "24GiB + 64GiB@80GB/s", "--recipe", "a.json",
+          "--ftype", "Q4_K_M"], "--ftype or --recipe, not both"),
         (["plan", "GLM-4.5-Ai", "--machine", "24GiB + 64GiB@80GB/s"], "GLM-4.5-Air"),
         (["plan", "GLM-4.5-Air", "--machine", "RTX 4091 + 64GiB@80GB/s"], "RTX 4090"),
         (["plan", "GLM-4.5-Air", "--machine", "RTX 4090"], "64GiB@80GB/s"),

@@ -196,8 +196,15 @@ def test_a_sound_command_has_no_warnings() -> None:
     """Nothing is pointed out where the flags agree with each other."""
     flags = "-ngl 99 -sm layer -ts 1,2 -ncmoe 4 -c 4096 -b 4096 -ub 4096 -fa on "
     flags += "-ctk q8_0 -ctv q8_0 -lm none"
-    found = qp.predict(AIR, f"{flags} --fit off", qp.Machine.parse(TWO))
+    mixed = AIR.with_qtypes(qp.stock_mix(AIR, "Q4_K_M"))
+    found = qp.predict(mixed, f"{flags} --fit off", qp.Machine.parse(TWO))
     assert (found.warnings, found.notes) == ((), ())
+
+
+def test_a_model_that_is_not_quantized_is_told_to_be_so() -> None:
+    """A prediction of a catalog model, which is larger than any file people run, says why."""
+    (note,) = qp.predict(AIR, "--cpu-moe --fit off", qp.Machine.parse(GPU)).notes
+    assert note.startswith("this is the unquantized model, in BF16")
 
 
 def test_a_context_beyond_the_trained_one_is_noted() -> None:

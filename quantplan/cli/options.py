@@ -77,6 +77,14 @@ RobustOption = Annotated[
     bool,
     typer.Option("--robust", help="Plan against the upper end (90 %) of what the losses may be."),
 ]
+FtypeOption = Annotated[
+    str | None,
+    typer.Option(metavar="MIX", help="Take the model as llama-quantize would make it: 'Q4_K_M'."),
+]
+ImatrixOption = Annotated[
+    bool,
+    typer.Option("--imatrix", help="The mix with an importance matrix, which changes some types."),
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -111,6 +119,15 @@ def read_model(source: str) -> "Inventory":
         return qp.read_inventory(source)
     with working(f"reading the header of {source.rpartition('/')[2]}"):
         return qp.read_inventory(source)
+
+
+def in_mix(inventory: "Inventory", ftype: str | None, *, has_imatrix: bool) -> "Inventory":
+    """The model in the types of a stock mix; as it is where none is named."""
+    import quantplan as qp  # noqa: PLC0415
+
+    if ftype is None:
+        return inventory
+    return inventory.with_qtypes(qp.stock_mix(inventory, ftype, has_imatrix=has_imatrix))
 
 
 def check_targets(*paths: Path | None) -> None:

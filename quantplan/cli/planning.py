@@ -11,6 +11,8 @@ from quantplan.cli.options import (
     CacheTypeOption,
     ContextOption,
     EngineName,
+    FtypeOption,
+    ImatrixOption,
     LlamaBuildOption,
     MachineOption,
     MarginOption,
@@ -21,6 +23,7 @@ from quantplan.cli.options import (
     RobustOption,
     WeightsOption,
     check_targets,
+    in_mix,
     is_recipe,
     json_option,
     parse_machine,
@@ -258,6 +261,8 @@ def predict(
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A recipe, in place of flags.")
     ] = None,
+    ftype: FtypeOption = None,
+    imatrix: ImatrixOption = False,
     engine: Annotated[EngineName, typer.Option(help="Whose flags they are.")] = "llama.cpp",
     engine_date: Annotated[
         datetime | None,
@@ -284,10 +289,12 @@ def predict(
 
     if recipe is not None and flags:
         raise InputError("give flags or --recipe, not both: a recipe has its flags")
+    if recipe is not None and ftype is not None:
+        raise InputError("give --ftype or --recipe, not both: a recipe has its own types")
     calibrate = calibrate or llama_cpp is not None
     if calibrate and (recipe is not None or engine != "llama.cpp"):
         raise InputError("--calibrate asks llama.cpp about flags: give no recipe, no other engine")
-    inventory = read_model(model)
+    inventory = in_mix(read_model(model), ftype, has_imatrix=imatrix)
     described = parse_machine(machine, margin, inventory)
     if calibrate:
         with working("asking llama.cpp"):
@@ -369,17 +376,11 @@ def show(
         str,
         typer.Argument(metavar="SOURCE", help="A recipe, a plan, a GGUF file, or a catalog name."),
     ],
-    ftype: Annotated[
-        str | None,
-        typer.Option(help="Show the model as llama-quantize would make it: 'Q4_K_M'."),
-    ] = None,
-    imatrix: Annotated[
-        bool, typer.Option("--imatrix", help="With an importance matrix, which changes some types.")
-    ] = False,
+    ftype: FtypeOption = None,
+    imatrix: ImatrixOption = False,
     json_output: Annotated[bool, json_option("recipe", "inventory")] = False,
 ) -> None:
     """Show what is in a recipe or in a model."""
-    import quantplan as qp  # noqa: PLC0415
     from quantplan.report import inventory_text, recipe_text  # noqa: PLC0415
 
     if is_recipe(source):
@@ -390,7 +391,5 @@ def show(
         recipe = read_recipe(source)
         tell(recipe, recipe_text(recipe), json_output)
         return
-    inventory = read_model(source)
-    if ftype is not None:
-        inventory = inventory.with_qtypes(qp.stock_mix(inventory, ftype, has_imatrix=imatrix))
+    inventory = in_mix(read_model(source), ftype, has_imatrix=imatrix)
     tell(inventory, inventory_text(inventory), json_output)
