@@ -101,8 +101,8 @@ class Provenance(Frozen):
         max_loss_nats: The largest loss that was allowed, in nats per token.
         solver: Name and version of the solver.
         solver_options: Options that it was given.
-        status: ``optimal``, ``within_gap`` (of the gap asked for), or ``time_limit``: the search
-            ended, by time or for want of a better split of the layers, with a larger gap.
+        status: ``optimal``, ``within_gap`` (of the gap asked for), ``gap_left`` (no better split of
+            the layers was found, and no proof closed the gap), or ``time_limit`` (the time was up).
         objective_nats: What was minimised, recomputed outside the solver: predicted loss in nats
             per token, and the price of time where nothing was asked for; the price of time alone
             where the fastest plan was asked for.

@@ -41,7 +41,7 @@ class ShownPlan(Frozen):
 
     Attributes:
         command: Command line of llama-server.
-        status: ``optimal``, ``within_gap`` or ``time_limit``.
+        status: ``optimal``, ``within_gap``, ``gap_left`` or ``time_limit``.
         gap: Proven relative gap of the objective.
         context: Tokens of context.
         file_bytes: Tensor data of the file.

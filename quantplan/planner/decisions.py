@@ -145,7 +145,7 @@ def _best_variant(candidates: list[Variant], limits: Limits) -> tuple[Problem, S
     if best is None:
         return None
     variant, solution = best
-    solution = solution.with_bound(proven / variant.handicap, limits.gap)
+    solution = limits.judged(solution, proven / variant.handicap)
     return solution.split(variant.problem), solution
 
 

@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["optimal", "within_gap", "time_limit"]
-"""How a search for a plan ended."""
+Status = Literal["optimal", "within_gap", "gap_left", "time_limit"]
+"""How a search for a plan ended: with the gap closed (the first two), with nothing left to try, or
+because the time was up.
+"""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ class Limits:
         """Whether the time is up."""
         return time.monotonic() >= self.deadline
 
+    def judged(self, found: Solution, bound_nats: float) -> Solution:
+        """What a search found, with the bound that covers all of it and how it ended."""
+        return found.with_bound(bound_nats, self.gap, time_is_up=self.is_over)
+
 
 def reachable_gap(problem: Problem, gap: float) -> float:
     """The gap that a search over splits goes for: at least 0.1 %.
@@ -96,7 +100,8 @@ def solve(
     """
     if not problem.machine.gpus:
         split = problem.with_layers(first_splits(problem)[0])
-        return solve_split(split, limits.solver_gap, limits.left_s)
+        found = solve_split(split, limits.solver_gap, limits.left_s)
+        return found and limits.judged(found, found.bound_nats)
     best, bound_nats = known, float("inf")
     for bounds in bounds_over_splits(problem) if relaxed is None else relaxed:
         least = bounds.least_nats
@@ -104,7 +109,7 @@ def solve(
             best = _solve_with_output(bounds, limits, splits, best) or best
             least = max(least, best.bound_nats) if best else least
         bound_nats = min(bound_nats, least)
-    return best and best.with_bound(bound_nats, limits.gap)
+    return best and limits.judged(best, bound_nats)
 
 
 def _solve_with_output(
@@ -175,7 +180,7 @@ class _Search:
     @property
     def is_closed(self) -> bool:
         """Whether the best solution is proven to be within the gap."""
-        return self.answer is not None and self.answer.status != "time_limit"
+        return self.answer is not None and self.answer.is_closed
 
     def raise_bound(self, nats: float) -> None:
         """Notes another bound that covers every split."""

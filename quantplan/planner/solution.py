@@ -48,8 +48,8 @@ class Solution:
     """An answer to a problem, checked in integers.
 
     Attributes:
-        status: ``optimal``, ``within_gap`` (of the gap asked for), or ``time_limit``: the search
-            ended, by time or for want of a better split of the layers, with a larger gap.
+        status: ``optimal``, ``within_gap`` (of the gap asked for), ``gap_left`` (no better split of
+            the layers was found, and no proof closed the gap), or ``time_limit`` (the time was up).
         objective_nats: Loss plus the price of time, recomputed from the choices.
         bound_nats: Proven lower bound of the objective, over every split of the layers.
         choices: Option and device name of each group.
@@ -81,12 +81,19 @@ class Solution:
         output = self.output_device if problem.machine.gpus else None
         return problem.with_layers(self.layer_devices, output)
 
-    def with_bound(self, bound_nats: float, gap: float) -> "Solution":
+    @property
+    def is_closed(self) -> bool:
+        """Whether the solution is proven to be within the gap that was asked for."""
+        return self.status in ("optimal", "within_gap")
+
+    def with_bound(self, bound_nats: float, gap: float, *, time_is_up: bool = False) -> "Solution":
         """The solution with another bound, and the status that follows from it."""
         bounded = replace(self, bound_nats=min(bound_nats, self.objective_nats))
+        status: Status = "time_limit" if time_is_up else "gap_left"
         # Rounding may leave the objective a little above what the solver stopped at.
-        status: Status = "within_gap" if bounded.gap <= gap * 1.01 else "time_limit"
-        return replace(bounded, status="optimal" if bounded.gap == 0.0 else status)
+        if bounded.gap <= gap * 1.01:
+            status = "within_gap" if bounded.gap else "optimal"
+        return replace(bounded, status=status)
 
 
 def checked(problem: Problem, choices: Sequence[Choice]) -> Solution:
@@ -115,7 +122,7 @@ def checked(problem: Problem, choices: Sequence[Choice]) -> Solution:
     loss = sum(option.loss_nats for option, _ in choices)
     _check_goal(problem, pairs, decode_s, loss)
     return Solution(
-        status="time_limit",
+        status="gap_left",
         objective_nats=problem.loss_weight * loss + problem.decode_price_nats_per_s * decode_s,
         bound_nats=0.0,
         choices=tuple(choices),

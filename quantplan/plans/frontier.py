@@ -43,7 +43,7 @@ class FrontierPoint(Frozen):
         decode_tps: Tokens per second of one request, with the context full.
         file_bytes: Tensor data of the file.
         context: Tokens of context.
-        status: ``optimal``, ``within_gap`` or ``time_limit``.
+        status: ``optimal``, ``within_gap``, ``gap_left`` or ``time_limit``.
         gap: Proven relative gap of the summed loss.
     """
 
@@ -238,7 +238,7 @@ def _fastest(problem: Problem, found: Solution, limits: Limits) -> Solution:
     known = checked(found.split(hurried), found.choices)
     fastest = solve(hurried, limits, [found.layer_devices], known=known) or known
     again = checked(fastest.split(problem), fastest.choices)
-    return again.with_bound(found.bound_nats, limits.gap)
+    return limits.judged(again, found.bound_nats)
 
 
 def _point(problem: Problem, limit: float, solution: Solution) -> FrontierPoint:

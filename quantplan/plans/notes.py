@@ -46,7 +46,11 @@ def plan_notes(machine: Machine, problem: Problem, solution: Solution) -> tuple[
     if kld_nats(solution.loss_nats) > link().valid_kld_nats:
         notes.append("the predicted loss is beyond what the loss model holds for: expect nonsense")
     if solution.status == "time_limit":
-        notes.append("the search ended before the gap was closed; the gap is what it proved")
+        notes.append("the time was up before the gap was closed; the gap is what was proved")
+    elif not solution.is_closed:
+        notes.append(
+            f"nothing better than this was found, and the proofs left a gap of {solution.gap:.1%}"
+        )
     return tuple(notes)
 
 

@@ -42,7 +42,7 @@ class Plan(Frozen):
         model: Name of the model.
         machine: The machine that it is for.
         workload: The workload that it is for.
-        status: ``optimal``, ``within_gap`` or ``time_limit``.
+        status: ``optimal``, ``within_gap``, ``gap_left`` or ``time_limit``.
         gap: Proven relative gap of the objective.
         devices: What is on each device.
         predicted: Speed, loss and size.

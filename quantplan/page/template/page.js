@@ -15,7 +15,7 @@ function showNumbers(plan) {
     ["Prefill, empty context", `${rate(empty.prefill_tps.expected)} tokens/s`, interval(empty.prefill_tps, rate)],
     ["Loss", `${loss(middle(plan.loss_nats))} nats/token`, interval(plan.loss_nats, loss)],
     ["Fits", `${plan.context} tokens`, ...plan.devices.map((d) => `${d.name}: ${gib(d.parts.free ?? 0)} free (margin ${gib(d.margin_bytes)})`)],
-    ["Proven gap", `${(plan.gap * 100).toFixed(3)} %`, plan.status === "time_limit" ? "the search ended early" : "the best plan is no better by more"],
+    ["Proven gap", `${(plan.gap * 100).toFixed(3)} %`, plan.status === "time_limit" ? "the time was up" : "the best plan is no better by more"],
   ];
   byId("numbers").replaceChildren(...rows.map(([name, ...values]) =>
     make("div", {}, make("dt", {}, name), ...values.map((value) => make("dd", {}, value)))));
