@@ -478,11 +478,20 @@ def test_a_long_turn_finds_its_context() -> None:
     assert made.predicted.turn_s <= 60
 
 
-def test_what_is_far_from_fitting_is_no_fault_of_the_solver() -> None:
-    """The relaxation of a model three times too large for two GPUs ends in an answer."""
-    machine = Machine.parse("2x RTX 3090 + 128GiB@60GB/s")
+@pytest.mark.parametrize(
+    ("model", "machine", "context", "tps"),
+    [
+        ("Kimi-K2-Instruct", "2x RTX 3090 + 128GiB@60GB/s", 16384, None),
+        ("GLM-4.5-Air", "RTX 4090 + 16GiB@60GB/s", 4096, 30.0),
+    ],
+)
+def test_what_does_not_fit_is_no_fault_of_the_solver(
+    model: str, machine: str, context: int, tps: float | None
+) -> None:
+    """The relaxation of a model that is too large, at a speed or without one, ends in an answer."""
+    work = Workload(context=context)
     with pytest.raises(NoPlanError, match="no plan fits"):
-        plan(read_inventory("Kimi-K2-Instruct"), machine, Workload(context=16384))
+        plan(read_inventory(model), Machine.parse(machine), work, min_decode_tps=tps)
 
 
 def test_the_ram_to_add_is_enough_with_the_margin_of_as_much() -> None:

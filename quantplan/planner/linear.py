@@ -164,10 +164,13 @@ class LinearProgram:
         ended = highspy.HighsModelStatus
         _BEFORE_RUNS.get()()
         highs.run()
-        if highs.getModelStatus() == ended.kUnknown:
-            # It may lose its way from the basis of the run before; from none it does not.
+        if highs.getModelStatus() in (ended.kUnknown, ended.kNotset, ended.kSolveError):
+            # It may lose its way from the basis of the run before, or in what presolve leaves of a
+            # program that is just infeasible; without both it does not.
             highs.clearSolver()
+            highs.setOptionValue("presolve", "off")
             highs.run()
+            highs.setOptionValue("presolve", "choose")
         status, info = highs.getModelStatus(), highs.getInfo()
         if status in (ended.kInfeasible, ended.kUnboundedOrInfeasible):
             return Answer("infeasible", math.inf, math.inf)
