@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ from quantplan.planner.solution import Solution
 from quantplan.planner.solve import solve_split
 from quantplan.planner.split import promising_split
 from quantplan.plans.frontier import Over
+from quantplan.policy import parse_rule
 from tests.support.models import toy_inventory
 
 GLM = "RTX 4090 + 64GiB@80GB/s"
@@ -390,6 +392,60 @@ def test_the_loss_that_is_named_is_enough(model: str, machine: str, most: float)
     assert value == named["loss"].value
     made = plan(inventory, devices, max_loss_nats=value, gap=0.05, baselines=False)
     assert made.predicted.loss_nats <= value
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_loss_nats": 0.02}, {"max_turn_s": 40.0}])
+def test_the_speed_that_is_named_is_enough(glm: Inventory, limits: dict[str, Any]) -> None:
+    """Where no plan is so fast, the speed named within the other limits can be had with them."""
+    machine = Machine.parse(GLM)
+    with pytest.raises(NoPlanError) as caught:
+        plan(glm, machine, min_decode_tps=1000, **limits)
+    (named,) = [change.value for change in caught.value.changes if change.kind == "speed"]
+    if not limits:
+        assert f"reaches {named:.2f} tokens/s" in str(caught.value)
+    made = plan(glm, machine, min_decode_tps=float(named), baselines=False, **limits)
+    assert made.predicted.decode_tps >= float(named)
+
+
+def test_limits_that_fail_together_are_told_from_one_that_fails_alone(glm: Inventory) -> None:
+    """Two limits that can be had one by one are said to fail together, not for one's sake."""
+    machine = Machine.parse(GLM)
+    with pytest.raises(NoPlanError, match="at the same time; each of these alone can be had"):
+        plan(glm, machine, min_decode_tps=20, max_loss_nats=0.005)
+    with pytest.raises(NoPlanError, match="at the same time: the fastest one"):
+        plan(glm, machine, min_decode_tps=40, max_loss_nats=0.005)
+
+
+def test_what_does_not_fit_at_any_speed_is_told_to_be_so(glm: Inventory) -> None:
+    """Where memory and speed are both out of reach, changes for the memory alone are named so."""
+    with pytest.raises(NoPlanError, match="fits, even without the limit on speed") as caught:
+        plan(glm, Machine.parse("RTX 4090 + 16GiB@60GB/s"), min_decode_tps=300)
+    assert caught.value.changes == ()
+    advice = str(caught.value).partition("Without the limit on speed any one")[2]
+    assert "GiB of RAM" in advice
+
+
+def test_types_below_those_of_the_policy_are_named_where_they_are_enough() -> None:
+    """A model far too large for the policy's types can be planned with the types that are named."""
+    inventory = read_inventory("Kimi-K2-Instruct")
+    machine, work = Machine.parse("2x RTX 5090 + 192GiB@80GB/s"), Workload(context=32768)
+    with pytest.raises(NoPlanError) as caught:
+        plan(inventory, machine, work)
+    changes = {change.kind: str(change.value) for change in caught.value.changes}
+    assert {"types", "ram", "vram"} <= set(changes)
+    pattern, types = parse_rule(changes["types"])
+    rules = policy().allow(pattern, *types)
+    made = plan(inventory, machine, work, policy=rules, gap=0.05, baselines=False)
+    assert {t.qtype for t in made.assignments} & {"IQ1_M", "IQ2_XXS"}
+
+
+def test_a_gpu_that_is_too_small_may_be_left_out() -> None:
+    """Where the RAM alone holds a model, and a GPU not even the output matrix, that is said."""
+    inventory = read_inventory("gemma-3-27b-it")
+    with pytest.raises(NoPlanError) as caught:
+        plan(inventory, Machine.parse("1GiB@100GB/s + 64GiB@60GB/s"))
+    assert "gpus" in {change.kind for change in caught.value.changes}
+    assert plan(inventory, Machine.parse("64GiB@60GB/s"), baselines=False).devices
 
 
 def test_no_loss_at_all_can_be_asked_for() -> None:

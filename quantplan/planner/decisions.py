@@ -8,7 +8,8 @@ from itertools import product
 from quantplan.costs.memory import CELL_PADDING
 from quantplan.errors import SolverError
 from quantplan.planner.bounds import Bounds, bounds_over_splits
-from quantplan.planner.diagnose import least_loss, longest_context, no_plan, with_context
+from quantplan.planner.changes import least_loss, longest_context, with_context
+from quantplan.planner.diagnose import no_plan
 from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem
 from quantplan.planner.search import Limits, any_solution, reachable_gap, solve
@@ -166,6 +167,8 @@ def _extremes(problem: Problem, limits: Limits) -> Iterator[Solution | None]:
     """Where to start from, the cheapest first; those of other goals may be beyond the limits."""
     yield any_solution(problem, limits.deadline)
     yield solve(replace(problem, goal=Goal(best="speed")), limits)
+    if problem.goal.min_decode_tps is not None and problem.goal.at_best_speed.limits:
+        yield solve(replace(problem, goal=problem.goal.at_best_speed), limits)
     if problem.goal.max_loss_nats is not None:
         yield least_loss(problem, limits)
 

@@ -1,7 +1,7 @@
 """What a plan is to be best at, and what it has to reach."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Status = Literal["optimal", "within_gap", "gap_left", "time_limit"]
@@ -40,6 +40,11 @@ class Goal:
         """What a plan is best at: speed where its loss is limited, else quality."""
         best: Literal["quality", "speed"] = "quality" if max_loss_nats is None else "speed"
         return cls(best, min_decode_tps, max_turn_s, max_loss_nats)
+
+    @property
+    def at_best_speed(self) -> "Goal":
+        """The fastest decoding within the other limits."""
+        return replace(self, best="speed", min_decode_tps=None)
 
     @property
     def limits(self) -> tuple[float, ...]:

@@ -68,11 +68,19 @@ class Problem:
 
     def with_policy(self, policy: Policy) -> "Problem":
         """The same problem with other rules, every layer on the output's device."""
-        made = build_problem(
-            self.inventory, self.machine, self.workload, policy, self.goal, evidence=self.evidence
-        )
-        made = replace(made, plans_with_high_end=self.plans_with_high_end)
+        made = self._rebuilt(self.machine, policy)
         return made.with_layers((self.output_device.name,) * self.n_layers, self.output)
+
+    def without_gpus(self) -> "Problem":
+        """The same problem on the RAM alone."""
+        return self._rebuilt(self.machine.model_copy(update={"gpus": ()}), self.policy)
+
+    def _rebuilt(self, machine: Machine, policy: Policy) -> "Problem":
+        """The same problem with the groups that a machine and rules make."""
+        made = build_problem(
+            self.inventory, machine, self.workload, policy, self.goal, evidence=self.evidence
+        )
+        return replace(made, plans_with_high_end=self.plans_with_high_end)
 
     @cached_property
     def devices(self) -> dict[str, Device]:
