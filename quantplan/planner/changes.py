@@ -18,7 +18,7 @@ from quantplan.planner.model import Model
 from quantplan.planner.problem import Problem
 from quantplan.planner.search import Limits, any_solution, solve
 from quantplan.planner.solution import Solution
-from quantplan.policy import SOURCE, Policy, parse_rule
+from quantplan.policy import SOURCE, Policy
 from quantplan.qtypes import qtype
 from quantplan.units import MIB, gib
 
@@ -302,8 +302,7 @@ def _types(problem: Problem, deadline: float) -> list[Change]:
         return f"{pattern}={','.join([*usual, *lower[:n_lower]])}"
 
     def allowed(n_lower: int) -> Problem:
-        pattern, names = parse_rule(rule(n_lower))
-        return problem.with_policy(policy.allow(pattern, *names))
+        return problem.with_policy(policy.allow(pattern, *usual, *lower[:n_lower]))
 
     n_lower = _smallest(range(1, len(lower) + 1), allowed, deadline)
     if n_lower is None:
@@ -315,7 +314,8 @@ def _types(problem: Problem, deadline: float) -> list[Change]:
 
 def _lower_types(policy: Policy) -> list[str]:
     """Types below all candidates, most bits first, without those that lose more for more bits."""
-    least = min(qtype(name).bpw for name in policy.candidates if name != SOURCE)
+    usual = [qtype(name).bpw for name in policy.candidates if name != SOURCE]
+    least = min(usual, default=0.0)
     errors = type_errors()
     below = [
         name
@@ -332,15 +332,23 @@ def _lower_types(policy: Policy) -> list[str]:
 
 
 def _roles_for(problem: Problem, names: Sequence[str]) -> list[str]:
-    """Roles of experts, or of what a dense model has in their place, that fit all of the types."""
+    """Roles of experts, or of what a dense model has in their place, that fit all of the types.
+
+    Those with a floor, and those that a person said something about, are left as they are.
+    """
     inventory, policy = problem.inventory, problem.policy
     classes = EXPERT_CLASSES if inventory.architecture.n_expert else ("ffn",)
-    rows: dict[str, set[int]] = {}
-    for tensor in inventory.tensors:
-        if tensor.role_class in classes and policy.rule(tensor.role_class).floor is None:
-            rows.setdefault(tensor.role, set()).add(tensor.shape_ne[0])
     blocks = {qtype(name).block for name in (*names, *policy.candidates) if name != SOURCE}
-    return sorted(r for r, found in rows.items() if not any(n % b for n in found for b in blocks))
+    all_roles, unfit = set(), set()
+    for tensor in inventory.tensors:
+        if tensor.role_class in classes:
+            all_roles.add(tensor.role)
+            is_open = policy.rule(tensor.role_class).floor is None
+            is_open = is_open and policy.tensor_rule(tensor) is None
+            is_whole = not any(tensor.shape_ne[0] % block for block in blocks)
+            if not (is_open and is_whole and qtype(tensor.qtype).is_float):
+                unfit.add(tensor.role)
+    return sorted(all_roles - unfit)
 
 
 def _floor(problem: Problem, deadline: float) -> list[Change]:
