@@ -412,8 +412,9 @@ def test_limits_that_fail_together_are_told_from_one_that_fails_alone(glm: Inven
     machine = Machine.parse(GLM)
     with pytest.raises(NoPlanError, match="at the same time; each of these alone can be had"):
         plan(glm, machine, min_decode_tps=20, max_loss_nats=0.005)
-    with pytest.raises(NoPlanError, match="at the same time: the fastest one"):
-        plan(glm, machine, min_decode_tps=40, max_loss_nats=0.005)
+    with pytest.raises(NoPlanError, match="at the same time: the fastest one") as caught:
+        plan(glm, machine, Workload(context=65536), min_decode_tps=40, max_loss_nats=0.005)
+    assert "with the context of 65536 tokens full" in str(caught.value)
 
 
 def test_what_does_not_fit_at_any_speed_is_told_to_be_so(glm: Inventory) -> None:

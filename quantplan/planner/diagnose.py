@@ -41,7 +41,7 @@ def no_plan(problem: Problem, time_limit_s: float) -> NoPlanError:
     """
     deadline = time.monotonic() + time_limit_s
     possible_by = time.monotonic() + _POSSIBLE_SHARE * time_limit_s
-    limits = _limits_of(problem.goal)
+    limits = _limits_of(problem.goal, problem.workload.context)
     if limits:
         fastest = solve(_unlimited(problem), replace(ROUGH, deadline=possible_by))
         if fastest is not None:
@@ -55,11 +55,11 @@ def _unlimited(problem: Problem) -> Problem:
     return replace(problem, goal=Goal(best="speed"))
 
 
-def _limits_of(goal: Goal) -> list[_Limit]:
+def _limits_of(goal: Goal, context: int) -> list[_Limit]:
     tps, turn_s, nats = goal.min_decode_tps, goal.max_turn_s, goal.max_loss_nats
     found = []
     if tps is not None:
-        clause = f"decodes {tps:g} tokens/s with the context full"
+        clause = f"decodes {tps:g} tokens/s with the context of {context} tokens full"
         found.append(_Limit("speed", clause, Goal(min_decode_tps=tps)))
     if turn_s is not None:
         clause = f"takes at most {turn_s:g} s for a turn"
