@@ -140,7 +140,7 @@ class Machine(MachineValue):
         9950X``); a RAM term alone is a machine without a GPU. A capacity behind a GPU's name is
         that of its memory: ``RTX 4090 48GiB``. ``RPC HOST:PORT`` before a GPU and ``@RATE,LATENCY``
         behind it make it one that another host lends (`quantplan.hardware.network.Network`); such
-        GPUs come first, as in llama.cpp. The path of a file is that of a profile (`is_profile`).
+        GPUs come first, as in llama.cpp. The path of a file is that of a profile.
 
         Where a GPU shares the RAM (Apple's chips, Radeon 8060S, GB10), the last term is all the
         memory of the machine, ``M3 Max + 64GiB``, and its bandwidth may be left out. The GPU has
