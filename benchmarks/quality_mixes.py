@@ -6,8 +6,8 @@ Usage: python benchmarks/quality_mixes.py [MODEL] [--chunks N] [--tokens T] [--s
 MODEL is SmolLM2-135M or another one of `benchmarks.small_models`; only gemma-3-270m is in a fit.
 It is quantized by llama.cpp itself into five of its mixes, and into quantplan's recipes of the same
 size (within 0.5 %), in two ways: without any measurement of the model, and with errors on its
-weights and an importance matrix. For the latter there is also llama.cpp's mix with the same matrix.
-The real llama.cpp then measures the KLD from the F16 source on text that no choice was made with:
+weights and an importance matrix. For the latter there are also llama.cpp's mix and the recipe
+without any measurement, quantized with the same matrix. The real llama.cpp then measures the KLD from the F16 source on text that no choice was made with:
 every other topic of Python's manual; the matrix is made with the topics between. A recipe wins
 where the paired bootstrap over chunks puts the 95 % interval of the ratio of mean KLDs below one.
 
@@ -180,6 +180,8 @@ def run_mix(bench: Bench, mix: str, evidence: Evidence | None, imatrix: Path | N
         tuned = bench.of_recipe("quantplan, weights and imatrix", n_bytes, evidence, imatrix)
         won.append(compare("quantplan, weights and imatrix against llama.cpp", tuned, stock))
         won.append(compare("the same against quantplan without", tuned, ours))
+        matrix_alone = bench.of_recipe("quantplan, imatrix alone", n_bytes, imatrix=imatrix)
+        won.append(compare("weights and imatrix against imatrix alone", tuned, matrix_alone))
         if abs(size / n_bytes - 1) <= SAME_SIZE:
             name = "the same against llama.cpp with imatrix"
             won.append(compare(name, tuned, stock_imatrix))
