@@ -7,9 +7,10 @@ MODEL is SmolLM2-135M or another one of `benchmarks.small_models`; only gemma-3-
 It is quantized by llama.cpp itself into five of its mixes, and into quantplan's recipes of the same
 size (within 0.5 %), in two ways: without any measurement of the model, and with errors on its
 weights and an importance matrix. For the latter there are also llama.cpp's mix and the recipe
-without any measurement, quantized with the same matrix. The real llama.cpp then measures the KLD from the F16 source on text that no choice was made with:
-every other topic of Python's manual; the matrix is made with the topics between. A recipe wins
-where the paired bootstrap over chunks puts the 95 % interval of the ratio of mean KLDs below one.
+without any measurement, quantized with the same matrix. The real llama.cpp then measures the KLD
+from the F16 source on text that no choice was made with: every other topic of Python's manual; the
+matrix is made with the topics between. A recipe wins where the paired bootstrap over chunks puts
+the 95 % interval of the ratio of mean KLDs below one.
 
 The F16 source is dithered (see `blurred_f16`), so types are compared on weights that lie on no
 grid; each seed is another dither, to see that nothing hangs on it. Only the first seed has the
