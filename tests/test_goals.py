@@ -34,6 +34,7 @@ from quantplan.costs import memory
 from quantplan.costs.quality import LossTable, kld_nats
 from quantplan.costs.speed import predict_speed
 from quantplan.planner.bounds import bound_with_layers_in_ram, bounds_over_splits
+from quantplan.planner.changes import least_loss
 from quantplan.planner.goal import Goal
 from quantplan.planner.milp import (
     add_cutoff,
@@ -415,6 +416,28 @@ def test_limits_that_fail_together_are_told_from_one_that_fails_alone(glm: Inven
     with pytest.raises(NoPlanError, match="at the same time: the fastest one") as caught:
         plan(glm, machine, Workload(context=65536), min_decode_tps=40, max_loss_nats=0.005)
     assert "with the context of 65536 tokens full" in str(caught.value)
+
+
+def test_the_fastest_plan_says_which_loss_would_do_in_no_time() -> None:
+    """Where no time is left, the loss of a plan that is fast enough is known all the same."""
+    machine = Machine.parse("2x RTX 3090 + 64GiB@60GB/s")
+    free = build_problem(
+        read_inventory("GLM-4.5-Air"), machine, Workload(), policy(), Goal(best="speed")
+    )
+    fastest = search(free, Limits(1e-3, math.inf))
+    assert fastest is not None
+    asked = replace(free, goal=Goal.within(0.999 / fastest.decode_s, None, 0.0))
+    least = least_loss(asked, Limits(1e-3, 0.0), fastest)
+    assert least is not None
+    assert least.loss_nats <= fastest.loss_nats
+
+
+def test_a_turn_that_can_be_had_is_named_though_many_gpus_take_long() -> None:
+    """Where nothing is found in a change's share of the time, it has what the others left."""
+    machine = Machine.parse("8x RTX 3090 + 512GiB@300GB/s")
+    with pytest.raises(NoPlanError) as caught:
+        plan(read_inventory("Kimi-K2-Instruct"), machine, max_turn_s=20)
+    assert [change.kind for change in caught.value.changes] == ["turn"]
 
 
 def test_what_does_not_fit_at_any_speed_is_told_to_be_so(glm: Inventory) -> None:

@@ -17,14 +17,14 @@ from quantplan.planner.milp import build_relaxation
 from quantplan.planner.model import Model
 from quantplan.planner.problem import Problem
 from quantplan.planner.search import Limits, any_solution, solve
-from quantplan.planner.solution import Solution
+from quantplan.planner.solution import Solution, within_limits
 from quantplan.policy import SOURCE, Policy
 from quantplan.qtypes import qtype
 from quantplan.units import MIB, gib
 
 # Memory is named in steps of a quarter of a GiB, times and losses in hundredths of themselves.
 _MEMORY_STEP = 2**28
-_TRIES = 5
+_TRIES = 6
 # Gap at which the least loss, or the fastest plan, is known well enough.
 ROUGH = Limits(1e-3, math.inf, 5e-4)
 ANY_TPS = 1e-6
@@ -57,13 +57,21 @@ def smallest_changes(
     if goal.max_turn_s is not None:
         finders.append(partial(_limit, "turn", goal.max_turn_s))
     if goal.max_loss_nats is not None:
-        finders.append(_loss)
+        finders.append(partial(_loss, fastest))
     if goal.max_file_bytes is not None:
         finders.append(partial(_limit, "size", goal.max_file_bytes))
+    n_asked = len(finders)
     finders += [_kv_type, _context, _types, partial(_memory, "ram")]
     if problem.machine.gpus:
         finders += [partial(_memory, "vram"), _without_gpus]
     finders.append(_floor)
+    # Where nothing is found, changes of what was asked have the time that the others left.
+    return _found_by(finders, problem, deadline) or _found_by(finders[:n_asked], problem, deadline)
+
+
+def _found_by(
+    finders: Sequence[Callable[[Problem, float], list[Change]]], problem: Problem, deadline: float
+) -> tuple[Change, ...]:
     found: list[Change] = []
     for n, finder in enumerate(finders):
         # None may use up the time of those after it; the first, about what was asked, get most.
@@ -146,12 +154,12 @@ def _limit(kind: str, limit: float, problem: Problem, deadline: float) -> list[C
     return [] if value is None else [_limit_change(kind, value)]
 
 
-def _loss(problem: Problem, deadline: float) -> list[Change]:
+def _loss(fastest: Solution | None, problem: Problem, deadline: float) -> list[Change]:
     """The least loss within the other limits.
 
     It is solved for, not sought from what the relaxation reaches, which may be far below.
     """
-    least = least_loss(problem, replace(ROUGH, deadline=deadline))
+    least = least_loss(problem, replace(ROUGH, deadline=deadline), fastest)
     if least is None:
         return []
     # A little above, and rounded up, so that the loss named can be asked for.
@@ -165,11 +173,22 @@ def _rounded_up(value: float) -> str:
     return f"{math.ceil(value * 10**places) / 10**places:.{places}f}"
 
 
-def least_loss(problem: Problem, limits: Limits) -> Solution | None:
-    """The solution of least loss within all limits but that on the loss, whatever time costs."""
+def least_loss(
+    problem: Problem, limits: Limits, fastest: Solution | None = None
+) -> Solution | None:
+    """The solution of least loss within all limits but that on the loss, whatever time costs.
+
+    Args:
+        problem: Groups, budgets and limits.
+        limits: When to stop.
+        fastest: The fastest solution without any limit, where it is known; a start where it keeps
+            to the other limits, and so an answer where the time is short.
+    """
     speed = problem.goal.min_decode_tps or ANY_TPS
     goal = replace(problem.goal, best="quality", min_decode_tps=speed, max_loss_nats=None)
-    return solve(replace(problem, goal=goal), limits)
+    unlimited = replace(problem, goal=goal)
+    known = fastest and within_limits(unlimited, fastest)
+    return solve(unlimited, limits, [known.layer_devices] if known else (), known=known)
 
 
 def _with_limit(problem: Problem, kind: str, value: float) -> Problem:

@@ -13,7 +13,7 @@ from quantplan.planner.diagnose import no_plan
 from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem
 from quantplan.planner.search import Limits, any_solution, reachable_gap, solve
-from quantplan.planner.solution import Solution, checked
+from quantplan.planner.solution import Solution, within_limits
 
 # No loss of a quantized KV cache was measured for whole models, so the integer program cannot weigh
 # it. F16 is kept unless Q8_0 makes the objective at least a tenth smaller, or is needed to fit.
@@ -156,7 +156,7 @@ def _from_extremes(candidates: list[Variant], limits: Limits) -> tuple[Problem, 
         if problem.machine.gpus and not bounds_over_splits(problem):
             continue
         for start in filter(None, _extremes(problem, limits)):
-            known = _within_limits(problem, start)
+            known = within_limits(problem, start)
             solution = solve(problem, limits, [start.layer_devices], known=known)
             if solution is not None:
                 return solution.split(problem), solution
@@ -171,14 +171,6 @@ def _extremes(problem: Problem, limits: Limits) -> Iterator[Solution | None]:
         yield solve(replace(problem, goal=problem.goal.at_best_speed), limits)
     if problem.goal.max_loss_nats is not None:
         yield least_loss(problem, limits)
-
-
-def _within_limits(problem: Problem, found: Solution) -> Solution | None:
-    """A solution to the problem with other limits, where it keeps to these too."""
-    try:
-        return checked(found.split(problem), found.choices)
-    except SolverError:
-        return None
 
 
 def _at_longest_context(candidates: list[Variant], limits: Limits) -> list[Variant]:

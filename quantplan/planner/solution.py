@@ -134,6 +134,14 @@ def checked(problem: Problem, choices: Sequence[Choice]) -> Solution:
     )
 
 
+def within_limits(problem: Problem, found: Solution) -> Solution | None:
+    """A solution to the problem with other limits, where it keeps to these too."""
+    try:
+        return checked(found.split(problem), found.choices)
+    except SolverError:
+        return None
+
+
 def _check_goal(
     problem: Problem,
     pairs: Sequence[tuple[Group, Choice]],
