@@ -82,6 +82,17 @@ def test_a_huge_row_that_a_type_loses_counts_in_full(tmp_path: Path) -> None:
     assert found.errors[NAME]["Q4_0"] == pytest.approx(lost, rel=0.05)
 
 
+@pytest.mark.parametrize("rows_per_tensor", [8, 16])
+def test_heavy_rows_hide_no_others_in_a_small_sample(tmp_path: Path, rows_per_tensor: int) -> None:
+    """Rows that are in every sample count there as among all rows, also where they are half."""
+    weights = gaussian(1000, 256)
+    weights[::125] = 40  # which Q4_K hits
+    source = model(tmp_path / "m.gguf", weights)
+    every = measure_weights(source, ["Q4_K"], rows_per_tensor=1000).errors[NAME]
+    found = measure_weights(source, ["Q4_K"], rows_per_tensor=rows_per_tensor).errors[NAME]
+    assert found["Q4_K"] == pytest.approx(every["Q4_K"], rel=0.15)
+
+
 @pytest.mark.parametrize("scale", [0, 1e-9])
 def test_dead_rows_say_nothing(tmp_path: Path, scale: float) -> None:
     """Most of the rows are zeros, or nearly so: the error is that of the others."""

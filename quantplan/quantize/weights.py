@@ -318,7 +318,15 @@ def _mean_error(
     """
     alive = total > _DEAD * total.max()
     lost, total, stands_for = lost[alive], total[alive], stands_for[alive]
-    capped = np.minimum(total, _MOST_OF_MEDIAN * np.median(total))
+    capped = np.minimum(total, _MOST_OF_MEDIAN * _median(total, stands_for))
     return max(
         float(np.average(lost / total, weights=stands_for * norms)) for norms in (capped, total)
     )
+
+
+def _median(values: NDArray[np.float64], stands_for: NDArray[np.float64]) -> float:
+    """The median of values that stand for several each."""
+    order = np.argsort(values)
+    upto = np.cumsum(stands_for[order])
+    middle = [np.searchsorted(upto, upto[-1] / 2, side) for side in ("left", "right")]
+    return float(np.mean(values[order][middle]))
