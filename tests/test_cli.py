@@ -200,6 +200,7 @@ def test_prediction_knows_ik_llama_cpp_and_a_margin() -> None:
           "--", "-ngl", "9"], "not both"),
         (["predict", "GLM-4.5-Air", "--machine", "24GiB + 64GiB@80GB/s", "--recipe", "a.json",
           "--ftype", "Q4_K_M"], "--ftype or --recipe, not both"),
+        (["show", "GLM-4.5-Air", "--imatrix"], "name one with --ftype"),
         (["plan", "GLM-4.5-Ai", "--machine", "24GiB + 64GiB@80GB/s"], "GLM-4.5-Air"),
         (["plan", "GLM-4.5-Air", "--machine", "RTX 4091 + 64GiB@80GB/s"], "RTX 4090"),
         (["plan", "GLM-4.5-Air", "--machine", "RTX 4090"], "64GiB@80GB/s"),

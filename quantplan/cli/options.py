@@ -122,10 +122,16 @@ def read_model(source: str) -> "Inventory":
 
 
 def in_mix(inventory: "Inventory", ftype: str | None, *, has_imatrix: bool) -> "Inventory":
-    """The model in the types of a stock mix; as it is where none is named."""
+    """The model in the types of a stock mix; as it is where none is named.
+
+    Raises:
+        InputError: There is an importance matrix and no mix that it could change.
+    """
     import quantplan as qp  # noqa: PLC0415
 
     if ftype is None:
+        if has_imatrix:
+            raise InputError("--imatrix changes the types of a mix; name one with --ftype")
         return inventory
     return inventory.with_qtypes(qp.stock_mix(inventory, ftype, has_imatrix=has_imatrix))
 
