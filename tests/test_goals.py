@@ -440,6 +440,20 @@ def test_a_turn_that_can_be_had_is_named_though_many_gpus_take_long() -> None:
     assert [change.kind for change in caught.value.changes] == ["turn"]
 
 
+@pytest.mark.parametrize("kind", ["ram", "vram"])
+def test_memory_that_is_shared_is_added_to_a_part(kind: str) -> None:
+    """On a chip with one memory what to add is named as a part, and is enough with all margins."""
+    inventory, machine = read_inventory("Qwen3-32B"), Machine.parse("M3 Max 10GiB + 16GiB")
+    with pytest.raises(NoPlanError, match="of memory to the GPU's part of it") as caught:
+        plan(inventory, machine)
+    assert "RAM (" not in str(caught.value)
+    parts = {"ram": machine.ram.capacity_bytes, "vram": machine.gpus[0].capacity_bytes}
+    (parts[kind],) = [int(change.value) for change in caught.value.changes if change.kind == kind]
+    gpu, total = (n_bytes // 2**20 for n_bytes in (parts["vram"], sum(parts.values())))
+    grown = Machine.parse(f"M3 Max {gpu}MiB + {total}MiB")
+    assert plan(inventory, grown, baselines=False).devices
+
+
 def test_what_does_not_fit_at_any_speed_is_told_to_be_so(glm: Inventory) -> None:
     """Where memory and speed are both out of reach, changes for the memory alone are named so."""
     with pytest.raises(NoPlanError, match="fits, even without the limit on speed") as caught:

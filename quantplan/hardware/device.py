@@ -6,7 +6,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from quantplan.errors import MachineError
 from quantplan.hardware.network import Network
-from quantplan.hardware.table import GpuSpec, load_hardware, vendor_of
+from quantplan.hardware.table import GpuSpec, is_unified, load_hardware, vendor_of
 from quantplan.llama_cpp import Vendor
 from quantplan.schema import Frozen, shortened
 
@@ -90,12 +90,23 @@ class Device(MachineValue):
         """Capacity less margin."""
         return max(0, self.capacity_bytes - self.margin_bytes)
 
-    def with_more(self, n_bytes: int) -> Self:
-        """The same device with so many more bytes; a margin that is the usual one grows with it."""
+    @property
+    def shares_ram(self) -> bool:
+        """Whether it is a GPU whose memory is a part of this host's RAM."""
+        return self.network is None and is_unified(self.model)
+
+    def with_more(self, n_bytes: int, shared: tuple[int, int] = (0, 0)) -> Self:
+        """The same device with so many more bytes; a margin that is the usual one grows with it.
+
+        Args:
+            n_bytes: How many more.
+            shared: What GPUs have of the same memory before and after: a usual margin is of all.
+        """
         kind: Literal["gpu", "ram"] = "gpu" if self.kind == "gpu" else "ram"
         capacity, margin = self.capacity_bytes + n_bytes, self.margin_bytes
-        if margin == _margin(self.capacity_bytes, kind):
-            margin = _margin(capacity, kind)
+        for before, after in ((0, 0), shared):
+            if self.margin_bytes == _margin(self.capacity_bytes + before, kind):
+                margin = _margin(capacity + after, kind)
         return self.model_copy(update={"capacity_bytes": capacity, "margin_bytes": margin})
 
     def slowdowns(self) -> str:

@@ -99,6 +99,11 @@ def vendor_of(model: str) -> Vendor | None:
     return vendor
 
 
+def is_unified(model: str) -> bool:
+    """Whether the memory of the GPU of that name in the table is a part of its host's RAM."""
+    return "unified" in load_hardware()["gpus"].get(model, {})
+
+
 def find_gpu(text: str, capacity_bytes: int | None = None) -> GpuSpec | None:
     """The known GPU that a driver means, with the table's memory; None where there is none.
 

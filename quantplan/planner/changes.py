@@ -228,16 +228,24 @@ def _memory_change(machine: Machine, kind: Literal["ram", "vram"], more: int) ->
     total = sum(device.capacity_bytes for device in devices) + more
     share = ", shared by all GPUs" if len(devices) > 1 else ""
     text = f"Add {gib(more)} of {kind.upper()}{share} ({gib(total)} in all)"
+    if any(gpu.shares_ram for gpu in machine.gpus):
+        owner = "CPU's" if kind == "ram" else "GPUs'" if len(devices) > 1 else "GPU's"
+        text = f"Add {gib(more)} of memory to the {owner} part of it ({gib(total)} then)"
     return Change(kind, total, text)
 
 
 def _with_memory(problem: Problem, kind: Literal["ram", "vram"], more: float) -> Problem:
     machine = problem.machine
-    devices = (machine.ram,) if kind == "ram" else machine.gpus
-    each = math.ceil(more / len(devices))
-    grown = tuple(device.with_more(each) for device in devices)
-    changes: dict[str, object] = {"ram": grown[0]} if kind == "ram" else {"gpus": grown}
-    return replace(problem, machine=machine.model_copy(update=changes))
+    if kind == "ram":
+        more_ram, gpus = math.ceil(more), machine.gpus
+    else:
+        each = math.ceil(more / len(machine.gpus))
+        more_ram, gpus = 0, tuple(gpu.with_more(each) for gpu in machine.gpus)
+    before, after = (
+        sum(gpu.capacity_bytes for gpu in every if gpu.shares_ram) for every in (machine.gpus, gpus)
+    )
+    grown = {"ram": machine.ram.with_more(more_ram, (before, after)), "gpus": gpus}
+    return replace(problem, machine=machine.model_copy(update=grown))
 
 
 def with_context(problem: Problem, context: int) -> Problem:
