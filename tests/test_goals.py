@@ -440,6 +440,13 @@ def test_a_turn_that_can_be_had_is_named_though_many_gpus_take_long() -> None:
     assert [change.kind for change in caught.value.changes] == ["turn"]
 
 
+def test_limits_that_no_single_change_reaches_are_told_to_need_several(glm: Inventory) -> None:
+    """Where advice about one thing cannot be had, the message does not end without any."""
+    with pytest.raises(NoPlanError, match="change more than one thing") as caught:
+        plan(glm, Machine.parse("96GiB@60GB/s"), min_decode_tps=500, max_turn_s=1)
+    assert caught.value.changes == ()
+
+
 @pytest.mark.parametrize("kind", ["ram", "vram"])
 def test_memory_that_is_shared_is_added_to_a_part(kind: str) -> None:
     """On a chip with one memory what to add is named as a part, and is enough with all margins."""

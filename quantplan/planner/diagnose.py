@@ -15,6 +15,7 @@ from quantplan.units import gib
 # Share of the time for what is possible at all; the rest is for changes.
 _POSSIBLE_SHARE = 0.25
 _ENOUGH = "Any one of these changes is enough:"
+_NONE_ENOUGH = "\nNo single change was found that is enough: change more than one thing."
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def no_plan(problem: Problem, time_limit_s: float) -> NoPlanError:
         if fastest is not None:
             message = _out_of_reach(problem, limits, fastest, possible_by)
             changes = smallest_changes(problem, deadline, fastest)
-            return NoPlanError(message + _advice(_ENOUGH, changes), changes=changes)
+            advice = _advice(_ENOUGH, changes) or _NONE_ENOUGH
+            return NoPlanError(message + advice, changes=changes)
     return _too_large(problem, limits, deadline)
 
 
