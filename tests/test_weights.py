@@ -181,6 +181,14 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
         measure_weights(model(tmp_path / "m.gguf", weights), ["Q4_K"])
 
 
+def test_a_matrix_for_other_tensors_is_not_taken_for_a_quantized_model(tmp_path: Path) -> None:
+    """Where the importance matrix that a type needs has none of the tensors, that is said."""
+    source = model(tmp_path / "m.gguf", gaussian(16, 256))
+    other = {"blk.7.ffn_up.weight": np.ones((1, 256), dtype=np.float32)}
+    with pytest.raises(InputError, match="not in the importance matrix"):
+        measure_weights(source, ["IQ2_XXS"], imatrix=other)
+
+
 def test_a_quantized_model_has_no_errors_to_measure(tmp_path: Path) -> None:
     """Of a model that is quantized already nothing is written, and the message says why."""
     source = model(tmp_path / "m.gguf", gaussian(64, 256))

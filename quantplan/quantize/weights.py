@@ -117,8 +117,8 @@ def measure_weights(
 
     Raises:
         InputError: A type is unknown, none that ggml quantizes to, or needs an importance matrix
-            that is not given, the number of rows is below 1, or the importance matrix is another
-            model's.
+            that is not given, the number of rows is below 1, the importance matrix is another
+            model's, or no type can be measured on any matrix.
         SourceError: The source cannot be read, is big-endian, or is quantized already.
         QuantizeError: The library cannot be used, or a sampled weight is not finite.
     """
@@ -150,11 +150,12 @@ def measure_weights(
     if any(misfits):
         raise InputError(filter(None, misfits))
     n_tensors = sum(len(header.tensors) for _, header in files)
-    n_done = 0
+    n_done = n_matrices = 0
     for path, header in files:
         content = np.memmap(path, dtype=np.uint8, mode="r")
         for entry in header.tensors:
             if is_quantizable(entry.name, entry.shape_ne) and entry.qtype.is_float:
+                n_matrices += 1
                 importance = _by_expert(entry, imatrix)
                 is_weighted = importance is not None and split_layer(entry.name)[0] is not None
                 columns = importance if is_weighted else None
@@ -166,6 +167,11 @@ def measure_weights(
             n_done += 1
             if progress is not None:
                 progress(n_done, n_tensors)
+    if not errors and n_matrices:
+        raise InputError(
+            f"no type could be measured on {source}: its matrices are zeros, fit none of the "
+            "types, or are not in the importance matrix that the types need"
+        )
     if not errors:
         raise SourceError(
             f"{source} has no matrices of F32, F16 or BF16 to measure: it is quantized already"
