@@ -432,14 +432,6 @@ def test_the_fastest_plan_says_which_loss_would_do_in_no_time() -> None:
     assert least.loss_nats <= fastest.loss_nats
 
 
-def test_a_turn_that_can_be_had_is_named_though_many_gpus_take_long() -> None:
-    """Where nothing is found in a change's share of the time, it has what the others left."""
-    machine = Machine.parse("8x RTX 3090 + 512GiB@300GB/s")
-    with pytest.raises(NoPlanError) as caught:
-        plan(read_inventory("Kimi-K2-Instruct"), machine, max_turn_s=20)
-    assert [change.kind for change in caught.value.changes] == ["turn"]
-
-
 def test_limits_that_no_single_change_reaches_are_told_to_need_several(glm: Inventory) -> None:
     """Where advice about one thing cannot be had, the message does not end without any."""
     with pytest.raises(NoPlanError, match="change more than one thing") as caught:
