@@ -81,6 +81,7 @@ ORDER = [
     "planner.solution",
     "planner.solve",
     "planner.search",
+    "planner.context",
     "planner.changes",
     "planner.diagnose",
     "planner.decisions",

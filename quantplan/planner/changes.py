@@ -12,7 +12,7 @@ from quantplan.costs.quality import kld_nats, type_errors
 from quantplan.errors import Change
 from quantplan.hardware.machine import Machine
 from quantplan.inventory.roles import EXPERT_CLASSES
-from quantplan.planner.bounds import bounds_over_splits
+from quantplan.planner.context import longest_context
 from quantplan.planner.milp import build_relaxation
 from quantplan.planner.model import Model
 from quantplan.planner.problem import Problem
@@ -246,45 +246,6 @@ def _with_memory(problem: Problem, kind: Literal["ram", "vram"], more: float) ->
     )
     grown = {"ram": machine.ram.with_more(more_ram, (before, after)), "gpus": gpus}
     return replace(problem, machine=machine.model_copy(update=grown))
-
-
-def with_context(problem: Problem, context: int) -> Problem:
-    """The problem with another context."""
-    workload = problem.workload.model_copy(update={"context": context})
-    return replace(problem, workload=workload)
-
-
-def longest_context(problem: Problem, most: int, deadline: float) -> tuple[int, int] | None:
-    """The longest context, in steps of whole cells (256), with which there is a solution.
-
-    A relaxation says how long it can be at most; from there solutions are looked for at ever
-    shorter contexts.
-
-    Args:
-        problem: Groups, budgets and goal.
-        most: Longest context that is wanted.
-        deadline: When the time is up, on the monotonic clock.
-
-    Returns:
-        The longest that was found, and the one that no context is above; None where none is.
-    """
-    low, high = 0, max(1, most // CELL_PADDING)
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = bool(bounds_over_splits(with_context(problem, middle * CELL_PADDING)))
-        low, high = (middle, high) if fits else (low, middle - 1)
-    if low == 0:
-        return None
-    bound, fits_at, fails_at, step = low, 0, low + 1, 1
-    while fits_at + 1 < fails_at and time.monotonic() < deadline:
-        at = max(fits_at + 1, fails_at - step) if not fits_at else (fits_at + fails_at) // 2
-        if any_solution(with_context(problem, at * CELL_PADDING), deadline):
-            fits_at = at
-        else:
-            fails_at, step = at, 2 * step
-        if fails_at <= 1:
-            return None
-    return (fits_at * CELL_PADDING, bound * CELL_PADDING) if fits_at else None
 
 
 def _context(problem: Problem, deadline: float) -> list[Change]:

@@ -8,7 +8,8 @@ from itertools import product
 from quantplan.costs.memory import CELL_PADDING
 from quantplan.errors import SolverError
 from quantplan.planner.bounds import Bounds, bounds_over_splits
-from quantplan.planner.changes import least_loss, longest_context, with_context
+from quantplan.planner.changes import least_loss
+from quantplan.planner.context import longest_context, with_context
 from quantplan.planner.diagnose import no_plan
 from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem

@@ -14,7 +14,8 @@ from quantplan.errors import InputError
 from quantplan.given import check_given
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
-from quantplan.planner.changes import ANY_TPS, with_context
+from quantplan.planner.changes import ANY_TPS
+from quantplan.planner.context import with_context
 from quantplan.planner.diagnose import no_plan
 from quantplan.planner.goal import Goal, Status
 from quantplan.planner.problem import Problem, build_problem
