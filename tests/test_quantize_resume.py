@@ -1,6 +1,7 @@
 """Quantizing that is interrupted: what is left, and that going on gives the identical file."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -11,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from quantplan.errors import QuantizeError, RecipeError, SourceError, WeightError
 from quantplan.inventory.header import read_header
-from quantplan.quantize import Progress, quantize
+from quantplan.quantize import Progress, partial, quantize
 from quantplan.quantize.partial import PartialFile
 from quantplan.recipe import Recipe
 from tests.support.models import toy_moe
@@ -162,14 +165,38 @@ def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_signal_while_a_file_is_begun_leaves_nothing(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between the first file and the first byte there is nothing to keep either."""
-    monkeypatch.setattr(PartialFile, "_note", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        PartialFile(target, "job", resume=False)
-    assert beside(target) == {"q.gguf"}
+def begin_with_signal(target: Path, n: int) -> None:
+    """Begins a file, with a signal at the ``n``-th line of its module that is run, if there is."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        nonlocal lines
+        if frame.f_code.co_filename != partial.__file__:
+            return None
+        lines += event == "line"
+        if event == "line" and lines == n:
+            interrupted()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with PartialFile(target, "job", resume=False):
+            sys.settrace(None)
+    finally:
+        sys.settrace(before)
+
+
+def test_a_signal_while_a_file_is_begun_leaves_nothing(target: Path) -> None:
+    """Wherever it comes before the first byte, no file is left."""
+    for n in itertools.count(1):
+        try:
+            begin_with_signal(target, n)
+        except KeyboardInterrupt:
+            assert beside(target) == {"q.gguf"}, n
+        else:
+            break
+    assert n > 30  # it was interrupted everywhere
 
 
 def test_a_signal_while_earlier_work_is_read_takes_nothing(
@@ -181,7 +208,7 @@ def test_a_signal_while_earlier_work_is_read_takes_nothing(
         part.mark()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(PartialFile, "_find_last_good_place", interrupted)
-        PartialFile(target, "job", resume=True)
+        PartialFile(target, "job", resume=True).__enter__()
     with PartialFile(target, "job", resume=True) as part:
         assert part.n_bytes == len(b"good")
 

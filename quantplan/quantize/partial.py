@@ -12,7 +12,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from quantplan.errors import QuantizeError, RecipeError
 
@@ -32,7 +32,7 @@ def _partial(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-class PartialFile(contextlib.AbstractContextManager["PartialFile"]):
+class PartialFile:
     """An unfinished file beside a target.
 
     Attributes:
@@ -42,50 +42,64 @@ class PartialFile(contextlib.AbstractContextManager["PartialFile"]):
     """
 
     def __init__(self, target: Path, job: str, *, resume: bool) -> None:
-        """Starts the file, or continues that of an earlier run after its last good place.
+        """Writes nothing yet.
 
         Args:
             target: File to write in the end.
             job: Identifies every byte that will be written.
             resume: Whether to continue; where there is nothing to continue, the file is started.
-
-        Raises:
-            QuantizeError: The file cannot be written, or another process is writing it.
-            RecipeError: The unfinished file belongs to another job.
         """
         self._target = target
+        self._job = job
+        self._resume = resume
         self.path = _partial(target)
         self._journal_path = target.with_name(f".{target.name}.journal")
         self.n_bytes = self.crc = 0
         # What is there already stays, whatever happens before its last good place is found.
         self._is_worth_keeping = resume and self.path.exists()
-        # Closes in the end, and at once where a signal comes in between.
-        with contextlib.ExitStack() as opened, self._explained():
-            self._journal: IO[bytes] = opened.enter_context(self._journal_path.open("a+b"))
-            self._lock()
-            opened.callback(self._tidy)
-            self._file: IO[bytes] = self.path.open("a+b")
-            opened.callback(self._close_file)
-            if resume:
-                self._find_last_good_place(job)
-            self._is_worth_keeping = self.n_bytes > 0
-            self._file.truncate(self.n_bytes)
-            if not self.n_bytes:
-                self._journal.truncate(0)
-                self._note({"job": job})
-            self._opened = opened.pop_all()
+        self._opened = contextlib.ExitStack()
 
-    def _lock(self) -> None:
+    def __enter__(self) -> Self:
+        """Starts the file, or continues that of an earlier run after its last good place.
+
+        Raises:
+            QuantizeError: The file cannot be written, or another process is writing it.
+            RecipeError: The unfinished file belongs to another job.
+        """
+        try:  # a signal may come at any line
+            self._opened.callback(self._tidy)
+            with self._explained():
+                self._open()
+            return self
+        except BaseException:
+            self._opened.close()
+            raise
+
+    def _open(self) -> None:
+        self._journal: IO[bytes] = self._opened.enter_context(self._journal_path.open("a+b"))
+        self._lock(self._journal)
+        # A full disk refuses, when the file is closed, what is still buffered.
+        self._opened.enter_context(contextlib.suppress(OSError))
+        self._file: IO[bytes] = self._opened.enter_context(self.path.open("a+b"))
+        if self._resume:
+            self._find_last_good_place()
+        self._is_worth_keeping = self.n_bytes > 0
+        self._file.truncate(self.n_bytes)
+        if not self.n_bytes:
+            self._journal.truncate(0)
+            self._note({"job": self._job})
+
+    def _lock(self, journal: IO[bytes]) -> None:
         """Refuses to write what another process is writing, where the system can tell."""
         with contextlib.suppress(ImportError):
             import fcntl  # noqa: PLC0415 (Windows has none)
 
             try:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise QuantizeError(f"{self._target} is being written by another process") from None
 
-    def _find_last_good_place(self, job: str) -> None:
+    def _find_last_good_place(self) -> None:
         """Reads the unfinished file up to the last place where it is what the journal says."""
         self._journal.seek(0)
         notes = []
@@ -94,7 +108,7 @@ class PartialFile(contextlib.AbstractContextManager["PartialFile"]):
                 notes.append(json.loads(line))
         if not notes:
             return
-        if notes[0].get("job") != job:
+        if notes[0].get("job") != self._job:
             raise RecipeError(
                 f"{self.path} was begun with another recipe, source, importance matrix or version; "
                 "give the same ones to continue, or do without resuming to start again"
@@ -120,15 +134,17 @@ class PartialFile(contextlib.AbstractContextManager["PartialFile"]):
         """Closes the file; unless `commit` has renamed it, it stays if it can be continued."""
         self._opened.close()
 
-    def _close_file(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
-            self._file.close()
-
     def _tidy(self) -> None:
-        """Removes what cannot be continued."""
-        if os.name == "nt":  # where an open file cannot be removed; elsewhere the lock holds
-            self._journal.close()
-        if not self._is_worth_keeping:
+        """Removes what cannot be continued, unless it is another process's by now."""
+        if self._is_worth_keeping:
+            return
+        with (
+            contextlib.suppress(OSError, QuantizeError),
+            self._journal_path.open("a+b") as journal,
+        ):
+            self._lock(journal)
+            if os.name == "nt":  # where an open file cannot be removed; elsewhere the lock holds
+                journal.close()
             self.path.unlink(missing_ok=True)
             self._journal_path.unlink(missing_ok=True)
 
