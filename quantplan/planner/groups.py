@@ -65,9 +65,9 @@ class Group:
     n_crossings: float
 
     @property
-    def has_experts(self) -> bool:
-        """Whether these are experts, which may be on any GPU."""
-        return self.tensors[0].is_expert
+    def may_roam(self) -> bool:
+        """Whether they may be on any GPU, as experts may, with or without their layer."""
+        return self.place == "free" and self.tensors[0].is_expert
 
 
 def form_groups(

@@ -157,7 +157,7 @@ def add_layers(model: Model) -> None:
 
     sum_d layers[i,d] = layers with a cache of kind i, and for the shapes k of groups that stay with
     their layers, all of which are of one kind: sum_o x[k,o,d] = layers[i,d], or <= where some of
-    the kind's layers have no such group.
+    the kind's layers have no such group. So for GPUs d too, and groups that may leave for RAM only.
     """
     problem = model.problem
     numbers = Counter(problem.cache_kinds)
@@ -168,15 +168,17 @@ def add_layers(model: Model) -> None:
             )
         parts = {model.layers[kind, name]: 1.0 for _, name in model.layer_pools}
         model.lp.add_row(f"layers_{i}", parts, equal=n_layers)
+    ram = problem.machine.ram.name
     for k, shape in enumerate(model.shapes):
-        if shape.group.place != "layer" or shape.group.layer is None:
+        group = shape.group
+        if group.place not in ("layer", "free") or group.layer is None or group.may_roam:
             continue
-        kind = problem.cache_kinds[shape.group.layer]
+        kind = problem.cache_kinds[group.layer]
         for d, name in model.layer_pools:
             terms = {model.layers[kind, name]: -1.0, **_counts(model, k, name)}
-            if shape.n_groups == numbers[kind]:
+            if group.place == "layer" and shape.n_groups == numbers[kind]:
                 model.lp.add_row(f"stays_{k}_{d}", terms, equal=0.0)
-            else:
+            elif group.place == "layer" or name != ram:
                 model.lp.add_row(f"stays_{k}_{d}", terms, upper=0.0)
 
 
@@ -190,9 +192,11 @@ def add_hops(model: Model) -> None:
     """What is not on a device with its layer costs a hop, in a relaxation.
 
     hops[k,d] >= sum_o x[k,o,d] - layers[i,d], for the shapes k that may leave layers of kind i, and
-    without layers[i,d] for devices d that have experts only.
+    without layers[i,d] for devices d that have experts only. From a device d of another host there
+    is the way back too: away[k,d] >= layers[i,d] - layers of kind i without k - sum_o x[k,o,d].
     """
-    problem = model.problem
+    problem, ram = model.problem, model.problem.machine.ram.name
+    numbers = Counter(problem.cache_kinds)
     for k, shape in enumerate(model.shapes):
         group = shape.group
         if group.place != "free" or not group.n_crossings or group.layer is None:
@@ -200,15 +204,21 @@ def add_hops(model: Model) -> None:
         kind = problem.cache_kinds[group.layer]
         for d, pool in enumerate(model.pools):
             name = pool[0].name
-            counts = dict.fromkeys(_counts(model, k, name), -1.0)
-            if not counts:
-                continue
-            hops = model.lp.add_variable(f"hops_{k}_{d}", shape.n_groups)
-            terms = {hops: 1.0, **counts}
-            if (kind, name) in model.layers:
-                terms[model.layers[kind, name]] = 1.0
-            model.lp.add_row(f"hops_{k}_{d}", terms, lower=0.0)
-            model.hops[k, name] = hops
+            counts = _counts(model, k, name)
+            layers = model.layers.get((kind, name))
+            if counts and (group.may_roam or name == ram):
+                hops = model.lp.add_variable(f"hops_{k}_{d}", shape.n_groups)
+                terms = {hops: 1.0, **dict.fromkeys(counts, -1.0)}
+                if layers is not None:
+                    terms[layers] = 1.0
+                model.lp.add_row(f"hops_{k}_{d}", terms, lower=0.0)
+                model.hops[k, name] = hops
+            if layers is not None and pool[0].network is not None:
+                away = model.lp.add_variable(f"away_{k}_{d}", shape.n_groups)
+                terms = {away: 1.0, layers: -1.0, **counts}
+                without = numbers[kind] - shape.n_groups
+                model.lp.add_row(f"away_{k}_{d}", terms, lower=-without)
+                model.away[k, name] = away
 
 
 def add_boundaries(model: Model) -> None:

@@ -82,6 +82,7 @@ class Model:
         layers: Layers with each kind of cache in each pool, by the kind and the name of the pool's
             first device; empty but in a relaxation, where layers have no device.
         hops: Groups of a shape in a pool that their layer is not in; likewise.
+        away: Groups of a shape whose layer is in a pool of other hosts, and they not; likewise.
         used: Whether a device other than the output's has layers; likewise.
     """
 
@@ -98,6 +99,7 @@ class Model:
     pipeline: pulp.LpVariable | None = None
     layers: dict[tuple[LayerCache, str], pulp.LpVariable] = field(default_factory=dict)
     hops: dict[tuple[int, str], pulp.LpVariable] = field(default_factory=dict)
+    away: dict[tuple[int, str], pulp.LpVariable] = field(default_factory=dict)
     used: dict[str, pulp.LpVariable] = field(default_factory=dict)
 
     @property
@@ -131,6 +133,8 @@ class Model:
             terms[variable] = MILLI * times.cache_s(kind, self.problem.devices[name])
         for (k, name), variable in self.hops.items():
             terms[variable] = MILLI * times.hop_s(self.shapes[k].group, (name,))
+        for (k, name), variable in self.away.items():
+            terms[variable] = MILLI * times.way_s(self.shapes[k].group, name)
         for name, variable in self.used.items():
             terms[variable] = MILLI * times.boundary_s(name)
         return terms

@@ -102,8 +102,7 @@ class Problem:
 
     def may_hold(self, device: Device, group: Group) -> bool:
         """Whether a group of a layer may be on a device in some split of the layers."""
-        may_roam = group.place == "free" and group.has_experts
-        return device.kind == "cpu" or may_roam or device in self.layer_gpus
+        return device.kind == "cpu" or group.may_roam or device in self.layer_gpus
 
     @cached_property
     def cache_bytes(self) -> tuple[int, ...]:
@@ -245,7 +244,7 @@ class Problem:
             return (self.output_device,)
         home = self.devices[self.layer_devices[group.layer]]
         if group.place == "free" and home.kind == "gpu":
-            others = (gpu for gpu in self.machine.gpus if gpu != home and group.has_experts)
+            others = (gpu for gpu in self.machine.gpus if gpu != home and group.may_roam)
             return (home, *others, self.machine.ram)
         return (home,)
 

@@ -114,6 +114,10 @@ class Times(ABC):
         """
         return self.transfer_s(group.n_crossings, dict.fromkeys(ends, 2 * group.n_crossings))
 
+    def way_s(self, group: Group, name: str) -> float:
+        """Seconds of such a hop that are the network's to one of its two devices."""
+        return self.transfer_s(0, {name: 2 * group.n_crossings})
+
     def boundary_s(self, name: str) -> float:
         """Seconds at least where layers on a device end before the output."""
         return self.transfer_s(boundary_crossings((name,), ""), {name: 2.0})
