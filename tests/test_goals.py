@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,19 @@ from quantplan import (
 from quantplan.costs import memory
 from quantplan.costs.quality import LossTable, kld_nats
 from quantplan.costs.speed import predict_speed
-from quantplan.planner.bounds import bound_with_layers_in_ram, bounds_over_splits
+from quantplan.hardware.network import Network
+from quantplan.planner.bounds import bounds_over_splits
 from quantplan.planner.changes import least_loss
 from quantplan.planner.goal import Goal
-from quantplan.planner.milp import (
-    add_cutoff,
-    add_layers_in_ram,
-    build_model,
-    build_relaxation,
-)
+from quantplan.planner.milp import add_cutoff, build_model, build_relaxation
 from quantplan.planner.model import Model
 from quantplan.planner.problem import Problem, build_problem
+from quantplan.planner.regions import RegionBounds
 from quantplan.planner.search import Limits
 from quantplan.planner.search import solve as search
 from quantplan.planner.solution import Solution
 from quantplan.planner.solve import solve_split
-from quantplan.planner.split import promising_split
+from quantplan.planner.split import layer_counts, promising_split
 from quantplan.plans.frontier import Over
 from quantplan.policy import parse_rule
 from tests.support.models import toy_inventory
@@ -72,15 +70,19 @@ def toy_problem(
     *,
     experts: int = 4,
     n_gpus: int = 1,
+    network: Network | None = None,
 ) -> Problem:
-    """A few layers on GPUs of which each holds a part of them."""
+    """A few layers on GPUs of which each holds a part of them, the first perhaps far away."""
     inventory = toy_inventory(widths, experts=experts)
     work = Workload(context=1024, ubatch=64, prompt_tokens=512, answer_tokens=128)
     rules = policy().model_copy(update={"candidates": types})
     caches = sum(memory.cache_bytes(inventory.architecture, work))
     room = 6 * 2**20 + caches + int(gpu_share * inventory.n_bytes)
     machine = Machine(
-        gpus=tuple(Device.gpu(n, room, 1e9, margin_bytes=0) for n in range(n_gpus)),
+        gpus=tuple(
+            Device.gpu(n, room, 1e9 / (n + 1), margin_bytes=0, network=None if n else network)
+            for n in range(n_gpus)
+        ),
         ram=Device.ram(2**30, 1e8, margin_bytes=0),
     )
     return build_problem(inventory, machine, work, rules, goal)
@@ -183,44 +185,66 @@ def test_a_turn_in_the_program_is_the_one_that_is_predicted() -> None:
         assert summed == pytest.approx(predicted, rel=1e-9)
 
 
-@solving
-@given(TASKS)
-def test_a_bound_for_some_layers_in_ram_holds(
-    task: tuple[list[int], float, tuple[str, ...], float],
-) -> None:
-    """No split with so many layers in RAM has a solution below the bound for that many."""
-    widths, share, types, _ = task
-    problem = toy_problem(widths, share, types, Goal())
-    for n in range(len(widths) + 1):
-        layers = ("CPU",) * n + ("GPU0",) * (len(widths) - n)
-        solution = solve_split(problem.with_layers(layers), GAP, 60.0)
-        if solution is not None:
-            for bound in (
-                bound_with_layers_in_ram(problem, at_least=n),
-                bound_with_layers_in_ram(problem, at_most=n),
-            ):
-                assert bound <= solution.objective_nats + 1e-9
+# The first GPU beside a slower one: of this host, or of another.
+LENT = Network(endpoint="a:1", bytes_per_s=1e8, latency_s=2e-4)
+FIRST_GPUS = st.sampled_from([None, LENT])
+
+
+def splits_of(problem: Problem) -> Iterator[tuple[str, ...]]:
+    """All splits of a problem's layers."""
+    return itertools.combinations_with_replacement(problem.layer_places, problem.n_layers)
 
 
 @solving
-@given(TASKS)
-def test_the_bound_of_a_guessed_split_holds(
-    task: tuple[list[int], float, tuple[str, ...], float],
+@given(TASKS, st.sampled_from([0, 4]), FIRST_GPUS)
+def test_bounds_over_splits_hold(
+    task: tuple[list[int], float, tuple[str, ...], float], experts: int, network: Network | None
 ) -> None:
-    """What the relaxation with integers proves is below the best solution of every split."""
+    """No split has a better solution than what is proven of all, with integers and without."""
     widths, share, types, _ = task
-    problem = toy_problem(widths, share, types, Goal(), n_gpus=2)
-    relaxed = bounds_over_splits(problem)
-    assume(relaxed)
-    _, bound = promising_split(relaxed[0], 60.0)
-    assert bound >= relaxed[0].least_nats
-    for layers in itertools.combinations_with_replacement(("CPU", "GPU0", "GPU1"), len(widths)):
-        solution = solve_split(problem.with_layers(layers), GAP, 60.0)
-        assert solution is None or bound <= solution.objective_nats + 1e-9
+    problem = toy_problem(widths, share, types, Goal(), experts=experts, n_gpus=2, network=network)
+    for relaxed in bounds_over_splits(problem):
+        _, bound = promising_split(relaxed, 60.0)
+        assert bound >= relaxed.least_nats
+        for layers in splits_of(relaxed.problem):
+            solution = solve_split(relaxed.problem.with_layers(layers), GAP, 60.0)
+            assert solution is None or bound <= solution.objective_nats + 1e-9
+
+
+@solving
+@given(TASKS, st.sampled_from([0, 4]), FIRST_GPUS, st.data())
+def test_the_bound_of_a_region_holds(
+    task: tuple[list[int], float, tuple[str, ...], float],
+    experts: int,
+    network: Network | None,
+    data: st.DataObject,
+) -> None:
+    """No split of a region has a better solution than the region's bound; the others are outside.
+
+    Cut around a split, a region leaves regions that have every other split once.
+    """
+    widths, share, types, _ = task
+    problem = toy_problem(widths, share, types, Goal(), experts=experts, n_gpus=2, network=network)
+    regions = RegionBounds(problem)
+    splits = {layer_counts(problem, layers): layers for layers in splits_of(problem)}
+    cut = data.draw(st.sampled_from(sorted(splits)))
+    parts = list(regions.everywhere.without(cut))
+    for counts in splits:
+        assert [counts in part for part in parts].count(True) == (counts != cut)
+    part = data.draw(st.sampled_from(parts))
+    bounds = regions.bounds(part, range(len(build_relaxation(problem).levels)))
+    if bounds.order:
+        assert regions.promising_split(bounds) in part
+    for counts, layers in splits.items():
+        if counts in part:
+            solution = solve_split(problem.with_layers(layers), GAP, 60.0)
+            assert solution is None or bounds.least_nats <= solution.objective_nats + 1e-9
 
 
 # Rows whose coefficients are fitted: the golden program names their variables only.
 FITTED = ("speed", "turn", "loss", "cutoff", "streamed")
+# Rows that say where layers are, and what is not with its layer.
+HOMES = ("layers", "n_layers", "stays", "hops", "away", "used")
 
 
 def rows_as_text(model: Model) -> list[str]:
@@ -243,7 +267,8 @@ def rows_as_text(model: Model) -> list[str]:
 def test_every_family_of_constraints_has_the_rows_of_the_golden_program() -> None:
     """A reader can check each family of constraints in tests/data/program.lp.
 
-    Two GPUs, two layers of different width with experts, two types; the relaxation beside it. Names
+    Two GPUs, two layers of different width with experts, two types; the relaxation beside it, and
+    what says where layers are if there are no experts and the first GPU is another host's. Names
     are as in docs/explanation/mathematics.md; an asterisk stands for a coefficient that is fitted.
     """
     goal = Goal(min_decode_tps=1.0, max_turn_s=1e4, max_loss_nats=9.0, max_file_bytes=2**30)
@@ -251,8 +276,10 @@ def test_every_family_of_constraints_has_the_rows_of_the_golden_program() -> Non
     problem = problem.with_layers(("GPU0", "GPU1"))
     model, relaxed = build_model(problem), build_relaxation(problem, pooled=False)
     add_cutoff(model, 1.0)
-    add_layers_in_ram(relaxed, 1, 2)
+    dense = toy_problem([256, 512], 0.3, ("Q8_0",), Goal(), experts=0, n_gpus=2, network=LENT)
+    homes = rows_as_text(build_relaxation(dense, pooled=False))
     found = ["\\ one split", *rows_as_text(model), "\\ all splits", *rows_as_text(relaxed)]
+    found += ["\\ all splits, no experts", *(row for row in homes if row.startswith(HOMES))]
     golden = Path(__file__).parent / "data" / "program.lp"
     assert found == golden.read_text(encoding="utf-8").splitlines()
 

@@ -2,16 +2,12 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from quantplan.planner.linear import Answer
-from quantplan.planner.milp import (
-    add_cutoff,
-    add_layers_in_ram,
-    build_model,
-    build_relaxation,
-)
+from quantplan.planner.milp import add_cutoff, build_model, build_relaxation
 from quantplan.planner.model import Model
 from quantplan.planner.problem import Problem
 
@@ -26,12 +22,12 @@ class Bounds:
     Attributes:
         problem: The problem with the split.
         model: The program.
-        answers: Its solution at each level.
+        answers: Its solution by level.
     """
 
     problem: Problem
     model: Model
-    answers: tuple[Answer, ...]
+    answers: Mapping[int, Answer]
 
     def nats(self, level: int) -> float:
         """Lower bound of the objective at a level; infinite where nothing fits."""
@@ -40,7 +36,7 @@ class Bounds:
     @cached_property
     def order(self) -> tuple[int, ...]:
         """Levels at which something fits, the lowest bound first."""
-        fits = [i for i, answer in enumerate(self.answers) if answer.ending == "solved"]
+        fits = [i for i, answer in self.answers.items() if answer.ending == "solved"]
         return tuple(sorted(fits, key=self.nats))
 
     @property
@@ -64,17 +60,9 @@ def bounds_over_splits(problem: Problem) -> list[Bounds]:
     return sorted((b for b in found if b.order), key=lambda bounds: bounds.least_nats)
 
 
-def bound_with_layers_in_ram(
-    problem: Problem, *, at_least: int = 0, at_most: int | None = None
-) -> float:
-    """A lower bound over the splits with so many layers in RAM; infinite where none fits."""
-    model = build_relaxation(problem)
-    add_layers_in_ram(model, at_least, problem.n_layers if at_most is None else at_most)
-    return _bounds(problem, model).least_nats
-
-
 def _bounds(problem: Problem, model: Model) -> Bounds:
-    return Bounds(problem, model, tuple(model.lp.relax(model.levels)))
+    relaxed = model.lp.relaxation()
+    return Bounds(problem, model, dict(enumerate(map(relaxed, model.levels))))
 
 
 def raised_bound(relaxed: Bounds, objective_nats: float, gap: float, time_limit_s: float) -> float:
@@ -93,7 +81,7 @@ def raised_bound(relaxed: Bounds, objective_nats: float, gap: float, time_limit_
             model = build_relaxation(relaxed.problem, pooled=False)
             add_cutoff(model, enough)
             left_s = end - time.monotonic()
-            answer = model.lp.solve(gap / 10, left_s, fixed=model.levels[level])
+            answer = model.lp.solve(gap / 10, left_s, within=model.levels[level])
             better = enough if answer.ending == "infeasible" else model.in_nats(answer.bound)
             bound = max(bound, better)
         found = min(found, bound)

@@ -88,7 +88,8 @@ def _least_excess(problem: Problem, rows: Callable[[Model], list[str]]) -> float
         model = build_relaxation(case)
         extra = model.lp.loosen(rows(model))
         model.lp.minimise({extra: 1.0})
-        least = min(least, *(answer.objective for answer in model.lp.relax(model.levels)))
+        answers = map(model.lp.relaxation(), model.levels)
+        least = min(least, *(answer.objective for answer in answers))
     return least
 
 

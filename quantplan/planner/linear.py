@@ -24,6 +24,9 @@ from quantplan.errors import SolverError
 Terms = Mapping[pulp.LpVariable, float]
 """Coefficients by variable."""
 
+Ranges = Mapping[pulp.LpVariable, tuple[float, float]]
+"""Least and greatest values of variables, of those that are settled or narrowed for a run."""
+
 Ending = Literal["solved", "infeasible", "out_of_time"]
 
 _BEFORE_RUNS: ContextVar[Callable[[], None]] = ContextVar("before_runs", default=lambda: None)
@@ -119,35 +122,30 @@ class LinearProgram:
         self.lp.setObjective(pulp.LpAffineExpression(costs))
 
     def solve(
-        self, gap: float = 0.0, time_limit_s: float = math.inf, *, fixed: Terms | None = None
+        self, gap: float = 0.0, time_limit_s: float = math.inf, *, within: Ranges | None = None
     ) -> Answer:
         """Runs HiGHS.
 
         Args:
             gap: Relative gap at which to stop.
             time_limit_s: Time at which to stop.
-            fixed: Values of variables that are settled.
+            within: Ranges of some variables.
 
         Raises:
             SolverError: HiGHS failed.
         """
         highs = self._built(solver_options(gap, time_limit_s), is_mixed=True)
-        return self._run(highs, fixed or {}, is_mixed=bool(self.lp.isMIP()))
+        return self._run(highs, within or {}, is_mixed=bool(self.lp.isMIP()))
 
-    def relax(self, settings: Sequence[Terms] = ({},)) -> list[Answer]:
-        """Solves the program without integers, once for each setting of some variables.
+    def relaxation(self) -> Callable[[Ranges], Answer]:
+        """A function that solves the program without integers, with some variables in ranges.
 
-        Each run starts from the last one's basis, so that many settings take little longer than
-        one. The bound is weaker than that with integers, and rows have duals.
-
-        Args:
-            settings: Values of settled variables; each names the same ones.
-
-        Raises:
-            SolverError: HiGHS failed.
+        Each run starts from the last one's basis, so that many take little longer than one; all of
+        them name the same variables. The bound is weaker than that with integers, and rows have
+        duals. The function raises `SolverError` where HiGHS fails.
         """
         highs = self._built(solver_options(0.0, math.inf), is_mixed=False)
-        return [self._run(highs, fixed, is_mixed=False) for fixed in settings]
+        return lambda within: self._run(highs, within, is_mixed=False)
 
     def _built(self, options: Mapping[str, Any], *, is_mixed: bool) -> Any:
         with _GREETING:
@@ -157,10 +155,10 @@ class LinearProgram:
         solver.buildSolverModel(self.lp)
         return self.lp.solverModel
 
-    def _run(self, highs: Any, fixed: Terms, *, is_mixed: bool) -> Answer:
-        """Runs HiGHS with some variables settled, and says how that ended."""
-        for variable, value in fixed.items():
-            highs.changeColBounds(variable.index, value, value)
+    def _run(self, highs: Any, within: Ranges, *, is_mixed: bool) -> Answer:
+        """Runs HiGHS with some variables in ranges, and says how that ended."""
+        for variable, (least, most) in within.items():
+            highs.changeColBounds(variable.index, least, most)
         ended = highspy.HighsModelStatus
         _BEFORE_RUNS.get()()
         highs.run()

@@ -155,9 +155,10 @@ def add_pipeline(model: Model) -> None:
 def add_layers(model: Model) -> None:
     """Each layer is somewhere, whole: its cache, and what may not leave it.
 
-    sum_d layers[i,d] = layers with a cache of kind i, and for the shapes k of groups that stay with
-    their layers, all of which are of one kind: sum_o x[k,o,d] = layers[i,d], or <= where some of
-    the kind's layers have no such group. So for GPUs d too, and groups that may leave for RAM only.
+    sum_d layers[i,d] = layers with a cache of kind i, n_layers[d] = sum_i layers[i,d], and for the
+    shapes k of groups that stay with their layers, all of which are of one kind: sum_o x[k,o,d] =
+    layers[i,d], or <= where some of the kind's layers have no such group. So for GPUs d too, and
+    groups that may leave for RAM only.
     """
     problem = model.problem
     numbers = Counter(problem.cache_kinds)
@@ -168,6 +169,10 @@ def add_layers(model: Model) -> None:
             )
         parts = {model.layers[kind, name]: 1.0 for _, name in model.layer_pools}
         model.lp.add_row(f"layers_{i}", parts, equal=n_layers)
+    for d, name in model.layer_pools:
+        model.n_layers[name] = model.lp.add_variable(f"n_layers_{d}", problem.n_layers)
+        terms = {model.layers[kind, name]: 1.0 for kind in numbers}
+        model.lp.add_row(f"n_layers_{d}", {model.n_layers[name]: -1.0, **terms}, equal=0.0)
     ram = problem.machine.ram.name
     for k, shape in enumerate(model.shapes):
         group = shape.group
@@ -224,15 +229,14 @@ def add_hops(model: Model) -> None:
 def add_boundaries(model: Model) -> None:
     """After the layers of a device, the token moves on, in a relaxation.
 
-    sum_i layers[i,d] <= layers used[d], used[d] binary, for devices d other than the output's.
+    n_layers[d] <= layers used[d], used[d] binary, for devices d other than the output's.
     """
     problem = model.problem
     for d, name in model.layer_pools:
         if problem.output_device in model.pools[d]:
             continue
         model.used[name] = model.lp.add_variable(f"used_{d}", 1, is_integer=True)
-        terms = {count: 1.0 for (_, place), count in model.layers.items() if place == name}
-        terms[model.used[name]] = -float(problem.n_layers)
+        terms = {model.n_layers[name]: 1.0, model.used[name]: -float(problem.n_layers)}
         model.lp.add_row(f"used_{d}", terms, upper=0.0)
 
 
@@ -327,14 +331,6 @@ def add_size(model: Model) -> None:
         }
         allowed = (most - problem.unloaded_bytes - _TOLERANCE_BYTES) / _MIB
         model.lp.add_row("size", terms, upper=allowed)
-
-
-def add_layers_in_ram(model: Model, at_least: int, at_most: int) -> None:
-    """So many layers are in RAM, in a relaxation: at_least <= sum_i layers[i,CPU] <= at_most."""
-    ram = model.problem.machine.ram.name
-    terms = {count: 1.0 for (_, name), count in model.layers.items() if name == ram}
-    model.lp.add_row("in_ram_least", terms, lower=at_least)
-    model.lp.add_row("in_ram_most", terms, upper=at_most)
 
 
 def add_cutoff(model: Model, objective_nats: float) -> None:

@@ -81,6 +81,7 @@ class Model:
         pipeline: Whether several GPUs work as a pipeline; None where they cannot.
         layers: Layers with each kind of cache in each pool, by the kind and the name of the pool's
             first device; empty but in a relaxation, where layers have no device.
+        n_layers: Layers of all kinds in a pool; likewise.
         hops: Groups of a shape in a pool that their layer is not in; likewise.
         away: Groups of a shape whose layer is in a pool of other hosts, and they not; likewise.
         used: Whether a device other than the output's has layers; likewise.
@@ -98,6 +99,7 @@ class Model:
     streamed: dict[str, pulp.LpVariable] = field(default_factory=dict)
     pipeline: pulp.LpVariable | None = None
     layers: dict[tuple[LayerCache, str], pulp.LpVariable] = field(default_factory=dict)
+    n_layers: dict[str, pulp.LpVariable] = field(default_factory=dict)
     hops: dict[tuple[int, str], pulp.LpVariable] = field(default_factory=dict)
     away: dict[tuple[int, str], pulp.LpVariable] = field(default_factory=dict)
     used: dict[str, pulp.LpVariable] = field(default_factory=dict)
@@ -109,10 +111,15 @@ class Model:
         return [(d, pool[0].name) for d, pool in enumerate(self.pools) if pool[0] in places]
 
     @property
-    def levels(self) -> list[dict[pulp.LpVariable, float]]:
+    def levels(self) -> list[dict[pulp.LpVariable, tuple[float, float]]]:
         """Every setting of the steps: the largest tensor that may be streamed, smallest first."""
-        n = len(self.steps)
-        return [{c: float(s < level) for s, c in enumerate(self.steps)} for level in range(n + 1)]
+        values = [
+            [float(s < level) for s in range(len(self.steps))]
+            for level in range(len(self.steps) + 1)
+        ]
+        return [
+            {c: (v, v) for c, v in zip(self.steps, of_level, strict=True)} for of_level in values
+        ]
 
     @cached_property
     def decode_ms(self) -> dict[pulp.LpVariable, float]:

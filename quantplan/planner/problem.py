@@ -100,6 +100,11 @@ class Problem:
             return gpus
         return gpus[: 1 + [gpu.name for gpu in gpus].index(self.output)]
 
+    @cached_property
+    def layer_places(self) -> tuple[str, ...]:
+        """Names of the devices that layers may be on: first ones in RAM, the others on GPUs."""
+        return (self.machine.ram.name, *(gpu.name for gpu in self.layer_gpus))
+
     def may_hold(self, device: Device, group: Group) -> bool:
         """Whether a group of a layer may be on a device in some split of the layers."""
         return device.kind == "cpu" or group.may_roam or device in self.layer_gpus

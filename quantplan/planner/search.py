@@ -1,26 +1,31 @@
 """Searches over splits of the layers, against a bound that covers all of them."""
 
+import heapq
+import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from quantplan.planner.bounds import (
-    Bounds,
-    bound_with_layers_in_ram,
-    bounds_over_splits,
-    raised_bound,
-    split_bounds,
-)
+from quantplan.planner.bounds import Bounds, bounds_over_splits, raised_bound, split_bounds
 from quantplan.planner.problem import Problem
+from quantplan.planner.regions import Counts, Region, RegionBounds
 from quantplan.planner.solution import Solution
 from quantplan.planner.solve import solve_level, solve_split
-from quantplan.planner.split import first_splits, neighbours, promising_split, split_layers
+from quantplan.planner.split import (
+    devices_of,
+    first_splits,
+    layer_counts,
+    neighbours,
+    promising_split,
+)
 
 # Relative gap at which the search over splits of several GPUs may stop.
 _SPLIT_GAP = 1e-3
 # Relative improvement that is worth another step of that search.
 _PROGRESS = 1e-6
-# Shares of the time that is left that may go into a better bound, one more split, and a guess.
+# Shares of the time that is left that may go into two better bounds, one more split, and a guess.
+_REGIONS_SHARE = 0.5
 _BOUND_SHARE = 0.2
 _SPLIT_SHARE = 0.2
 _GUESS_SHARE = 0.1
@@ -128,7 +133,7 @@ def _solve_with_output(
     if found.solve_in_order() is None:
         return None
     # From the cheapest proof to the dearest, until one closes the gap.
-    for prove in (found.bound_around_best, found.bound_with_integers, found.bound_of_all_splits):
+    for prove in (found.bound_by_regions, found.bound_with_integers):
         if found.is_closed or limits.is_over:
             break
         found.raise_bound(prove(relaxed))
@@ -241,22 +246,6 @@ class _Search:
                 self.best = found
         return self.best
 
-    def bound_around_best(self, _relaxed: Bounds) -> float:
-        """The least bound of all splits over one GPU, from three programs; else 0.
-
-        It is that of the best solution's own split, with integers, and that of the relaxation with
-        more, and with fewer layers in RAM.
-        """
-        best, problem = self.best, self.problem
-        if best is None or len(problem.layer_gpus) != 1 or not self._has_output(best):
-            return 0.0
-        n_in_ram = best.layer_devices.count(problem.machine.ram.name)
-        bound = self._proven_of(best.layer_devices)
-        bound = min(bound, bound_with_layers_in_ram(problem, at_least=n_in_ram + 1))
-        if n_in_ram:
-            bound = min(bound, bound_with_layers_in_ram(problem, at_most=n_in_ram - 1))
-        return bound
-
     def bound_with_integers(self, relaxed: Bounds) -> float:
         """The relaxation's bound with integers, as far as it is raised in a part of the time."""
         if self.best is None:
@@ -264,19 +253,42 @@ class _Search:
         left_s = _BOUND_SHARE * self.limits.left_s
         return raised_bound(relaxed, self.best.objective_nats, self.limits.gap, left_s)
 
-    def bound_of_all_splits(self, _relaxed: Bounds) -> float:
-        """The least bound of all splits over one GPU, each looked at; 0 where there are more."""
-        if len(self.problem.layer_gpus) != 1:
-            return 0.0
-        for n_cpu_layers in range(self.problem.n_layers + 1):
-            if self.limits.is_over:
-                return 0.0
-            self._look_at(split_layers(self.problem, n_cpu_layers))
-        self.solve_in_order()
-        return min(map(self._proven_of, self.bounds))
+    def bound_by_regions(self, relaxed: Bounds) -> float:
+        """The least bound of all splits, from regions that are narrowed down where it is lowest.
 
-    def _has_output(self, solution: Solution) -> bool:
-        return solution.output_device == self.problem.output_device.name
+        The bound of a region knows nothing of the order of layers. So the most promising split of
+        the region with the lowest bound is looked at by itself, and solved where it may be better;
+        what is left of the region is cut into smaller ones.
+        """
+        until = time.monotonic() + _REGIONS_SHARE * self.limits.left_s
+        regions, numbers, least = RegionBounds(self.problem), itertools.count(), math.inf
+        everywhere = regions.everywhere
+        bounds = regions.bounds(everywhere, relaxed.order)
+        waiting = [(bounds.least_nats, next(numbers), everywhere, bounds)]
+        while waiting and waiting[0][0] < min(least, self._enough) and time.monotonic() < until:
+            _, _, region, bounds = heapq.heappop(waiting)
+            split = self._best_split(region) or regions.promising_split(bounds)
+            layers = devices_of(self.problem, split)
+            self._look_at(layers)
+            self.solve_in_order()
+            least = min(least, self._proven_of(layers))
+            levels = [level for level in bounds.order if bounds.nats(level) < self._enough]
+            for part in region.without(split):
+                found = regions.bounds(part, levels)
+                heapq.heappush(waiting, (found.least_nats, next(numbers), part, found))
+        return min(least, self._enough, *(nats for nats, *_ in waiting[:1]))
+
+    @property
+    def _enough(self) -> float:
+        """The bound at which the gap is closed."""
+        return self.best.objective_nats * (1 - self.limits.gap) if self.best else math.inf
+
+    def _best_split(self, region: Region) -> Counts | None:
+        """The split of the best solution, where it is in a region."""
+        if self.best is None or not set(self.best.layer_devices) <= set(self.problem.layer_places):
+            return None
+        counts = layer_counts(self.problem, self.best.layer_devices)
+        return counts if counts in region else None
 
     def _proven_of(self, layers: Layers) -> float:
         """The bound of a split, with integers where it was solved."""

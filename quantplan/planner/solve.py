@@ -66,7 +66,7 @@ def solve_level(
     if cutoff_nats is not None:
         model = build_model(problem)
         add_cutoff(model, cutoff_nats)
-    answer = model.lp.solve(gap, time_limit_s, fixed=model.levels[level])
+    answer = model.lp.solve(gap, time_limit_s, within=model.levels[level])
     least = max(model.in_nats(answer.bound), bounds.nats(level))
     if cutoff_nats is not None:
         least = min(least, cutoff_nats)

@@ -33,11 +33,15 @@ def _room(problem: Problem) -> list[int]:
     ]
 
 
-def _as_devices(problem: Problem, n_cpu_layers: int, counts: Sequence[int]) -> tuple[str, ...]:
-    names = [problem.machine.ram.name] * n_cpu_layers
-    for gpu, count in zip(problem.layer_gpus, counts, strict=True):
-        names += [gpu.name] * count
-    return tuple(names)
+def devices_of(problem: Problem, counts: Sequence[int]) -> tuple[str, ...]:
+    """Device name of each layer, from how many there are in RAM and then on each GPU."""
+    pairs = zip(problem.layer_places, counts, strict=True)
+    return tuple(name for name, n in pairs for _ in range(n))
+
+
+def layer_counts(problem: Problem, layer_devices: Sequence[str]) -> tuple[int, ...]:
+    """How many layers there are in RAM, and then on each GPU."""
+    return tuple(layer_devices.count(name) for name in problem.layer_places)
 
 
 def split_layers(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
@@ -63,7 +67,7 @@ def split_layers(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
         middle = (done + n_bytes / 2) / total
         counts[next((d for d, end in enumerate(share_end) if middle <= end), len(gpus) - 1)] += 1
         done += n_bytes
-    return _as_devices(problem, n_cpu_layers, counts)
+    return devices_of(problem, (n_cpu_layers, *counts))
 
 
 def _sequential(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
@@ -74,7 +78,7 @@ def _sequential(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
         while n_bytes > free and d < len(gpus) - 1:
             d, free = d + 1, room[d + 1]
         counts[d], free = counts[d] + 1, free - n_bytes
-    return _as_devices(problem, n_cpu_layers, counts)
+    return devices_of(problem, (n_cpu_layers, *counts))
 
 
 def _fastest_first(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
@@ -87,7 +91,7 @@ def _fastest_first(problem: Problem, n_cpu_layers: int) -> tuple[str, ...]:
         counts[d] = min(left, int(room[d] // typical))
         left -= counts[d]
     counts[-1] += left
-    return _as_devices(problem, n_cpu_layers, counts)
+    return devices_of(problem, (n_cpu_layers, *counts))
 
 
 def first_splits(problem: Problem) -> list[tuple[str, ...]]:
@@ -126,20 +130,13 @@ def promising_split(relaxed: Bounds, time_limit_s: float) -> tuple[tuple[str, ..
     """
     problem, (level, *others) = relaxed.problem, relaxed.order
     model = build_relaxation(problem, pooled=False)
-    answer = model.lp.solve(_GUESS_GAP, time_limit_s, fixed=model.levels[level])
+    answer = model.lp.solve(_GUESS_GAP, time_limit_s, within=model.levels[level])
     proven = max(relaxed.nats(level), model.in_nats(answer.bound))
     bound = min([proven, *map(relaxed.nats, others)])
     if answer.ending != "solved":
         return None, bound
-    names = (problem.machine.ram.name, *(gpu.name for gpu in problem.layer_gpus))
-    layers = tuple(
-        name
-        for name in names
-        for (_, place), count in model.layers.items()
-        if place == name
-        for _ in range(round(answer.value(count)))
-    )
-    return layers, bound
+    counts = [round(answer.value(model.n_layers[name])) for name in problem.layer_places]
+    return devices_of(problem, counts), bound
 
 
 def neighbours(problem: Problem, layer_devices: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -147,8 +144,7 @@ def neighbours(problem: Problem, layer_devices: tuple[str, ...]) -> Iterator[tup
 
     Hybrid models repeat their layers in fours.
     """
-    names = (problem.machine.ram.name, *(gpu.name for gpu in problem.layer_gpus))
-    counts = [layer_devices.count(name) for name in names]
+    counts = layer_counts(problem, layer_devices)
     for d in range(len(counts) - 1):
         for step in (1, 4) if d == 0 else (1,):
             for giver, taker in ((d, d + 1), (d + 1, d)):
@@ -156,4 +152,4 @@ def neighbours(problem: Problem, layer_devices: tuple[str, ...]) -> Iterator[tup
                     moved = list(counts)
                     moved[giver] -= step
                     moved[taker] += step
-                    yield _as_devices(problem, moved[0], moved[1:])
+                    yield devices_of(problem, moved)
