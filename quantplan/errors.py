@@ -66,13 +66,14 @@ class Change:
     Attributes:
         kind: What to change.
         value: The new value: tokens of context, a KV type, a quant type (the highest floor), a rule
-            about types (``regex=type,type``), bytes of RAM or of VRAM in total, a number of GPUs,
-            tokens per second, seconds per turn, nats per token, bytes of the file.
+            about types (``regex=type,type``), bytes of RAM or of VRAM in total, bytes of a shared
+            memory that the GPU has, a number of GPUs, tokens per second, seconds per turn, nats per
+            token, bytes of the file.
         text: The change as a clause, ``Lower the context to 8192 tokens``.
     """
 
     kind: Literal[
-        "context", "kv_type", "types", "ram", "vram", "gpus", "floor",
+        "context", "kv_type", "types", "ram", "vram", "gpu_part", "gpus", "floor",
         "speed", "turn", "loss", "size",
     ]  # fmt: skip
     value: float | str

@@ -480,6 +480,23 @@ def test_memory_that_is_shared_is_added_to_a_part(kind: str) -> None:
     assert plan(inventory, grown, baselines=False).devices
 
 
+@pytest.mark.parametrize(
+    ("model", "part", "total", "tps", "word"),
+    [("Qwen3-32B", 23.5, 24, None, "less"), ("gpt-oss-20b", 8, 32, 80.0, "more")],
+)
+def test_the_border_in_shared_memory_may_be_moved(
+    model: str, part: float, total: int, tps: float | None, word: str
+) -> None:
+    """Where another part of one memory for the GPU is enough, it is named, and is enough."""
+    inventory = read_inventory(model)
+    with pytest.raises(NoPlanError, match=rf"shares with the CPU, [\d.]+ GiB {word}") as caught:
+        plan(inventory, Machine.parse(f"M3 Max {part}GiB + {total}GiB"), min_decode_tps=tps)
+    (moved,) = [int(c.value) for c in caught.value.changes if c.kind == "gpu_part"]
+    assert (moved < part * 2**30) == (word == "less")
+    machine = Machine.parse(f"M3 Max {moved // 2**20}MiB + {total}GiB")
+    assert plan(inventory, machine, min_decode_tps=tps, baselines=False).devices
+
+
 def test_what_does_not_fit_at_any_speed_is_told_to_be_so(glm: Inventory) -> None:
     """Where memory and speed are both out of reach, changes for the memory alone are named so."""
     with pytest.raises(NoPlanError, match="fits, even without the limit on speed") as caught:
@@ -585,6 +602,22 @@ def test_prices_are_what_planning_again_gives(glm: Inventory) -> None:
         assert price.dual_nats is None or price.low_nats <= price.dual_nats <= price.high_nats
     with pytest.raises(InputError, match="is for"):
         prices(made, read_inventory("Qwen3.5-2B"))
+
+
+def test_shared_memory_has_one_price(glm: Inventory) -> None:
+    """Where a GPU shares the RAM, no VRAM can be bought, and the border has a price of its own,
+    which is what planning again gives.
+    """
+    made = plan(glm, Machine.parse("M3 Max 60GiB + 96GiB"), WORK, baselines=False)
+    found = {price.resource: price for price in prices(made, glm).resources}
+    assert set(found) == {"1 GiB of RAM", "1 GiB from CPU to GPU", "10 % of RAM bandwidth"}
+    again = plan(glm, Machine.parse("M3 Max 61GiB + 96GiB"), WORK, baselines=False)
+    before, after = made.provenance.objective_nats, again.provenance.objective_nats
+    assert before is not None
+    assert after is not None
+    border = found["1 GiB from CPU to GPU"]
+    slack = 1e-3 * before
+    assert border.low_nats - slack <= before - after <= border.high_nats + slack
 
 
 def test_a_long_turn_finds_its_context() -> None:

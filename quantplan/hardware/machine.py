@@ -1,6 +1,7 @@
 """Machines: GPUs and the RAM, from text or a profile, with what was measured on them."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -202,6 +203,19 @@ class Machine(MachineValue):
         margin = {"margin_bytes": margin_bytes}
         gpus = tuple(Device.model_validate(gpu.model_dump() | margin) for gpu in self.gpus)
         return self.model_copy(update={"gpus": gpus})
+
+    def with_more(self, n_bytes: Mapping[str, int]) -> Self:
+        """The machine with so many more bytes on devices, by their names, below 0 for fewer.
+
+        Usual margins are those of the new sizes.
+        """
+        gpus = tuple(gpu.with_more(n_bytes.get(gpu.name, 0)) for gpu in self.gpus)
+        before, after = (
+            sum(gpu.capacity_bytes for gpu in every if gpu.shares_ram)
+            for every in (self.gpus, gpus)
+        )
+        ram = self.ram.with_more(n_bytes.get(self.ram.name, 0), (before, after))
+        return self.model_copy(update={"gpus": gpus, "ram": ram})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the machine as a profile, whole or not at all; ``--machine`` accepts it.

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -61,7 +61,10 @@ def smallest_changes(
     if goal.max_file_bytes is not None:
         finders.append(partial(_limit, "size", goal.max_file_bytes))
     n_asked = len(finders)
-    finders += [_kv_type, _context, _types, partial(_memory, "ram")]
+    finders += [_kv_type, _context, _types]
+    if any(gpu.shares_ram for gpu in problem.machine.gpus):
+        finders.append(_gpu_part)
+    finders.append(partial(_memory, "ram"))
     if problem.machine.gpus:
         finders += [partial(_memory, "vram"), _without_gpus]
     finders.append(_floor)
@@ -81,8 +84,13 @@ def _found_by(
     return tuple(found)
 
 
-def _least_excess(problem: Problem, rows: Callable[[Model], list[str]]) -> float:
-    """Least amount by which rows have to be exceeded, in their unit; infinite where none helps."""
+def _least_excess(problem: Problem, rows: Callable[[Model], Mapping[str, float]]) -> float:
+    """Least amount by which rows have to be exceeded, in their unit; infinite where none helps.
+
+    Args:
+        problem: Groups, budgets and limits.
+        rows: How many times the amount each row is raised by; below 0 where it is lowered.
+    """
     least = math.inf
     for case in problem.by_output():
         model = build_relaxation(case)
@@ -146,7 +154,7 @@ def _speed(fastest: Solution | None, problem: Problem, deadline: float) -> list[
 
 def _limit(kind: str, limit: float, problem: Problem, deadline: float) -> list[Change]:
     """A longer turn, or a larger file than was asked for."""
-    excess = _least_excess(problem, lambda _: [kind])
+    excess = _least_excess(problem, lambda _: {kind: 1.0})
     if not math.isfinite(excess):
         return []
     reached = limit + (excess / 1000 if kind == "turn" else excess * MIB)
@@ -210,18 +218,47 @@ def _limit_change(kind: str, value: float) -> Change:
 
 def _memory(kind: Literal["ram", "vram"], problem: Problem, deadline: float) -> list[Change]:
     """More RAM, or more memory on every GPU alike."""
+    machine = problem.machine
+    devices = (machine.ram,) if kind == "ram" else machine.gpus
+    shares = {device.name: 1 / len(devices) for device in devices}
+    more = _least_memory(problem, shares, deadline)
+    return [] if more is None else [_memory_change(machine, kind, more)]
 
-    def rows(model: Model) -> list[str]:
-        ram = len(model.pools) - 1
-        return [f"memory_{p}" for p in ([ram] if kind == "ram" else range(ram))]
+
+def _gpu_part(problem: Problem, deadline: float) -> list[Change]:
+    """Another border in the memory that a GPU and the CPU share: more or less for the GPU."""
+    machine = problem.machine
+    (gpu, *_), ram = [gpu for gpu in machine.gpus if gpu.shares_ram], machine.ram
+    for sign, word in ((1, "more"), (-1, "less")):
+        moved = _least_memory(problem, {gpu.name: sign, ram.name: -sign}, deadline)
+        if moved is not None:
+            part = gpu.capacity_bytes + sign * moved
+            of = f"{gib(part)} of the {gib(gpu.capacity_bytes + ram.capacity_bytes)}"
+            text = f"Let the GPU have {of} that it shares with the CPU, {gib(moved)} {word}"
+            return [Change("gpu_part", part, text)]
+    return []
+
+
+def _least_memory(problem: Problem, shares: Mapping[str, float], deadline: float) -> int | None:
+    """Bytes with which there is a solution, where devices have these shares of them more."""
+    machine = problem.machine
+
+    def rows(model: Model) -> dict[str, float]:
+        of_pools = (sum(shares.get(d.name, 0.0) for d in pool) for pool in model.pools)
+        return {f"memory_{p}": share for p, share in enumerate(of_pools) if share}
+
+    def grown(more: float) -> Problem:
+        n_bytes = {name: math.ceil(share * more) for name, share in shares.items()}
+        return replace(problem, machine=machine.with_more(n_bytes))
 
     excess = _least_excess(problem, rows) * MIB
     if not math.isfinite(excess):
-        return []
+        return None
     first = max(1, math.ceil(excess / _MEMORY_STEP))
     steps = [float((first + extra) * _MEMORY_STEP) for extra in (0, 1, 2, 4, 8, 16, 32)]
-    more = _smallest(steps, partial(_with_memory, problem, kind), deadline)
-    return [] if more is None else [_memory_change(problem.machine, kind, int(more))]
+    givers = [d.capacity_bytes for d in machine.devices if shares.get(d.name, 0.0) < 0]
+    more = _smallest([s for s in steps if s <= min(givers, default=s)], grown, deadline)
+    return None if more is None else int(more)
 
 
 def _memory_change(machine: Machine, kind: Literal["ram", "vram"], more: int) -> Change:
@@ -233,20 +270,6 @@ def _memory_change(machine: Machine, kind: Literal["ram", "vram"], more: int) ->
         owner = "CPU's" if kind == "ram" else "GPUs'" if len(devices) > 1 else "GPU's"
         text = f"Add {gib(more)} of memory to the {owner} part of it ({gib(total)} then)"
     return Change(kind, total, text)
-
-
-def _with_memory(problem: Problem, kind: Literal["ram", "vram"], more: float) -> Problem:
-    machine = problem.machine
-    if kind == "ram":
-        more_ram, gpus = math.ceil(more), machine.gpus
-    else:
-        each = math.ceil(more / len(machine.gpus))
-        more_ram, gpus = 0, tuple(gpu.with_more(each) for gpu in machine.gpus)
-    before, after = (
-        sum(gpu.capacity_bytes for gpu in every if gpu.shares_ram) for every in (machine.gpus, gpus)
-    )
-    grown = {"ram": machine.ram.with_more(more_ram, (before, after)), "gpus": gpus}
-    return replace(problem, machine=machine.model_copy(update=grown))
 
 
 def _context(problem: Problem, deadline: float) -> list[Change]:

@@ -110,11 +110,11 @@ class LinearProgram:
                 self.lp.addConstraint(row)
                 self.rows[name] = row
 
-    def loosen(self, rows: Sequence[str]) -> pulp.LpVariable:
-        """Adds a variable by which the upper sides of rows are raised."""
+    def loosen(self, rows: Mapping[str, float]) -> pulp.LpVariable:
+        """Adds a variable that raises the upper sides of rows, each by so many times itself."""
         extra = self.add_variable("extra")
-        for name in rows:
-            self.rows[name].expr.addterm(extra, -1.0)
+        for name, times in rows.items():
+            self.rows[name].expr.addterm(extra, -times)
         return extra
 
     def minimise(self, costs: Terms) -> None:

@@ -1,5 +1,6 @@
 """What a little more of each resource would buy, found by planning again with it."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from quantplan.costs.quality import kld_nats
 from quantplan.display import Table
 from quantplan.errors import InputError
 from quantplan.given import check_given
+from quantplan.hardware.device import Device
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.planner.bounds import split_bounds
@@ -22,6 +24,8 @@ from quantplan.schema import Frozen
 from quantplan.units import GIB, MIB
 
 _MORE_BANDWIDTH = 1.1
+_VRAM, _RAM, _BANDWIDTH = "1 GiB of VRAM", "1 GiB of RAM", "10 % of RAM bandwidth"
+_BORDER = "1 GiB from CPU to GPU"
 _OBJECTIVES = {
     "loss": "the summed loss of the tensors",
     "loss and time": "the summed loss of the tensors, and time at the policy's price",
@@ -34,7 +38,10 @@ class Price(Frozen):
 
     Attributes:
         resource: ``1 GiB of VRAM`` (on each GPU), ``1 GiB of RAM``, or ``10 % of RAM bandwidth``.
-        objective_nats: By how much the objective would fall, in nats per token.
+            Where a GPU shares the RAM, one GiB more is the GPU's, the bandwidth is that of both,
+            and ``1 GiB from CPU to GPU`` moves the border between their parts.
+        objective_nats: By how much the objective would fall, in nats per token; below 0 where a
+            moved border makes it rise.
         low_nats: By how much at least, and
         high_nats: by how much at most, since both plans are proven only to a gap.
         loss_nats: By how much the predicted loss of the model would fall.
@@ -186,20 +193,29 @@ def prices(
 
 def _with_more(machine: Machine) -> dict[str, Machine]:
     """The machine with more of each resource that it has."""
-    gpus = tuple(
-        gpu.model_copy(update={"capacity_bytes": gpu.capacity_bytes + GIB}) for gpu in machine.gpus
-    )
-    more_ram = {"capacity_bytes": machine.ram.capacity_bytes + GIB}
-    faster = {"bandwidth_bytes_per_s": machine.ram.bandwidth_bytes_per_s * _MORE_BANDWIDTH}
     changed = {
-        "1 GiB of RAM": machine.model_copy(update={"ram": machine.ram.model_copy(update=more_ram)}),
-        "10 % of RAM bandwidth": machine.model_copy(
-            update={"ram": machine.ram.model_copy(update=faster)}
-        ),
+        resource: machine.with_more({name: n * GIB for name, n in gib_of.items()})
+        for resource, gib_of in _memory_of(machine).items()
+        if machine.ram.capacity_bytes + GIB * gib_of.get(machine.ram.name, 0) >= 0
     }
-    if not machine.gpus:
-        return changed
-    return {"1 GiB of VRAM": machine.model_copy(update={"gpus": gpus}), **changed}
+    gpus = tuple(_faster(gpu) if gpu.shares_ram else gpu for gpu in machine.gpus)
+    changed[_BANDWIDTH] = machine.model_copy(update={"ram": _faster(machine.ram), "gpus": gpus})
+    return changed
+
+
+def _memory_of(machine: Machine) -> dict[str, dict[str, int]]:
+    """By the name of each resource that is memory: how many GiB more each device has with it."""
+    own = {gpu.name: 1 for gpu in machine.gpus if not gpu.shares_ram}
+    shared = {gpu.name: 1 for gpu in machine.gpus if gpu.shares_ram}
+    memory = {_VRAM: own, _RAM: shared or {machine.ram.name: 1}}
+    if shared:
+        memory[_BORDER] = shared | {machine.ram.name: -1}
+    return {resource: gib_of for resource, gib_of in memory.items() if gib_of}
+
+
+def _faster(device: Device) -> Device:
+    rate = device.bandwidth_bytes_per_s * _MORE_BANDWIDTH
+    return device.model_copy(update={"bandwidth_bytes_per_s": rate})
 
 
 def _objective(problem: Problem) -> Literal["loss", "loss and time", "time"]:
@@ -210,12 +226,13 @@ def _objective(problem: Problem) -> Literal["loss", "loss and time", "time"]:
 
 def _price(resource: str, base: Solution, new: Solution, dual: float | None) -> Price:
     # A better machine can do what the plain one does, so it is never worse.
-    low = max(0.0, base.bound_nats - new.objective_nats)
-    high = max(0.0, base.objective_nats - new.bound_nats)
+    least = -math.inf if resource == _BORDER else 0.0
+    low = max(least, base.bound_nats - new.objective_nats)
+    high = max(least, base.objective_nats - new.bound_nats)
     agrees = dual is not None and low <= dual <= high
     return Price(
         resource=resource,
-        objective_nats=max(0.0, base.objective_nats - new.objective_nats),
+        objective_nats=max(least, base.objective_nats - new.objective_nats),
         low_nats=low,
         high_nats=high,
         loss_nats=kld_nats(base.loss_nats) - kld_nats(new.loss_nats),
@@ -230,5 +247,11 @@ def _duals(problem: Problem, base: Solution) -> dict[str, float]:
     if not bounds.order:
         return {}
     duals = bounds.answers[bounds.order[0]].duals
-    per_gib = [-duals[f"memory_{p}"] * (GIB / MIB) / 1000 for p in range(len(bounds.model.pools))]
-    return {"1 GiB of VRAM": sum(per_gib[:-1]), "1 GiB of RAM": per_gib[-1]}
+    per_gib = {
+        device.name: -duals[f"memory_{p}"] * (GIB / MIB) / 1000
+        for p, (device, *_) in enumerate(bounds.model.pools)
+    }
+    return {
+        resource: sum(n * per_gib[name] for name, n in gib_of.items())
+        for resource, gib_of in _memory_of(problem.machine).items()
+    }
