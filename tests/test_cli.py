@@ -177,6 +177,18 @@ def test_prediction_takes_a_stock_mix() -> None:
         assert found == qp.predict(inventory.with_qtypes(mix), flags, described)
 
 
+def test_a_mix_that_needs_an_importance_matrix_is_told_to_need_it() -> None:
+    """A mix that llama-quantize refuses is noted, unless there is an importance matrix."""
+    for mix, options, is_noted in (
+        ("iq2_m", [], True),
+        ("Q2_K_S", [], True),
+        ("IQ2_M", ["--imatrix"], False),
+        ("IQ4_XS", [], False),
+    ):
+        shown = quantplan("show", "Qwen3-4B-Instruct-2507", "--ftype", mix, *options)
+        assert (f"refuses {mix.upper()} without" in shown.stderr) == is_noted
+
+
 def test_prediction_knows_ik_llama_cpp_and_a_margin() -> None:
     """Engine, day of its sources and margin of the command line are those of the API."""
     options = ["--engine", "ik", "--engine-date", "2025-09-02", "--margin", "2GiB", "--json"]

@@ -124,16 +124,25 @@ def read_model(source: str) -> "Inventory":
 def in_mix(inventory: "Inventory", ftype: str | None, *, has_imatrix: bool) -> "Inventory":
     """The model in the types of a stock mix; as it is where none is named.
 
+    A mix that nobody can write without an importance matrix is told to be so on standard error.
+
     Raises:
         InputError: There is an importance matrix and no mix that it could change.
     """
-    import quantplan as qp  # noqa: PLC0415
+    from quantplan.ftypes.mixes import needs_imatrix, stock_mix  # noqa: PLC0415
 
     if ftype is None:
         if has_imatrix:
             raise InputError("--imatrix changes the types of a mix; name one with --ftype")
         return inventory
-    return inventory.with_qtypes(qp.stock_mix(inventory, ftype, has_imatrix=has_imatrix))
+    mix = stock_mix(inventory, ftype, has_imatrix=has_imatrix)
+    if needs_imatrix(ftype, mix) and not has_imatrix:
+        typer.echo(
+            f"note: llama-quantize refuses {ftype.upper()} without an importance matrix, and these "
+            "are the types that it would have then; --imatrix gives those with one",
+            err=True,
+        )
+    return inventory.with_qtypes(mix)
 
 
 def check_targets(*paths: Path | None) -> None:

@@ -5,6 +5,7 @@ As llama.cpp b10434 does, without the options that name types of single tensors,
 """
 
 from collections import Counter
+from collections.abc import Mapping
 
 from quantplan.errors import InputError
 from quantplan.ftypes.rules import MIXES, Family, Mix, ModelFacts, Position, family_of, rules_of
@@ -76,9 +77,17 @@ def published_mix(inventory: Inventory, ftype: str) -> dict[str, str]:
         UnsupportedModelError: See `stock_mix`.
     """
     mix = stock_mix(inventory, ftype)
-    if ftype.upper() == "Q2_K_S" or any(qtype(name).needs_imatrix for name in mix.values()):
-        return stock_mix(inventory, ftype, has_imatrix=True)
-    return mix
+    return stock_mix(inventory, ftype, has_imatrix=True) if needs_imatrix(ftype, mix) else mix
+
+
+def needs_imatrix(ftype: str, mix: Mapping[str, str]) -> bool:
+    """Whether llama-quantize refuses to write a mix without an importance matrix.
+
+    Args:
+        ftype: Its name.
+        mix: Types of all tensors in it.
+    """
+    return ftype.upper() == "Q2_K_S" or any(qtype(name).needs_imatrix for name in mix.values())
 
 
 def _chosen_types(
