@@ -51,6 +51,20 @@ def write_saved(value: Frozen, path: str | os.PathLike[str]) -> None:
     write_whole(Path(path), value.model_dump_json(indent=1) + "\n")
 
 
+def read_document(path: str | os.PathLike[str]) -> bytes:
+    """Reads a file that may hold a saved value.
+
+    Raises:
+        InputError: It is too large for one.
+        OSError: It cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise InputError(f"it has more than {_MOST_BYTES // MIB} MiB")
+    return content
+
+
 def read_saved(
     kind: type[_Kind], path: str | os.PathLike[str], what: str, error: type[InputError] = InputError
 ) -> _Kind:
@@ -68,11 +82,7 @@ def read_saved(
     """
     name = os.fspath(path)
     try:
-        with Path(path).open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise InputError(f"it has more than {_MOST_BYTES // MIB} MiB")
-        return kind.model_validate_json(content)
+        return kind.model_validate_json(read_document(path))
     except OSError as found:
         raise error(f"{name} cannot be read: {found.strerror or found}") from found
     except (InputError, ValidationError) as found:  # the first also of machines and in recipes

@@ -1,9 +1,10 @@
 """JSON Schemas of everything that ``--json`` prints and that files hold."""
 
+import contextlib
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from quantplan.costs.explanation import Explanation
 from quantplan.difference import RecipeDifference
@@ -42,6 +43,19 @@ SCHEMAS = MappingProxyType[str, Any](
     }
 )
 """Types of values by the name of their schema."""
+
+
+def schema_of(document: bytes) -> str | None:
+    """Name of the schema that a document follows; None where it follows none.
+
+    Args:
+        document: JSON, or anything else.
+    """
+    for name, kind in SCHEMAS.items():
+        with contextlib.suppress(ValidationError, InputError):  # the latter of machines
+            TypeAdapter(kind).validate_json(document)
+            return name
+    return None
 
 
 def json_schema(name: str) -> dict[str, Any]:

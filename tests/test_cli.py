@@ -316,6 +316,27 @@ def test_without_machine_this_one_is_described(tmp_path: Path) -> None:
     assert "quantplan machine --save FILE.json" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        (["show", "FILE"], "A recipe is what"),
+        (["diff", "FILE", "FILE"], "A recipe is what"),
+        (["export", "FILE", "shell"], "A recipe is what"),
+        (["plan", "GLM-4.5-Air", "--machine", "FILE"], "A profile is what"),
+    ],
+)
+def test_another_output_of_quantplan_is_told_to_be_one(
+    command: list[str], wanted: str, tmp_path: Path
+) -> None:
+    """Instead of the fields that it lacks, the message says what the file is and what is wanted."""
+    path = tmp_path / "shown.json"
+    path.write_text(quantplan("show", "Qwen3-4B-Instruct-2507", "--json").stdout)
+    said = quantplan(*(str(path) if word == "FILE" else word for word in command)).stderr
+    first, second = said.splitlines()
+    assert first == f"quantplan: {path} holds another output of quantplan: inventory."
+    assert second.startswith(wanted)
+
+
 def test_many_faults_are_counted(tmp_path: Path) -> None:
     """Of more than ten faults the first ten are printed, and the number of the others."""
     source = toy_moe(tmp_path / "toy.gguf")

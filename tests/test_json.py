@@ -17,7 +17,7 @@ import quantplan as qp
 from quantplan.cli import WITHOUT_JSON, app
 from quantplan.inventory.catalog import remove_from_catalog
 from quantplan.quantize.weights import WeightErrors
-from quantplan.schemas import SCHEMAS, json_schema
+from quantplan.schemas import SCHEMAS, json_schema, schema_of
 from quantplan.verification.result import Verification
 from scripts.build_reference import FOLDER
 from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_cpu
@@ -104,7 +104,9 @@ def test_no_command_lacks_json_without_a_reason() -> None:
     "name", [pytest.param(n, marks=needs_llama_cpp) if n in NEEDS_LLAMA_CPP else n for n in RUNS]
 )
 def test_json_follows_the_schema_that_the_help_names(name: str, files: dict[str, str]) -> None:
-    """Each command prints one JSON document, by a schema that the documentation has."""
+    """Each command prints one JSON document, by a schema that the documentation has, and that it
+    is told by.
+    """
     stem = name.replace(" ", "-")
     places = {**files, "out": f"{files['folder']}/{stem}", "name": f"toy-{stem}"}
     words = [word.format(**places) for word in shlex.split(RUNS[name])]
@@ -116,6 +118,7 @@ def test_json_follows_the_schema_that_the_help_names(name: str, files: dict[str,
     assert said is not None
     schemas = [documented(one) for one in said[1].split(" or ")]
     jsonschema.validate(json.loads(done.stdout, parse_constant=refuse), {"anyOf": schemas})
+    assert schema_of(done.stdout.encode()) in said[1].split(" or ")
 
 
 def documented(name: str) -> dict[str, Any]:

@@ -178,7 +178,18 @@ def read_recipe(path: str | Path) -> "Recipe":
         with contextlib.suppress(InputError):
             return Plan.load(path).recipe
         advice = "A recipe is what `quantplan plan MODEL --recipe FILE.json` writes."
-        raise InputError((*error.faults, advice)) from error
+        raise InputError((*_unless_known(path, error), advice)) from error
+
+
+def _unless_known(path: str | Path, error: InputError) -> tuple[str, ...]:
+    """Faults of a file, or what it is instead, where it is something else that quantplan prints."""
+    from quantplan.schema import read_document  # noqa: PLC0415
+    from quantplan.schemas import schema_of  # noqa: PLC0415
+
+    name = None
+    with contextlib.suppress(OSError, InputError):
+        name = schema_of(read_document(path))
+    return error.faults if name is None else (f"{path} holds another output of quantplan: {name}.",)
 
 
 def parse_machine(
@@ -206,7 +217,7 @@ def parse_machine(
             if not saved:
                 raise
             advice = "A profile is what `quantplan machine --save FILE.json` writes."
-            raise InputError((*error.faults, advice)) from error
+            raise InputError((*_unless_known(text, error), advice)) from error
         for said in given.assumed if not saved else ():
             typer.echo(f"assumed: {said}", err=True)
         return given if inventory is None else for_model(given, inventory.architecture)
