@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Literal
 
+from quantplan.given import check_given
 from quantplan.inventory.roles import split_name
 from quantplan.recipe import MemoryUse, Prediction, Recipe
 from quantplan.schema import Frozen
@@ -83,7 +84,11 @@ def diff_recipes(first: Recipe, second: Recipe) -> RecipeDifference:
     Args:
         first: The one that differences start from.
         second: The other one; it may be for another file or another model.
+
+    Raises:
+        InputError: One of them is no recipe.
     """
+    check_given(("first recipe", first, Recipe), ("second recipe", second, Recipe))
     theirs = {t.tensor: t for t in second.tensors}
     sizes = [{t.name: t.n_bytes for t in recipe.inventory_tensors} for recipe in (first, second)]
     groups: defaultdict[tuple[str, tuple[str, str], tuple[str | None, str | None]], list[str]] = (

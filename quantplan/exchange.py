@@ -31,6 +31,7 @@ from quantplan.formats.rules import (
     read_rules,
     split_rules,
 )
+from quantplan.given import check_given
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
@@ -66,6 +67,7 @@ def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "mo
         InputError: There is no such format, or systemd gets a relative path.
         RecipeError: The program cannot do what the recipe says, or the recipe has no flags.
     """
+    check_given(("recipe", recipe, Recipe))
     writers: dict[str, Callable[[], str]] = {
         "llama-quantize": recipe.tensor_type_file,
         "llama-quantize-command": lambda: _quantize_command(
@@ -199,6 +201,7 @@ def import_recipe(
             regular expressions, patterns that match nothing, types that the program does not have,
             rows that they do not divide.
     """
+    check_given(("model", inventory, Inventory))
     path = Path(source)
     chosen = source_format or _format_of(path)
     if chosen not in get_args(ImportFormat):

@@ -1,30 +1,30 @@
 """What a caller gives where a value is wanted that is read first."""
 
 from quantplan.errors import InputError
-from quantplan.hardware.machine import Machine
-from quantplan.inventory import Inventory
-from quantplan.schema import shortened
+from quantplan.schema import Frozen, shortened
+
+_READ = {
+    "Inventory": "read it with quantplan.read_inventory",
+    "Machine": "read it with quantplan.Machine.parse",
+    "Plan": "read it with quantplan.Plan.load",
+    "Recipe": "read it with quantplan.Recipe.load, or give the recipe of a plan",
+}
 
 
-def check_given(inventory: object, machine: object) -> None:
-    """Refuses names and texts in place of the model and the machine that they stand for.
+def check_given(*given: tuple[str, object, type[Frozen]]) -> None:
+    """Refuses names and texts in place of the values that they stand for.
 
     Args:
-        inventory: What was given as the model.
-        machine: What was given as the machine.
+        given: What each is called, what was given, and what is wanted.
 
     Raises:
-        InputError: One of them is of another kind; both are named.
+        InputError: Some are of another kind; all of them are named.
     """
-    wanted = (
-        ("model", inventory, Inventory, "read_inventory"),
-        ("machine", machine, Machine, "Machine.parse"),
-    )
     faults = [
-        f"the {what} is {shortened(repr(given))}, a {type(given).__name__} and no "
-        f"{kind.__name__}: read it with quantplan.{reader}"
-        for what, given, kind, reader in wanted
-        if not isinstance(given, kind)
+        f"the {what} is {shortened(repr(value))}, a {type(value).__name__} and no "
+        f"{kind.__name__}: {_READ[kind.__name__]}"
+        for what, value, kind in given
+        if not isinstance(value, kind)
     ]
     if faults:
         raise InputError(faults)

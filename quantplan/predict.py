@@ -227,7 +227,7 @@ def predict(
             devices that do not exist; a workload beside flags.
         UnsupportedModelError: The memory of the architecture is not known.
     """
-    check_given(inventory, machine)
+    check_given(("model", inventory, Inventory), ("machine", machine, Machine))
     resolved = resolve(
         inventory,
         configuration,

@@ -55,3 +55,27 @@ def test_names_in_place_of_what_they_stand_for_are_refused(ask: Callable[..., An
     model, machine = caught.value.faults
     assert "'GLM-4.5-Air', a str and no Inventory: read it with quantplan.read_inventory" in model
     assert "a str and no Machine: read it with quantplan.Machine.parse" in machine
+
+
+@pytest.mark.parametrize("given", ["NAME", Path("NAME"), None])
+@pytest.mark.parametrize(
+    ("ask", "reader"),
+    [
+        (lambda given: quantplan.stock_mix(given, "Q4_K_M"), "read_inventory"),
+        (lambda given: quantplan.import_recipe(given, "types.txt"), "read_inventory"),
+        (
+            lambda given: quantplan.prices(given, quantplan.read_inventory("Qwen3.5-2B")),
+            "Plan.load",
+        ),
+        (lambda given: quantplan.diff_recipes(given, given), "Recipe.load"),
+        (lambda given: quantplan.export_recipe(given, "shell"), "Recipe.load"),
+        (lambda given: quantplan.quantize(given, "in.gguf", "out.gguf"), "Recipe.load"),
+        (lambda given: quantplan.verify(given, "out.gguf"), "Recipe.load"),
+    ],
+)
+def test_what_is_to_be_read_first_is_said_of_every_function(
+    ask: Callable[[Any], Any], reader: str, given: Any
+) -> None:
+    """A name, a path or nothing in place of a value is refused in words, with what reads it."""
+    with pytest.raises(quantplan.InputError, match=rf"read it with quantplan\.{reader}"):
+        ask(given)

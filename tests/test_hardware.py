@@ -233,7 +233,7 @@ def test_profiles_are_machines(tmp_path: Path) -> None:
     machine = Machine.parse(f"RTX 4090 + {RAM}").model_copy(update={"measured": ("a run",)})
     path = tmp_path / "my machine.json"
     machine.save(path)
-    assert Machine.load(path) == Machine.parse(str(path)) == machine
+    assert Machine.load(path) == Machine.parse(path) == Machine.parse(str(path)) == machine
     assert "measured: a run" in machine.summary()
     path.write_text('{"gpus": []}', encoding="utf-8")
     with pytest.raises(MachineError, match="ram"):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from quantplan.errors import InputError
 from quantplan.ftypes.rules import MIXES, Family, Mix, ModelFacts, Position, family_of, rules_of
+from quantplan.given import check_given
 from quantplan.inventory import Inventory, Tensor
 from quantplan.inventory.keys import Keys
 from quantplan.qtypes import QTYPES, fitting_qtype, qtype
@@ -40,6 +41,7 @@ def stock_mix(inventory: Inventory, ftype: str, *, has_imatrix: bool = False) ->
             has no substitute does not divide a row, or experts are outside the layers.
         UnsupportedModelError: The metadata hold no number of layers, or impossible counts.
     """
+    check_given(("model", inventory, Inventory))
     name = ftype.upper()
     mix = MIXES.get(name)
     if mix is None:

@@ -132,7 +132,7 @@ class Machine(MachineValue):
         return (*self.gpus, self.ram)
 
     @classmethod
-    def parse(cls, text: str, *, margin_bytes: int | None = None) -> Self:
+    def parse(cls, text: str | os.PathLike[str], *, margin_bytes: int | None = None) -> Self:
         """Reads a machine from a line of text.
 
         The terms are joined by ``+``; the last one is the RAM. A GPU is a preset name
@@ -159,6 +159,7 @@ class Machine(MachineValue):
                 the RAM; the margin leaves nothing of a GPU. All faults of the terms are gathered;
                 unknown GPUs come with similar names.
         """
+        text = os.fspath(text)
         found = cls.load(Path(text)) if is_profile(text) else cls._described(text)
         return found if margin_bytes is None else found.with_margin(margin_bytes)
 

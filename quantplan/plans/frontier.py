@@ -148,7 +148,7 @@ def frontier(
         InputError: A number is out of range.
         NoPlanError: Nothing fits.
     """
-    check_given(inventory, machine)
+    check_given(("model", inventory, Inventory), ("machine", machine, Machine))
     goal = Goal(min_decode_tps=min_decode_tps)
     faults = goal.faults()
     if points < 2:

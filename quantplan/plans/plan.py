@@ -104,7 +104,7 @@ def plan(
         UnsupportedModelError: The memory of the architecture is not known.
         SolverError: The solver failed.
     """
-    check_given(inventory, machine)
+    check_given(("model", inventory, Inventory), ("machine", machine, Machine))
     machine = for_model(machine, inventory.architecture)
     task = workload or Workload()
     if no_worse_than is not None:

@@ -158,7 +158,7 @@ def prices(
     Raises:
         InputError: The plan is for another model, or was made with rules that have no name.
     """
-    check_given(inventory, plan.machine)
+    check_given(("plan", plan, Plan), ("model", inventory, Inventory))
     if plan.provenance.header_sha256 != inventory.header_sha256:
         raise InputError(f"the plan is for {plan.model}, not for {inventory.name}")
     asked = plan.provenance

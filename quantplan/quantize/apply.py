@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantplan.errors import InputError, QuantizeError, WeightError
+from quantplan.given import check_given
 from quantplan.inventory.ranges import Location, Ranges, located, open_ranges
 from quantplan.inventory.sources import headers_sha256, read_headers
 from quantplan.qtypes import QType
@@ -129,6 +130,7 @@ def quantize(
         LlamaCppError: llama-quantize does not run, fails, or is silent for too long.
     """
     started = time.perf_counter()
+    check_given(("recipe", recipe, Recipe))
     _check_options(source, threads, split_max_bytes, resume, backend)
     threads = threads or usable_threads()
     files, importance = read_headers(source), read_imatrix(imatrix) if imatrix else None

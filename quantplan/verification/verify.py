@@ -8,6 +8,7 @@ from pathlib import Path
 from quantplan.errors import InputError, LlamaCppError, RecipeError
 from quantplan.formats.llama_args import parse_flags
 from quantplan.formats.llama_cpp import options, rpc_flags
+from quantplan.given import check_given
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
 from quantplan.inventory.sources import read_inventory
@@ -77,6 +78,7 @@ def verify(
         LlamaCppError: llama.cpp is missing, failed, took too long, or has other GPUs than the
             machine.
     """
+    check_given(("recipe", recipe, Recipe))
     if (base is None) != (text is None):
         raise InputError("KLD needs both: the unquantized model (base) and a text")
     inventory = read_inventory(os.fspath(gguf))
