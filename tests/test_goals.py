@@ -436,13 +436,15 @@ def test_the_speed_that_is_named_is_enough(glm: Inventory, limits: dict[str, Any
 
 
 def test_limits_that_fail_together_are_told_from_one_that_fails_alone(glm: Inventory) -> None:
-    """Two limits that can be had one by one are said to fail together, not for one's sake."""
+    """Limits that can be had one by one are listed, and said to fail together."""
     machine = Machine.parse(GLM)
     with pytest.raises(NoPlanError, match="at the same time; each of these alone can be had"):
         plan(glm, machine, min_decode_tps=20, max_loss_nats=0.005)
     with pytest.raises(NoPlanError, match="at the same time: the fastest one") as caught:
         plan(glm, machine, Workload(context=65536), min_decode_tps=40, max_loss_nats=0.005)
     assert "with the context of 65536 tokens full" in str(caught.value)
+    with pytest.raises(NoPlanError, match=r"tokens full, takes at most 9 s for a turn and loses"):
+        plan(glm, machine, min_decode_tps=20, max_turn_s=9, max_loss_nats=0.005)
 
 
 def test_the_fastest_plan_says_which_loss_would_do_in_no_time() -> None:

@@ -327,7 +327,7 @@ def test_a_margin_above_the_capacity_leaves_nothing() -> None:
         ("RTX A6001", "RTX A6000"),
         ("RX 7900XTXX", "RX 7900 XTX"),
         ("P40", "Tesla P40"),
-        ("NVIDIA V100", "Tesla V100 16GB or Tesla V100 32GB"),
+        ("NVIDIA V100", "Tesla V100 16GB, Tesla V100 32GB or MI100"),
     ],
 )
 def test_near_names_are_suggested(text: str, near: str) -> None:

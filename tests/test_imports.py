@@ -22,6 +22,7 @@ ORDER = [
     "given",
     "display",
     "near",
+    "words",
     "qtypes",
     "inventory.roles",
     "inventory.keys",

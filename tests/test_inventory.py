@@ -418,7 +418,7 @@ def test_catalog_entries_are_told_apart() -> None:
 )
 def test_near_names_are_suggested(name: str, near: str) -> None:
     """A name that is almost one of the catalog comes with the right one ahead of others."""
-    with pytest.raises(SourceError, match=rf"'{name}' is neither .*Did you mean {near}[ ?]"):
+    with pytest.raises(SourceError, match=rf"'{name}' is neither .*Did you mean {near}[ ,?]"):
         read_inventory(name)
 
 

@@ -17,6 +17,7 @@ from quantplan.cli.options import (
 )
 from quantplan.errors import InputError
 from quantplan.units import gib
+from quantplan.words import listed
 
 if TYPE_CHECKING:
     from quantplan.recipe import Recipe
@@ -94,7 +95,7 @@ def _say_whether_ik_fits(made: "Recipe", command: str) -> None:
     if short:
         typer.echo(
             f"warning: ik_llama.cpp needs more memory than was planned for llama.cpp, "
-            f"{' and '.join(short)} (margins kept): plan with less context or a larger --margin",
+            f"{listed(short)} (margins kept): plan with less context or a larger --margin",
             err=True,
         )
 

@@ -34,6 +34,7 @@ from quantplan.costs.explanation import Estimate, Explanation
 from quantplan.costs.resampling import resamples
 from quantplan.costs.sensitivity import Prior
 from quantplan.inventory import Inventory, Tensor
+from quantplan.words import listed
 
 # Resamples of measured chunks that an upper end is taken from; a standard deviation is then known
 # to a tenth.
@@ -345,7 +346,7 @@ class LossTable:
         prior = self._prior_s.get(tensor.name, 0.0)
         known = "measured" if self._family_is_known else "never measured"
         if tensor.name in self._borrowed:
-            known += f", tensors as in {' and '.join(self._alike)}"
+            known += f", tensors as in {listed(self._alike)}"
         scale = ", scaled to the model's own curve" if self._has_curve else ""
         estimates = [
             Estimate(

@@ -18,6 +18,7 @@ from quantplan.hardware.table import (
 from quantplan.hardware.unified import check_parts, share_ram, sharing
 from quantplan.near import near_names
 from quantplan.units import gb_per_s, gib, parse_bytes, parse_bytes_per_s
+from quantplan.words import listed
 
 _TERM = re.compile(
     r"\s*(?:(?P<count>\d{1,3})\s*[xX](?:\s+|(?=[^\s@]{2})))?"  # 24XB is a misspelt unit
@@ -214,7 +215,7 @@ def _known(what: str, text: str, names: tuple[str, ...], numbers: str) -> str:
         raise MachineError(f"{text.strip()!r} is below 0, or has a '-' too many: leave it out")
     if known is None:
         near = near_names(without_vendor(text), names)
-        hint = f"did you mean {' or '.join(near)}? Or give" if near else "give"
+        hint = f"did you mean {listed(near, 'or')}? Or give" if near else "give"
         raise MachineError(f"unknown {what} {text!r}: {hint} numbers, such as {numbers}")
     return known
 

@@ -13,6 +13,7 @@ from quantplan.inventory.catalog import catalog_names, read_catalog
 from quantplan.inventory.header import Header, SkippedArray, read_header
 from quantplan.inventory.ranges import Location, located
 from quantplan.near import near_names
+from quantplan.words import listed
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
@@ -205,5 +206,5 @@ def read_named(name: str, n_tensors: int | None = None) -> Inventory:
 def _unknown_name(name: str) -> str:
     names = catalog_names()
     near = near_names(name, names, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names)}."
+    hint = f"Did you mean {listed(near, 'or')}?" if near else f"Known: {', '.join(names)}."
     return f"{name!r} is neither a file nor a catalog name. {hint}"

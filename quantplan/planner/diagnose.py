@@ -11,6 +11,7 @@ from quantplan.planner.problem import Problem
 from quantplan.planner.search import any_solution, solve
 from quantplan.planner.solution import Solution
 from quantplan.units import gib
+from quantplan.words import listed
 
 # Share of the time for what is possible at all; the rest is for changes.
 _POSSIBLE_SHARE = 0.25
@@ -84,7 +85,7 @@ def _out_of_reach(
     problem: Problem, limits: Sequence[_Limit], fastest: Solution, deadline: float
 ) -> str:
     """Something fits, but not within the limits of the goal: one of them, or all together."""
-    message = f"no plan {' and '.join(limit.clause for limit in limits)}"
+    message = f"no plan {listed([limit.clause for limit in limits])}"
     if len(limits) > 1:
         message += " at the same time"
     possible = reachable_tps(fastest)
@@ -107,7 +108,7 @@ def _too_large(problem: Problem, limits: Sequence[_Limit], deadline: float) -> N
     usable = sum(d.usable_bytes for d in problem.machine.devices)
     on_devices = ", ".join(f"{d.name} {gib(d.usable_bytes)}" for d in problem.machine.devices)
     workload = problem.workload
-    named = f"the limit{'s' * (len(limits) > 1)} on {' and '.join(each.name for each in limits)}"
+    named = f"the limit{'s' * (len(limits) > 1)} on {listed([limit.name for limit in limits])}"
     message = (
         f"no plan fits{f', even without {named}' if limits else ''}: weights at their smallest "
         f"allowed types ({gib(weights)}), the KV cache ({gib(cache)} at {workload.context} tokens, "
