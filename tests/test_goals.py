@@ -1,5 +1,6 @@
 """Goals, decisions left open, frontiers, prices, and what to change where there is no plan."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -327,6 +328,27 @@ def test_the_longest_context_is_the_longest(glm: Inventory) -> None:
     longer = WORK.model_copy(update={"context": round(made.workload.context * 1.01) + 256})
     with pytest.raises(NoPlanError):
         plan(glm, machine, longer, min_decode_tps=12.0, max_loss_nats=0.02)
+
+
+def test_the_longest_context_is_none_that_nobody_gave() -> None:
+    """Where no context fits, the shortest that was tried is named, and what to change is for it."""
+    inventory, machine = read_inventory("Qwen3-32B"), "12GiB@360GB/s + {}MiB@60GB/s"
+    with pytest.raises(NoPlanError, match="context of 256 tokens is the shortest") as caught:
+        plan(inventory, Machine.parse(machine.format(4096)), context="max")
+    assert "4096 tokens" not in str(caught.value)
+    (ram,) = [int(change.value) for change in caught.value.changes if change.kind == "ram"]
+    enough = Machine.parse(machine.format(ram // 2**20))
+    assert plan(inventory, enough, context="max", baselines=False).workload.context >= 256
+
+
+def test_the_longest_context_holds_a_limited_turn() -> None:
+    """A context too short for the turn whose time is limited is no answer."""
+    inventory, turn = read_inventory("Qwen3-32B"), Workload(prompt_tokens=8000)
+    for ram_gib, fits in ((6, False), (9, True)):
+        machine = Machine.parse(f"12GiB@360GB/s + {ram_gib}GiB@60GB/s")
+        with contextlib.nullcontext() if fits else pytest.raises(NoPlanError, match="8704 tokens"):
+            made = plan(inventory, machine, turn, context="max", max_turn_s=4000, baselines=False)
+            assert made.workload.context >= 8512
 
 
 def test_q8_0_caches_are_chosen_where_they_pay(glm: Inventory) -> None:

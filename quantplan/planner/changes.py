@@ -7,12 +7,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
 
-from quantplan.costs.memory import CELL_PADDING
 from quantplan.costs.quality import kld_nats, type_errors
 from quantplan.errors import Change
 from quantplan.hardware.machine import Machine
 from quantplan.inventory.roles import EXPERT_CLASSES
-from quantplan.planner.context import longest_context
+from quantplan.planner.context import least_context, longest_context
 from quantplan.planner.milp import build_relaxation
 from quantplan.planner.model import Model
 from quantplan.planner.problem import Problem
@@ -274,7 +273,9 @@ def _memory_change(machine: Machine, kind: Literal["ram", "vram"], more: int) ->
 
 def _context(problem: Problem, deadline: float) -> list[Change]:
     wanted = problem.workload.context
-    found = longest_context(problem, wanted - 1, deadline) if wanted > CELL_PADDING else None
+    if wanted <= least_context(problem):
+        return []
+    found = longest_context(problem, wanted - 1, deadline)
     if found is None or found[0] >= wanted:
         return []
     return [Change("context", found[0], f"Lower the context to {found[0]} tokens")]

@@ -9,7 +9,7 @@ from quantplan.costs.memory import CELL_PADDING
 from quantplan.errors import SolverError
 from quantplan.planner.bounds import Bounds, bounds_over_splits
 from quantplan.planner.changes import least_loss
-from quantplan.planner.context import longest_context, with_context
+from quantplan.planner.context import least_context, longest_context, with_context
 from quantplan.planner.diagnose import no_plan
 from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem
@@ -120,7 +120,9 @@ def best_solution(
         return found
     if limits.is_over:
         raise SolverError(f"no plan was found within {time_limit_s:g} s; give it more time")
-    raise no_plan(problem, _DIAGNOSIS_S)
+    if left_open.context:
+        problem = with_context(problem, least_context(problem))
+    raise no_plan(problem, _DIAGNOSIS_S, at_least_context=left_open.context)
 
 
 def _best_variant(candidates: list[Variant], limits: Limits) -> tuple[Problem, Solution] | None:

@@ -34,15 +34,20 @@ class _Limit:
     alone: Goal
 
 
-def no_plan(problem: Problem, time_limit_s: float) -> NoPlanError:
+def no_plan(
+    problem: Problem, time_limit_s: float, *, at_least_context: bool = False
+) -> NoPlanError:
     """What is in the way, and the smallest change of each kind that removes it.
 
     Args:
         problem: One that has no solution.
         time_limit_s: Time for the search of changes, in seconds.
+        at_least_context: Whether its context is what was chosen for want of a shorter one.
     """
     deadline = time.monotonic() + time_limit_s
     possible_by = time.monotonic() + _POSSIBLE_SHARE * time_limit_s
+    context = f" The context of {problem.workload.context} tokens is the shortest that was tried."
+    said = context if at_least_context else ""
     limits = _limits_of(problem.goal, problem.workload.context)
     if limits:
         fastest = solve(_unlimited(problem), replace(ROUGH, deadline=possible_by))
@@ -50,8 +55,8 @@ def no_plan(problem: Problem, time_limit_s: float) -> NoPlanError:
             message = _out_of_reach(problem, limits, fastest, possible_by)
             changes = smallest_changes(problem, deadline, fastest)
             advice = _advice(_ENOUGH, changes) or _NONE_ENOUGH
-            return NoPlanError(message + advice, changes=changes)
-    return _too_large(problem, limits, deadline)
+            return NoPlanError(message + said + advice, changes=changes)
+    return _too_large(problem, limits, deadline, said)
 
 
 def _unlimited(problem: Problem) -> Problem:
@@ -99,7 +104,9 @@ def _out_of_reach(
     return f"{message}."
 
 
-def _too_large(problem: Problem, limits: Sequence[_Limit], deadline: float) -> NoPlanError:
+def _too_large(
+    problem: Problem, limits: Sequence[_Limit], deadline: float, said: str
+) -> NoPlanError:
     """What the smallest allowed types need, against what the machine has."""
     weights = sum(group.options[-1].n_bytes for group in problem.groups)
     cache = sum(problem.cache_bytes)
@@ -113,7 +120,7 @@ def _too_large(problem: Problem, limits: Sequence[_Limit], deadline: float) -> N
         f"no plan fits{f', even without {named}' if limits else ''}: weights at their smallest "
         f"allowed types ({gib(weights)}), the KV cache ({gib(cache)} at {workload.context} tokens, "
         f"{workload.kv_type_k}/{workload.kv_type_v}) and compute buffers ({gib(compute)}) need "
-        f"{gib(required)}; usable are {gib(usable)} ({on_devices}, margins taken off)."
+        f"{gib(required)}; usable are {gib(usable)} ({on_devices}, margins taken off).{said}"
     )
     if required <= usable:
         message += (
