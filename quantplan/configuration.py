@@ -128,11 +128,8 @@ def _in_types(inventory: Inventory, types: Mapping[str, str]) -> Inventory:
             faults.append(f"{inventory.name} has no tensor {name!r}{hint}")
         elif wanted.upper() not in QTYPES:
             faults.append(f"{name}: there is no type {wanted!r}{similar(wanted, QTYPES)}")
-        elif tensor.shape_ne[0] % QTYPES[wanted.upper()].block:
-            faults.append(
-                f"{name}: rows of {tensor.shape_ne[0]} weights are no whole number of blocks of "
-                f"{wanted} ({QTYPES[wanted.upper()].block} weights)"
-            )
+        elif fault := QTYPES[wanted.upper()].row_fault(tensor.shape_ne[0]):
+            faults.append(f"{name}: {fault}")
     if faults:
         raise InputError(faults)
     return inventory.with_qtypes({name: wanted.upper() for name, wanted in types.items()})

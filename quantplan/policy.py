@@ -246,14 +246,12 @@ def _misfit(
         return f"{others[0].name} is {others[0].qtype} and stays so, or is quantized; say SOURCE"
     if not kind.is_float and name not in priced:
         return f"the loss of the type {name} is not known"
-    odd = [tensor for tensor in tensors if tensor.shape_ne[0] % kind.block]
+    odd = [(t, fault) for t in tensors if (fault := kind.row_fault(t.shape_ne[0]))]
     if odd:
-        fits = fitting_qtype(name, odd[0].shape_ne[0], runtime)
+        first, fault = odd[0]
+        fits = fitting_qtype(name, first.shape_ne[0], runtime)
         instead = f"; llama-quantize would write {fits.name}" if fits else ""
-        return (
-            f"rows of {odd[0].shape_ne[0]} weights ({odd[0].name} and {len(odd) - 1} more) are no "
-            f"whole number of blocks of {name} ({kind.block} weights){instead}"
-        )
+        return f"{fault}, in {first.name} and {len(odd) - 1} more{instead}"
     return None
 
 

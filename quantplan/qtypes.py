@@ -122,6 +122,19 @@ class QType:
         """Whether the type stores plain floating-point numbers that a quantizer can start from."""
         return self.name in {"F32", "F16", "BF16"}
 
+    def row_fault(self, n_columns: int) -> str | None:
+        """Why a row cannot have the type; None where it can.
+
+        Args:
+            n_columns: Weights per row (``ne0``).
+        """
+        if n_columns % self.block == 0:
+            return None
+        return (
+            f"rows of {n_columns} weights are no whole number of blocks of {self.name} "
+            f"({self.block} weights)"
+        )
+
     def row_bytes(self, n_columns: int) -> int:
         """Exact bytes of one row.
 
@@ -131,11 +144,8 @@ class QType:
         Raises:
             ValueError: The row is not a whole number of blocks.
         """
-        if n_columns % self.block:
-            raise ValueError(
-                f"a row of {n_columns} weights is not a multiple of {self.name}'s block of "
-                f"{self.block}"
-            )
+        if fault := self.row_fault(n_columns):
+            raise ValueError(fault)
         return self.row_meta_bytes + n_columns // self.block * self.block_bytes
 
     def tensor_bytes(self, shape_ne: tuple[int, ...]) -> int:

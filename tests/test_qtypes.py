@@ -158,7 +158,7 @@ def test_rows_are_whole_blocks_or_refused(name: str, n_columns: int) -> None:
     """A row that is no whole number of blocks is refused, any other has its bytes."""
     kind = QTYPES[name]
     if n_columns % kind.block:
-        with pytest.raises(ValueError, match=f"{n_columns} weights .* {name}'s block"):
+        with pytest.raises(ValueError, match=f"{n_columns} weights .* blocks of {name}"):
             kind.row_bytes(n_columns)
     else:
         bits = 8 * (kind.row_bytes(n_columns) - kind.row_meta_bytes)

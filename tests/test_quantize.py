@@ -246,7 +246,7 @@ def test_every_misfit_is_named_at_once(toy: Path, occupied: Path) -> None:
         "blk.0.attn_v.weight cannot become IQ2_XXS: the type needs an importance matrix",
         "blk.0.attn_output.weight cannot become IQ4_KS: llama.cpp's quantizer writes no such file",
         "blk.0.attn_norm.weight cannot become Q8_0: llama.cpp loads this tensor only as floating",
-        "blk.1.ffn_down_exps.weight cannot become Q4_K: its rows have 352 weights",
+        "blk.1.ffn_down_exps.weight cannot become Q4_K: rows of 352 weights are no whole number",
         "blk.2.attn_q.weight cannot become Q8_K",
         "the recipe lacks output.weight",
         "the source lacks extra.weight",

@@ -365,10 +365,8 @@ def _type_of(tensor: "Tensor", asked: str | None) -> str:
     instead = (
         f"; llama-quantize would write {written.name}: --qtype {written.name}" if written else ""
     )
-    raise InputError(
-        f"{tensor.name} cannot be {kind.name}: its rows of {tensor.shape_ne[0]} weights are no "
-        f"whole number of blocks of {kind.block} weights{instead}"
-    )
+    fault = kind.row_fault(tensor.shape_ne[0])
+    raise InputError(f"{tensor.name} cannot be {kind.name}: {fault}{instead}")
 
 
 def show(

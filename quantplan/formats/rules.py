@@ -206,10 +206,8 @@ def read_rules(rules: Rules, inventory: Inventory, dialect: Dialect) -> dict[str
 def _written(tensor: Tensor, wanted: str, dialect: Dialect) -> str:
     found = fitting_qtype(wanted, tensor.shape_ne[0], dialect.runtime)
     if found is None:
-        raise RecipeError(
-            f"{tensor.name}: rows of {tensor.shape_ne[0]} weights are no whole number of blocks of "
-            f"{wanted} ({QTYPES[wanted].block} weights), for which {dialect.name} has no substitute"
-        )
+        fault = QTYPES[wanted].row_fault(tensor.shape_ne[0])
+        raise RecipeError(f"{tensor.name}: {fault}, for which {dialect.name} has no substitute")
     return found.name
 
 

@@ -55,10 +55,9 @@ def stock_mix(inventory: Inventory, ftype: str, *, has_imatrix: bool = False) ->
             continue
         fitting = fitting_qtype(wanted, tensor.shape_ne[0])
         if fitting is None:
+            fault = QTYPES[wanted].row_fault(tensor.shape_ne[0])
             faults.append(
-                f"llama-quantize has no type for {tensor.name} in {name}: its rows of "
-                f"{tensor.shape_ne[0]} weights are no multiple of {wanted}'s block of "
-                f"{QTYPES[wanted].block}; choose F16"
+                f"llama-quantize has no type for {tensor.name} in {name}: {fault}; choose F16"
             )
         else:
             qtypes[tensor.name] = fitting.name

@@ -193,12 +193,7 @@ def _type_fault(source: TensorEntry, qtype: QType, program: Runtime | None) -> s
         return "llama.cpp loads this tensor only as floating-point numbers"
     if program and not tensor.is_quantizable:
         return "llama-quantize leaves this tensor as it is; use the default backend"
-    if source.shape_ne[0] % qtype.block:
-        return (
-            f"its rows have {source.shape_ne[0]} weights, which is not a multiple of the block of "
-            f"{qtype.block}"
-        )
-    return _interleaving_fault(source, qtype)
+    return qtype.row_fault(source.shape_ne[0]) or _interleaving_fault(source, qtype)
 
 
 def _interleaving_fault(source: TensorEntry, qtype: QType) -> str | None:
