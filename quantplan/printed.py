@@ -29,7 +29,8 @@ class WrittenFile(Frozen):
         duration_s: Wall time that it took.
         sha256: Hash of every file, by its name; None where it was not read back.
         relative_squared_error: ``|W' - W|^2 / |W|^2`` of every tensor whose type has changed, by
-            its name; None where it was not read back.
+            its name, with columns weighted as in `quantplan.quantize.Verification`; None where it
+            was not read back.
     """
 
     path: Path

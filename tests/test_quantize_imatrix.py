@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -105,6 +106,29 @@ def test_both_formats_give_the_same_file(toy: Path, tmp_path: Path) -> None:
     ]
     assert len(set(hashes)) == 3
     assert hashes[2] is None
+
+
+def test_reading_back_weighs_errors_by_importance(tmp_path: Path) -> None:
+    """The errors of matrices in the layers are of what they put out, as the matrix tells: those of
+    a column that no text reaches do not count.
+    """
+    rows = np.random.default_rng(0).standard_normal((8, 512)).astype(np.float16)
+    rows[:, ::32] *= 100  # which blunts the others in their blocks
+    names = NAME, "output.weight"
+    source = tiny(tmp_path / "source.gguf", **dict.fromkeys(names, rows))
+    importance = np.ones((1, 512), np.float32)
+    importance[:, ::32] = 1e-3
+    imatrix = imatrix_gguf(tmp_path / "imatrix.gguf", dict.fromkeys(names, importance))
+    recipe = recipe_for(source, dict.fromkeys(names, "Q8_0"))
+    found = quantize(recipe, source, tmp_path / "q.gguf", imatrix=imatrix, verify=True).verification
+    assert found is not None
+    read = {t.name: t for t in gguf.GGUFReader(tmp_path / "q.gguf").tensors}
+    errors = [found.relative_squared_error[name] for name in names]
+    for name, columns, error in zip(names, (importance[0], np.ones(512)), errors, strict=True):
+        new = gguf.quants.dequantize(read[name].data, read[name].tensor_type)
+        lost, total = (w.astype(np.float64) ** 2 @ columns for w in (new - rows, rows))
+        assert error == pytest.approx(lost.sum() / total.sum(), rel=1e-4)
+    assert errors[0] > 10 * errors[1]
 
 
 @pytest.mark.parametrize("name", [t for t in TYPES if QTYPES[t].needs_imatrix])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from quantplan.errors import QuantizeError, SourceError
 from quantplan.inventory.header import read_header
 from quantplan.inventory.ranges import LocalFile, Location, Ranges
+from quantplan.inventory.roles import split_layer
 from quantplan.qtypes import QType
 from quantplan.quantize.backend import Backend
 from quantplan.quantize.convert import Chunk, chunks
@@ -30,7 +31,9 @@ class Verification:
     Attributes:
         sha256: Hash of every file, by its name.
         relative_squared_error: ``|W' - W|^2 / |W|^2`` of every tensor whose type has changed, by
-            its name.
+            its name. In the layers columns count by their importance, where there is a matrix:
+            it is then about the share of the tensor's output that is lost, which few rows and
+            columns may carry.
     """
 
     sha256: dict[str, str]
@@ -116,7 +119,7 @@ def squared_errors(
             after = _floats(written, begin, chunk.target_n_bytes, move.target.qtype, backend)
             lost = np.subtract(after, before, dtype=np.float64)
             wide = before.astype(np.float64)
-            return float(lost @ lost), float(wide @ wide)
+            return _squared_norm(lost, chunk), _squared_norm(wide, chunk)
 
         changed = (c for move in layout.moves if _is_comparable(move) for c in chunks(move))
         for chunk, found in in_order(compare, changed, range(2 * threads), threads):
@@ -128,6 +131,17 @@ def squared_errors(
     if wrong:
         raise QuantizeError(f"{path} holds weights that are not finite in {', '.join(wrong)}")
     return errors
+
+
+def _squared_norm(weights: NDArray[np.float64], chunk: Chunk) -> float:
+    """Sum of squares, by the importance of the columns where it is known and tells of the output.
+
+    Outside the layers it does not: embeddings are looked up, and what all logits share is nothing.
+    """
+    source, importance = chunk.move.source, chunk.importance
+    if importance is None or split_layer(source.name)[0] is None:
+        return float(weights @ weights)
+    return float((weights.reshape(-1, source.shape_ne[0]) ** 2 @ importance).sum())
 
 
 def _is_comparable(move: TensorMove) -> bool:
