@@ -36,6 +36,7 @@ from quantplan.costs import memory
 from quantplan.costs.quality import LossTable, kld_nats
 from quantplan.costs.speed import predict_speed
 from quantplan.hardware.network import Network
+from quantplan.planner import decisions
 from quantplan.planner.bounds import bounds_over_splits
 from quantplan.planner.changes import least_loss
 from quantplan.planner.goal import Goal
@@ -435,6 +436,14 @@ def test_every_change_that_is_named_is_enough(glm: Inventory) -> None:
     less = ram.with_more(int(changes["ram"]) - ram.capacity_bytes - 3 * 2**28)
     with pytest.raises(NoPlanError):
         plan(glm, machine.model_copy(update={"ram": less}), work)
+
+
+def test_changes_are_sought_while_the_search_has_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no plan, what is left of the time goes into what would have to change."""
+    monkeypatch.setattr(decisions, "_DIAGNOSIS_S", 0.0)
+    with pytest.raises(NoPlanError) as caught:
+        plan(read_inventory("gemma-3-12b-it"), Machine.parse("4GiB@60GB/s"), WORK)
+    assert caught.value.changes
 
 
 @pytest.mark.parametrize(

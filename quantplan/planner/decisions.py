@@ -22,7 +22,7 @@ _KV_TYPES = (("f16", 1.0), ("q8_0", 1 / 0.9))
 # Small ubatches make prompts slow, which a goal about decoding does not see: each halving has to
 # make the objective at least a hundredth smaller.
 _UBATCHES = tuple((2048 >> n, 1.01**n) for n in range(5))
-# Time for saying what would have to change where there is no plan.
+# Least time for saying what would have to change where there is no plan.
 _DIAGNOSIS_S = 10.0
 # Share of the time that is left that may go into finding the longest context.
 _CONTEXT_SHARE = 0.5
@@ -122,7 +122,7 @@ def best_solution(
         raise SolverError(f"no plan was found within {time_limit_s:g} s; give it more time")
     if left_open.context:
         problem = with_context(problem, least_context(problem))
-    raise no_plan(problem, _DIAGNOSIS_S, at_least_context=left_open.context)
+    raise no_plan(problem, max(_DIAGNOSIS_S, limits.left_s), at_least_context=left_open.context)
 
 
 def _best_variant(candidates: list[Variant], limits: Limits) -> tuple[Problem, Solution] | None:
