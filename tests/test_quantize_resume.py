@@ -1,5 +1,6 @@
 """Quantizing that is interrupted: what is left, and that going on gives the identical file."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +22,7 @@ from quantplan.inventory.header import read_header
 from quantplan.quantize import Progress, partial, quantize
 from quantplan.quantize.partial import PartialFile
 from quantplan.recipe import Recipe
+from tests.support.http_server import serve
 from tests.support.models import toy_moe
 from tests.support.quantizer import recipe_for, spread, stored
 
@@ -110,40 +111,37 @@ def test_killed_runs_are_continued(toy: Path, recipe: Recipe, whole: bytes, tmp_
     assert seen[0] > n_done
 
 
-def test_a_command_that_is_interrupted_is_continued(toy: Path, target: Path) -> None:
-    """A real SIGINT, as Ctrl-C sends it, ends the command soon, with the code of the signal and a
+def test_a_command_that_is_interrupted_is_continued(
+    toy: Path, recipe: Recipe, whole: bytes, target: Path
+) -> None:
+    """A real SIGINT, as Ctrl-C sends it, ends the command, with the code of the signal and a
     hint; --resume goes on from there, and the file is that of an undisturbed run.
     """
-    recipe = recipe_for(
-        toy, spread(toy, ["IQ3_S", "Q8_0", "Q8_0"])
-    )  # slow enough to be interrupted
-    recipe.save(target.parent.parent / "recipe.json")
-    words = [str(target.parent.parent / "recipe.json"), str(toy), str(target), "--threads", "1"]
-    command = [sys.executable, "-m", "quantplan.cli", "quantize", *words]
-    partial = target.with_name(".q.gguf.partial")
-    with subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that run in the background ignore SIGINT, and what they start would too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not (partial.exists() and partial.stat().st_size > 1 << 19):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, printed = process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGINT
-    assert "--resume" in printed
-    assert target.read_bytes() == b"an older model"
-    journal = target.with_name(".q.gguf.journal").read_text().split("\n")
-    n_done = json.loads(journal[-1])["n_bytes"]
-    assert n_done > 0
-    whole = quantize(recipe, toy, target.parent.parent / "whole.gguf").path.read_bytes()
-    assert n_done < len(whole)
-    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    saved, journal = target.parent.parent / "recipe.json", target.with_name(".q.gguf.journal")
+    recipe.save(saved)
+    with serve(toy.parent) as (url, server):
+        words = [str(saved), f"{url}/{toy.name}", str(target), "--threads", "1"]
+        command = [sys.executable, "-m", "quantplan.cli", "quantize", *words]
+        server.held_from = 1 << 20  # it cannot come to the end before the signal
+        with subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Tests that run in the background ignore SIGINT, and what they start would too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        ) as process:
+            while not (journal.exists() and "n_bytes" in journal.read_text()):
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            server.may_go_on.set()
+            _, printed = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGINT
+        assert "--resume" in printed
+        assert target.read_bytes() == b"an older model"
+        n_done = json.loads(journal.read_text().split("\n")[-1])["n_bytes"]
+        assert 0 < n_done < len(whole)
+        subprocess.run([*command, "--resume"], check=True, capture_output=True)
     assert hashlib.sha256(target.read_bytes()).digest() == hashlib.sha256(whole).digest()
     assert beside(target) == {"q.gguf"}
 
@@ -166,12 +164,12 @@ def interrupted(*_: object) -> None:
 
 
 def begin_with_signal(target: Path, n: int) -> None:
-    """Begins a file, with a signal at the ``n``-th line of its module that is run, if there is."""
+    """Begins a file as `quantize` does, with a signal at the ``n``-th line on the way, if any."""
     lines = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
         nonlocal lines
-        if frame.f_code.co_filename != partial.__file__:
+        if frame.f_code.co_filename not in (partial.__file__, contextlib.__file__):
             return None
         lines += event == "line"
         if event == "line" and lines == n:
@@ -181,12 +179,15 @@ def begin_with_signal(target: Path, n: int) -> None:
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        with PartialFile(target, "job", resume=False):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(PartialFile(target, "job", resume=False)).begin()
             sys.settrace(None)
     finally:
         sys.settrace(before)
 
 
+# A file that had just been opened when the signal came is closed by the collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_a_signal_while_a_file_is_begun_leaves_nothing(target: Path) -> None:
     """Wherever it comes before the first byte, no file is left."""
     for n in itertools.count(1):
@@ -204,12 +205,18 @@ def test_a_signal_while_earlier_work_is_read_takes_nothing(
 ) -> None:
     """What an earlier run left can still be continued."""
     with PartialFile(target, "job", resume=False) as part:
+        part.begin()
         part.write(b"good")
         part.mark()
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(KeyboardInterrupt),
+        PartialFile(target, "job", resume=True) as part,
+    ):
         patched.setattr(PartialFile, "_find_last_good_place", interrupted)
-        PartialFile(target, "job", resume=True).__enter__()
+        part.begin()
     with PartialFile(target, "job", resume=True) as part:
+        part.begin()
         assert part.n_bytes == len(b"good")
 
 
@@ -293,7 +300,7 @@ def test_a_full_disk_can_be_continued(
     assert resumed(recipe, toy, target, whole)[0] > 0.3 * len(whole)
 
 
-@contextmanager
+@contextlib.contextmanager
 def small_disk(folder: Path, options: str) -> Iterator[Path]:
     """A file system in memory."""
     folder.mkdir()

@@ -262,6 +262,8 @@ def _convert(
             stack.enter_context(PartialFile(layout.path, _job(layout, sources), resume=resume))
             for layout in layouts
         ]
+        for part in parts:
+            part.begin()
         for layout, part in zip(layouts, parts, strict=True):
             _write(layout, part, sources, tools, lambda n: report(n, sum(p.n_bytes for p in parts)))
         return _finish(layouts, parts, sources, tools)
@@ -339,6 +341,7 @@ def _run_program(
 ) -> Verification | None:
     """Has llama-quantize write the file, checks it, and gives it its name."""
     with PartialFile(layout.path, backend.name, resume=False) as part:
+        part.begin()
         run_llama_quantize(backend, job, part.path, report)
         part.sync()
         written = as_written(layout, part.path, backend.name)

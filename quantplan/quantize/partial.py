@@ -60,20 +60,19 @@ class PartialFile:
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        """Does nothing: a signal may come before the block is known to have begun."""
+        return self
+
+    def begin(self) -> None:
         """Starts the file, or continues that of an earlier run after its last good place.
 
         Raises:
             QuantizeError: The file cannot be written, or another process is writing it.
             RecipeError: The unfinished file belongs to another job.
         """
-        try:  # a signal may come at any line
-            self._opened.callback(self._tidy)
-            with self._explained():
-                self._open()
-            return self
-        except BaseException:
-            self._opened.close()
-            raise
+        self._opened.callback(self._tidy)
+        with self._explained():
+            self._open()
 
     def _open(self) -> None:
         self._journal: IO[bytes] = self._opened.enter_context(self._journal_path.open("a+b"))
