@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import quantplan as qp
+from tests.support.http_server import serve
 from tests.support.models import toy_moe
 from tests.support.quantizer import recipe_for, sparse
 
@@ -368,26 +369,29 @@ def test_no_progress_is_shown_before_input_errors(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_no_temporary_file(tmp_path: Path, number: signal.Signals) -> None:
     """`quantize` that is told to end before a tensor is done leaves nothing."""
-    source = sparse(tmp_path / "large.gguf", n_rows=1 << 17)
+    source = sparse(tmp_path / "large.gguf", n_rows=1 << 12)
     recipe_for(source, {"blk.0.ffn_up.weight": "Q4_K"}).save(tmp_path / "recipe.json")
     folder = tmp_path / "target"
     folder.mkdir()
-    names = map(str, (tmp_path / "recipe.json", source, folder / "q.gguf"))
-    command = [sys.executable, "-m", "quantplan.cli", "quantize", *names, "--threads", "1"]
-    with subprocess.Popen(
-        command,
-        stderr=subprocess.DEVNULL,
-        # Tests that run in the background ignore SIGHUP, and what they start would too.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
-    ) as running:
-        try:
-            while not list(folder.iterdir()):
-                assert running.poll() is None
-                time.sleep(0.01)
-            running.send_signal(number)
-            assert running.wait(timeout=60) == 128 + number
-        finally:
-            running.kill()
+    with serve(tmp_path) as (url, server):
+        server.held_from = 1 << 20  # the tensor cannot be done before the signal
+        names = map(str, (tmp_path / "recipe.json", f"{url}/{source.name}", folder / "q.gguf"))
+        command = [sys.executable, "-m", "quantplan.cli", "quantize", *names, "--threads", "1"]
+        with subprocess.Popen(
+            command,
+            stderr=subprocess.DEVNULL,
+            # Tests that run in the background ignore SIGHUP, and what they start would too.
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509
+        ) as running:
+            try:
+                while not list(folder.iterdir()):
+                    assert running.poll() is None
+                    time.sleep(0.01)
+                running.send_signal(number)
+                server.may_go_on.set()
+                assert running.wait(timeout=60) == 128 + number
+            finally:
+                running.kill()
     assert list(folder.iterdir()) == []
 
 

@@ -1,7 +1,7 @@
 """A server on the loopback interface that sends ranges of files, as well as it is told to."""
 
+import math
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +20,8 @@ class Handler(BaseHTTPRequestHandler):
         token: Who does not show it is refused; empty to let everyone read.
         shown: The authorization of every request, None where there was none.
         elsewhere: Where all requests are sent on to; empty to answer them.
+        held_from: Ranges that begin here or later are not answered before they may be.
+        may_go_on: Whether they may be.
     """
 
     protocol_version = "HTTP/1.1"
@@ -30,6 +32,8 @@ class Handler(BaseHTTPRequestHandler):
     token: ClassVar[str] = ""
     shown: ClassVar[list[str | None]] = []
     elsewhere: ClassVar[str] = ""
+    held_from: ClassVar[float] = math.inf
+    may_go_on: ClassVar[threading.Event]
 
     def do_GET(self) -> None:
         type(self).shown.append(self.headers["Authorization"])
@@ -48,6 +52,8 @@ class Handler(BaseHTTPRequestHandler):
         begin, end = map(int, wanted.removeprefix("bytes=").split("-"))
         cls = type(self)
         cls.requests.append((begin, end))
+        if begin >= cls.held_from:
+            cls.may_go_on.wait()
         fault = ""
         if cls.n_faults and begin:
             cls.n_faults -= 1
@@ -72,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         if fault == "stall":
-            time.sleep(0.7)
+            self.rfile.read(1)  # until the client gives the connection up
         self.wfile.write(part[: len(part) // 2] if fault == "drop" else part)
         if fault == "drop":
             self.close_connection = True
@@ -99,17 +105,22 @@ class QuietServer(ThreadingHTTPServer):
 @contextmanager
 def serve(folder: Path, fault: str = "", n_faults: int = 0) -> Iterator[tuple[str, type[Handler]]]:
     """Serves a folder, with a number of faults once a file is open."""
+    may_go_on = threading.Event()
     handler = type(
         "Served",
         (Handler,),
-        {"folder": folder, "fault": fault, "n_faults": n_faults, "requests": [], "shown": []},
-    )
+        {
+            "folder": folder, "fault": fault, "n_faults": n_faults, "requests": [], "shown": [],
+            "may_go_on": may_go_on,
+        },
+    )  # fmt: skip
     server = QuietServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", handler
     finally:
+        may_go_on.set()
         server.shutdown()
         server.server_close()
         thread.join()
