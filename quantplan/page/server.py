@@ -60,6 +60,8 @@ class Question(Frozen):
         min_tps: Least decode speed in tokens per second; None where the policy decides.
         policy: Name of a policy.
         wants: The plan alone (fast), or with plain answers and the frontier.
+        page: Which of the open pages asks.
+        number: Of the question on that page. Requests may arrive in another order.
     """
 
     model: str = Field(min_length=1, max_length=4096)
@@ -69,19 +71,18 @@ class Question(Frozen):
     min_tps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     policy: str = "quality"
     wants: Literal["plan", "frontier"] = "plan"
+    page: str = Field(default="", max_length=64)
+    number: int = 0
 
 
 class _NewerQuestionError(Exception):
-    """Something newer was asked; raised to end what is being worked out."""
+    """The page has asked something newer; raised to end what is being worked out."""
 
 
 class Planner:
-    """Answers questions one at a time; who asks anew gives up what was asked before.
+    """Answers questions one at a time; a page that asks anew gives up what it asked before.
 
     A plan does not wait for a frontier that nobody wants any more: each kind has its own turn.
-
-    Attributes:
-        newest: Number of the newest question.
     """
 
     def __init__(self, points: int = 10) -> None:
@@ -92,21 +93,21 @@ class Planner:
         """
         self._points = points
         self._turns = {"plan": threading.Lock(), "frontier": threading.Lock()}
-        self.newest = 0
+        self._newest: dict[str, int] = {}
         self._numbers = threading.Lock()
 
     def answer(self, question: Question) -> Content | None:
-        """The content of the page; None where a newer question came before this one's turn.
+        """The content of the page; None where the page has asked something newer.
 
         Raises:
             QuantplanError: There is no plan; the message says what to change.
         """
+        page, number = question.page, question.number
         with self._numbers:
-            self.newest += 1
-            number = self.newest
+            self._newest[page] = max(number, self._newest.get(page, number))
 
         def go_on() -> None:
-            if number != self.newest:
+            if number != self._newest[page]:
                 raise _NewerQuestionError
 
         # It may be in the middle of a search, which would slow down the one for the newer question.

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
+_LIMIT_MS = 120_000
 SIZES = {"phone": (400, 800), "desk": (1600, 1000)}
 
 
@@ -27,9 +28,12 @@ def chromium() -> Iterator[Browser]:
     path = chromium_path()
     if path is None:
         pytest.skip("no Chromium here: apt-get install chromium")
+    expect.set_options(timeout=_LIMIT_MS)
     with sync_playwright() as playwright:
         # Chromium's own sandbox does not start for root, which containers run as.
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox"], timeout=_LIMIT_MS
+        )
         try:
             yield browser
         finally:
@@ -47,6 +51,7 @@ class Watched:
             permissions=["clipboard-read", "clipboard-write"],
             accept_downloads=True,
         )
+        context.set_default_timeout(_LIMIT_MS)
         self.page: Page = context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []

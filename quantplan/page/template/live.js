@@ -1,20 +1,22 @@
 // The live page: a form that asks this machine for plans.
 
 const offered = JSON.parse(byId("options").textContent);
-const asked = { number: 0, timer: null };
+const asked = { page: crypto.randomUUID(), number: 0, timer: null };
 
-function question(wants) {
+function question() {
   const speed = byId("ask-speed").value.trim();
   return {
     model: byId("ask-model").value.trim(), machine: byId("ask-machine").value.trim(),
     context: offered.contexts[Number(byId("ask-context").value)], kv: byId("ask-kv").value,
-    min_tps: speed === "" ? null : Number(speed), policy: byId("ask-policy").value, wants,
+    min_tps: speed === "" ? null : Number(speed), policy: byId("ask-policy").value,
   };
 }
 
 async function fetchContent(wants) {
+  const { page, number } = asked;
   const answer = await fetch("plan", {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(question(wants)),
+    method: "POST", headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ ...question(), wants, page, number }),
   });
   if (answer.status === 204) return null;
   if (!answer.ok) throw new Error(`quantplan failed (${answer.status}); its terminal says why.`);
@@ -62,8 +64,7 @@ async function ask() {
 
 // The address says what is asked, so that it can be kept.
 function keepAddress() {
-  const { wants, ...said } = question("plan");
-  const kept = Object.entries(said).filter(([, value]) => value !== null);
+  const kept = Object.entries(question()).filter(([, value]) => value !== null);
   history.replaceState(null, "", `?${new URLSearchParams(kept)}`);
 }
 
