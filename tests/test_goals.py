@@ -588,7 +588,7 @@ def test_no_loss_at_all_can_be_asked_for() -> None:
 @pytest.mark.parametrize("over", ["speed", "size", "context"])
 def test_a_frontier_has_no_point_that_another_beats(glm: Inventory, over: Over) -> None:
     """Less speed, more size or less context comes with less loss, at every point."""
-    found = frontier(glm, Machine.parse(GLM), WORK, over=over, points=5)
+    found = frontier(glm, Machine.parse(GLM), WORK, over=over, points=5, time_limit_s=600)
     assert len(found.points) >= 4
     slack = 1 + max(point.gap for point in found.points) + 1e-6
     harder = sorted(found.points, key=lambda p: p.limit, reverse=over == "size")
