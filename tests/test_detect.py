@@ -1,6 +1,7 @@
 """The present machine, as it is and as it might be."""
 
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,15 +19,27 @@ from tests.test_cli import quantplan
 GIB = 2**30
 
 
-def test_this_machine_is_described_in_a_few_seconds() -> None:
-    """The RAM is the system's, its rate is measured on all threads, in about a second."""
-    start = time.monotonic()
+def test_this_machine_is_described() -> None:
+    """The RAM is the system's, and its rate is measured."""
     found = detect.detect()
-    assert time.monotonic() - start < 20  # 5 s on a machine that does nothing else
     assert found.ram.capacity_bytes == psutil.virtual_memory().total
     assert 0.2e9 < found.ram.bandwidth_bytes_per_s < 2e12
     assert "GB/s" in found.measured[0]
     assert Machine.model_validate_json(found.model_dump_json()) == found
+
+
+def test_the_rate_of_the_ram_does_not_hang_on_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the thread that waits for the measuring ones gets its turn late, the rate is theirs."""
+
+    class Barrier(threading.Barrier):
+        def wait(self, timeout: float | None = None) -> int:
+            index = super().wait(timeout)
+            if threading.current_thread() is threading.main_thread():
+                time.sleep(1)
+            return index
+
+    monkeypatch.setattr(threading, "Barrier", Barrier)
+    assert detect.ram_bytes_per_s() < 2e12
 
 
 def test_without_measuring_a_known_cpu_has_the_tables_rate(monkeypatch: pytest.MonkeyPatch) -> None:
