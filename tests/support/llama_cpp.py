@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from quantplan.runtime.log import Buffers
+from quantplan.runtime.log import Buffers, is_idle
 from quantplan.runtime.process import ADDRESS, Process, failure, free_port, running
 
 _START_LIMIT_S = 120.0
@@ -157,6 +157,8 @@ def llama_server(
     command += ["--host", ADDRESS, "--port", str(port), "-lv", "4", "--no-warmup"]
     with _running(command) as process:
         process.wait_until(lambda: _healthy(port), _START_LIMIT_S)
+        # A thread of its own writes the log, and may have fallen behind.
+        process.wait_until(lambda: is_idle(process.log), _START_LIMIT_S)
         yield LlamaServer(port, process)
 
 
