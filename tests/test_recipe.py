@@ -201,7 +201,7 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         text = pool.submit(pipe.read_text)
         small().save(pipe)
-        assert Recipe.model_validate_json(text.result(timeout=10)) == small()
+        assert Recipe.model_validate_json(text.result(timeout=60)) == small()
     assert pipe.is_fifo()
 
 

@@ -202,12 +202,13 @@ def test_a_failure_says_why(llama_cpp: LlamaCpp, flags: str, says: str) -> None:
 
 
 def test_no_process_is_left(tmp_path: Path) -> None:
-    """A program ends with its block, and one that takes too long is an error."""
-    path = program(tmp_path, "exec sleep 60") / "llama-server"
+    """A program ends with its block; one that takes too long is an error with its last lines."""
+    path = program(tmp_path, "echo $((6 * 7)); exec sleep 60") / "llama-server"
     with (
-        pytest.raises(LlamaCppError, match=r"not ready after 0 s"),
+        pytest.raises(LlamaCppError, match=r"not ready after 0 s(?s:.*)Its last lines:\n42"),
         running([str(path)]) as process,
     ):
+        process.wait_until(lambda: "42" in process.log, limit_s=60)
         process.wait_until(lambda: False, limit_s=0.2)
     assert process.popen.poll() is not None
 

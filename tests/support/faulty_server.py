@@ -88,10 +88,10 @@ class Faulty(BaseHTTPRequestHandler):
         self.wfile.write(raw)
 
     def _send_on(self, n_bytes: int) -> None:
-        """An answer without an end."""
+        """An answer of a minute, which is more than anyone waits for."""
         self.send_response(200)
         self.end_headers()
-        while True:
+        for _ in range(6000):
             self.wfile.write(b"x" * n_bytes)
             time.sleep(0.01)
 
