@@ -5,8 +5,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import models
+
+# The same examples every time, however long they take: whether a change passes is no matter of
+# luck. `pytest --hypothesis-profile default` looks for others.
+settings.register_profile(
+    "fixed", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("fixed")
 
 # No test sees the models that this machine's user has added, or leaves anything in their folders.
 # Set at once, since tests are collected by the names of the catalog.
