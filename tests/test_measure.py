@@ -122,6 +122,13 @@ def test_short_texts_are_refused_before_the_first_run(setup: Setup, tmp_path: Pa
 
 
 @needs_llama_cpp
+def test_no_run_begins_after_its_time(setup: Setup, tmp_path: Path) -> None:
+    """Where the time is up before the first run, nothing is measured."""
+    found = measure_losses(setup, tmp_path / "kld.csv", limit_s=1e-9)
+    assert (found.curve, found.singles) == ({}, ())
+
+
+@needs_llama_cpp
 def test_goes_on_with_the_table(setup: Setup, tmp_path: Path) -> None:
     """A table is never overwritten, is gone on with, and takes no other text's results."""
     table = tmp_path / "kld.csv"
