@@ -14,7 +14,7 @@ from tests.support.llama_cpp import needs_llama_cpp, packaged_folder, portable_c
 from tests.support.models import smollm2_path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-LIMIT_S = 300
+LIMIT_S = 900
 
 
 @pytest.fixture(autouse=True)
