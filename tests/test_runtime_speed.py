@@ -1,11 +1,13 @@
 """Speed as the real llama.cpp of this machine has it."""
 
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import gguf
 import psutil
 import pytest
 from typer.testing import CliRunner
@@ -98,6 +100,23 @@ def test_a_short_context_is_told(llama_cpp: LlamaCpp, model: Path) -> None:
     """A context in which a depth has no room is an error that says how much is needed."""
     with pytest.raises(LlamaCppError, match=r"context of 256 tokens.*depth 400"):
         measure_speed(llama_cpp, model, ["-c", "256"], depths=(400,))
+
+
+@needs_llama_cpp
+def test_a_short_context_is_measured_as_deep_as_it_is(
+    llama_cpp: LlamaCpp, model: Path, tmp_path: Path
+) -> None:
+    """llama-server gives no slot more than a model was trained for, whatever the flags ask for; so
+    where no depths are named, there is one that has room, and a prompt that has room behind it.
+    """
+    short = tmp_path / "short.gguf"
+    shutil.copyfile(model, short)
+    trained = gguf.GGUFReader(short, "r+").get_field("llama.context_length")
+    assert trained is not None
+    trained.parts[-1][0] = 512
+    found = measure_speed(llama_cpp, short, ["-c", "4096"], n_tokens=2, repetitions=1)
+    assert [speed.depth for speed in found.decode] == [0, 256]
+    assert {speed.n_prompt for speed in found.prefill} == {248}
 
 
 @needs_llama_cpp

@@ -314,7 +314,7 @@ def test_speeds_are_measured_where_a_slot_has_room(
     the prompt is a ubatch where there is room for one behind that.
     """
     work = qp.Workload(context=context, slots=slots, kv_unified=False)
-    tests = speed_tests(work)
+    tests = speed_tests(work.slot_context, work.ubatch)
     assert (tests.depths, tests.n_prompt) == (depths, n_prompt)
 
 

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -144,13 +144,29 @@ class SpeedTests:
         """Cells that a context needs."""
         return max(self.depths) + max(self.n_tokens, self.n_prompt) + SPARE_CELLS
 
+    def within(self, cells: int, *, keep_depths: bool = False) -> "SpeedTests":
+        """The same where a context has room for it; else at half of the context, if at any depth.
+
+        Args:
+            cells: Of the context.
+            keep_depths: Whether only the prompt may be shortened.
+        """
+        if self.n_cells <= cells:
+            return self
+        depths, half = self.depths, cells // 2
+        if not keep_depths:
+            has_room = half + self.n_tokens + SPARE_CELLS <= cells
+            depths = tuple(dict.fromkeys(min(d, half) for d in depths)) if has_room else (0,)
+        room = cells - SPARE_CELLS - max(depths)
+        return replace(self, depths=depths, n_prompt=max(1, min(self.n_prompt, room)))
+
 
 def measure_speed(
     llama_cpp: LlamaCpp,
     gguf: Path,
     flags: Sequence[str] = (),
     *,
-    depths: Sequence[int] = DEPTHS,
+    depths: Sequence[int] | None = None,
     n_tokens: int = 32,
     n_prompt: int = 512,
     repetitions: int = 3,
@@ -164,7 +180,8 @@ def measure_speed(
         flags: Flags of llama-server. Those that name a model, a port or a log are left out, and so
             is ``--fit``; where they state no context it is as long as needed, where they state no
             slots there is one.
-        depths: Tokens in the context before tokens are generated, or a prompt is processed.
+        depths: Tokens in the context before tokens are generated, or a prompt is processed; by
+            default none and 2048, or half of a context that is too short for that.
         n_tokens: Tokens to generate at each depth, at least 2.
         n_prompt: Tokens of the prompt whose speed is measured at each depth.
         repetitions: How often to measure.
@@ -175,7 +192,10 @@ def measure_speed(
         LlamaCppError: The server failed or refused, its context is too short, or the time was up.
     """
     tests = SpeedTests(
-        depths=tuple(depths), n_tokens=n_tokens, n_prompt=n_prompt, repetitions=repetitions
+        depths=DEPTHS if depths is None else tuple(depths),
+        n_tokens=n_tokens,
+        n_prompt=n_prompt,
+        repetitions=repetitions,
     )
     arguments = list(kept_flags(flags))
     if not {"-c", "--ctx-size"} & set(arguments):
@@ -183,7 +203,26 @@ def measure_speed(
     if not {"-np", "--parallel"} & set(arguments):
         arguments += ["-np", "1"]
     with serving(llama_cpp, gguf, arguments, limit_s=limit_s) as server:
+        if depths is None:
+            tests = tests.within(slot_context(server, limit_s))
         return time_requests(server, llama_cpp, arguments, tests, limit_s)
+
+
+def slot_context(server: Server, limit_s: float) -> int:
+    """The most tokens of a slot: its part of ``-c``, but no more than the model was trained for.
+
+    Args:
+        server: The server.
+        limit_s: Seconds to wait for its answer.
+
+    Raises:
+        LlamaCppError: It does not say.
+    """
+    told = server.ask("/props", limit_s=limit_s).get("default_generation_settings")
+    n_ctx = told.get("n_ctx") if isinstance(told, dict) else None
+    if not isinstance(n_ctx, int):
+        raise LlamaCppError(f"{server.process.name} does not say how long its context is")
+    return n_ctx
 
 
 def time_requests(
@@ -207,7 +246,7 @@ def time_requests(
         LlamaCppError: The server failed or refused, its context is too short, or the time was up.
     """
     slot = _Slot(server, time.monotonic() + limit_s)
-    slot.check_context(tests)
+    _check_context(slot_context(server, limit_s), tests)
     stream = slot.tokens(tests.n_cells)
     slot.complete(stream[: tests.n_prompt], 2, reuse=False)  # warms up
     measured: dict[bool, list[MeasuredSpeed]] = {False: [], True: []}
@@ -235,6 +274,16 @@ def time_requests(
         decode=tuple(measured[False]),
         prefill=tuple(measured[True]),
     )
+
+
+def _check_context(n_ctx: int, tests: SpeedTests) -> None:
+    """Refuses depths for which a slot has no room."""
+    if n_ctx < tests.n_cells:
+        raise LlamaCppError(
+            f"a slot has a context of {n_ctx} tokens, but {tests.n_cells} are needed to measure at "
+            f"depth {max(tests.depths)}: measure smaller depths, or state a larger -c where the "
+            "model was trained for more"
+        )
 
 
 def _repeated(once: Callable[[], float], repetitions: int, share_s: float) -> tuple[float, ...]:
@@ -296,18 +345,6 @@ class _Slot:
         timings = self.complete(before, n_tokens)
         # The first token comes out of the prompt: the clock starts with it.
         return 1e3 * (timings.predicted_n - 1) / timings.predicted_ms
-
-    def check_context(self, tests: SpeedTests) -> None:
-        """Refuses depths for which a slot has no room."""
-        n_ctx = self._ask("/props").get("default_generation_settings", {}).get("n_ctx")
-        if not isinstance(n_ctx, int):
-            raise LlamaCppError(f"{self.server.process.name} does not say how long its context is")
-        if n_ctx < tests.n_cells:
-            raise LlamaCppError(
-                f"a slot has a context of {n_ctx} tokens, but {tests.n_cells} are needed to "
-                f"measure at depth {max(tests.depths)}: measure smaller depths, or state a larger "
-                "-c"
-            )
 
     def tokens(self, n: int) -> list[int]:
         """So many tokens of a text."""

@@ -21,9 +21,8 @@ from quantplan.runtime.log import HOST
 from quantplan.runtime.memory import MeasuredDevice, read_loaded
 from quantplan.runtime.perplexity import measure_divergence
 from quantplan.runtime.server import LOAD_LIMIT_S, Server, serving
-from quantplan.runtime.speed import SPARE_CELLS, SpeedMeasurement, SpeedTests, time_requests
+from quantplan.runtime.speed import SpeedMeasurement, SpeedTests, slot_context, time_requests
 from quantplan.verification.result import Check, Loss, Verification, What
-from quantplan.workload import Workload
 
 CACHE = Path("quantplan-kld")
 """Folder of the unquantized model's log probabilities."""
@@ -87,7 +86,7 @@ def verify(
     flags = (*missing_rpc_flags(recipe.flags, machine), *extra_flags, *recipe.flags)
     path = Path(inventory.source)
     workload = parse_flags(flags, inventory, engine=runtime.runtime).workload
-    tests = speed_tests(workload, depths)
+    tests = speed_tests(workload.slot_context, workload.ubatch, depths)
     bench = find_bench(runtime, flags) if speed else None
     speeds = None
     with serving(runtime, path, flags, limit_s=limit_s, log=log) as server:
@@ -95,6 +94,8 @@ def verify(
         completion = server.complete(_PROMPT, _ANSWER_TOKENS, limit_s)
         command, deprecated = server.command, server.deprecated
         if speed and bench is None:
+            cells = slot_context(server, limit_s)  # at most what the model was trained for
+            tests = speed_tests(cells, workload.ubatch, depths)
             speeds = time_requests(server, runtime, flags, tests, limit_s)
     if bench is not None:  # not before: there may be no memory for two
         speeds = bench.measure(path, tests, 2 * limit_s)
@@ -216,19 +217,18 @@ def _predicted(
     )
 
 
-def speed_tests(workload: Workload, depths: Sequence[int] | None = None) -> SpeedTests:
-    """What to measure of a workload: a prompt of one ubatch, and tokens, at two depths.
+def speed_tests(slot_cells: float, ubatch: int, depths: Sequence[int] | None = None) -> SpeedTests:
+    """What to measure: a prompt of one ubatch, and tokens, at two depths.
 
     Args:
-        workload: Its context and ubatch.
+        slot_cells: Context of a slot, in tokens.
+        ubatch: In tokens.
         depths: Tokens in the context before; by default none, and half of a slot's context.
     """
-    cells = int(workload.slot_context)
-    if depths is None:
-        deep = min(cells // 2, _DEEPEST)
-        depths = (0, deep) if SpeedTests(depths=(deep,), n_prompt=1).n_cells <= cells else (0,)
-    room = cells - SPARE_CELLS - max(depths, default=0)
-    return SpeedTests(depths=tuple(depths), n_prompt=max(1, min(workload.ubatch, room)))
+    cells = int(slot_cells)
+    chosen = (0, min(cells // 2, _DEEPEST)) if depths is None else tuple(depths)
+    tests = SpeedTests(depths=chosen, n_prompt=ubatch)
+    return tests.within(cells, keep_depths=depths is not None)
 
 
 def memory_checks(
