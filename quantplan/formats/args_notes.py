@@ -108,9 +108,26 @@ def kernel_notes(workload: Workload, machine: Machine) -> tuple[str, ...]:
     )
 
 
+def context_notes(workload: Workload, trained: int) -> tuple[str, ...]:
+    """Says so where a slot has more context than it can use.
+
+    Args:
+        workload: Its context and slots.
+        trained: The model's trained context in tokens; 0 where it is not known.
+    """
+    most = int(workload.slot_context)
+    if not trained or most <= trained:
+        return ()
+    return (
+        f"a context of {most} tokens in a slot is longer than the {trained} that the model was "
+        f"trained for: llama-server fills {trained} of them",
+    )
+
+
 def flag_notes(
     found: argparse.Namespace,
     others: Sequence[str],
+    workload: Workload,
     trained: int,
     llama_cpp_build: int,
     *,
@@ -121,6 +138,7 @@ def flag_notes(
     Args:
         found: The flags that are known.
         others: Flags and values that are not.
+        workload: What they ask for.
         trained: The model's trained context in tokens; 0 where it is not known.
         llama_cpp_build: Build number of the llama.cpp.
         is_ik: Whether ik_llama.cpp runs.
@@ -128,11 +146,7 @@ def flag_notes(
     notes = []
     if not is_ik and (said := build_note(llama_cpp_build)):
         notes.append(said)
-    if trained and found.ctx_size > trained:
-        notes.append(
-            f"-c {found.ctx_size} is longer than the {trained} tokens that the model was trained "
-            "for"
-        )
+    notes += context_notes(workload, trained)
     if found.fit != "off" and found.n_gpu_layers in (None, "all", "auto"):
         notes.append("--fit is on: llama.cpp may lower -c and -ngl; this is without such changes")
     if found.split_mode in _COUNTED_AS_LAYER:

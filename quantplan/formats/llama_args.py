@@ -241,7 +241,9 @@ def parse_flags(
             *misspelt(others, parser.names),
             *flag_warnings(found, llama_cpp_build, is_ik=ik is not None),
         ),
-        notes=flag_notes(found, [*others, *left], trained, llama_cpp_build, is_ik=ik is not None),
+        notes=flag_notes(
+            found, [*others, *left], workload, trained, llama_cpp_build, is_ik=ik is not None
+        ),
     )
     draft = launch.model_copy(
         update={

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from quantplan.costs import load_data
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import kld_nats, link
-from quantplan.formats.args_notes import build_note
+from quantplan.formats.args_notes import build_note, context_notes
 from quantplan.formats.llama_cpp import YOUNG_FLAGS, gpu_backend
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
@@ -26,13 +26,7 @@ _BUILT_FOR = {"ROCm": "ROCm", "SYCL": "SYCL", "MTL": "Metal"}
 
 def plan_notes(machine: Machine, problem: Problem, solution: Solution) -> tuple[str, ...]:
     """What is unusual about the context, the GPUs, the layers, the types, the loss or the proof."""
-    notes = []
-    trained = problem.inventory.architecture.context_length
-    if trained and problem.workload.context > trained:
-        notes.append(
-            f"the context of {problem.workload.context} tokens is longer than the {trained} that "
-            "the model was trained for"
-        )
+    notes = [*context_notes(problem.workload, problem.inventory.architecture.context_length)]
     asked_for = len(machine.gpus)
     if problem.machine.gpus != machine.gpus:
         notes.append(
