@@ -79,6 +79,7 @@ class Launch(Frozen):
         op_offload: Whether large batches multiply by weights in RAM on a GPU.
         maps_file: Whether weights in RAM stay in the mapped file.
         repacks: Whether the CPU may hold matrices in another layout (``--repack``).
+        embeds: Whether every token of a batch has an output (``--embedding``, ``--reranking``).
         predicts_tokens: Multi-token prediction (``--spec-type draft-mtp``).
         draft_tokens: ``--spec-draft-n-max``: tokens that are drafted at a time.
         draft: How a draft model, or multi-token prediction's draft context, is started.
@@ -101,6 +102,7 @@ class Launch(Frozen):
     op_offload: bool = True
     maps_file: bool = False
     repacks: bool = True
+    embeds: bool = False
     predicts_tokens: bool = False
     draft_tokens: int = 3
     draft: "Launch | None" = None

@@ -207,6 +207,24 @@ def test_a_model_that_is_not_quantized_is_told_to_be_so() -> None:
     assert note.startswith("this is the unquantized model, in BF16")
 
 
+@needs_llama_cpp
+@pytest.mark.parametrize("flag", ["--embedding", "--reranking"])
+def test_embeddings_have_logits_of_every_token(flag: str) -> None:
+    """A server that embeds reserves logits of a whole ubatch, not of one token per slot."""
+    path = smollm2_path()
+    assert path is not None
+    flags = ["-ngl", "99", "-c", "2048", "--fit", "off", flag]
+    with rpc_server() as endpoint:
+        machine = qp.Machine.parse(f"RPC {endpoint} 8GiB@20GB/s@10Gbit/s,0.1ms + 8GiB@20GB/s")
+        found = qp.predict(qp.read_inventory(path), ["--rpc", endpoint, *flags], machine)
+        with llama_server(path, flags, [endpoint]) as server:
+            measured = max(server.buffers.compute.values()) * 2**20
+    gpu = found.devices[0]
+    assert gpu.compute_low_bytes <= measured <= gpu.compute_high_bytes
+    assert gpu.compute_bytes == pytest.approx(measured, rel=0.1)
+    assert found.notes == ()
+
+
 def test_a_context_beyond_the_trained_one_is_noted() -> None:
     """Only where a slot has more context than the model was trained for there is a note of it, as
     llama-server leaves the rest empty: shares of a longer one are no more than that each.

@@ -151,6 +151,9 @@ def graph_sizes(
     # Layers with and without a sliding window have a mask each.
     lengths = {_cells(architecture, launch, c) for c in architecture.caches if c.k_width}
     longest = max(lengths, default=0)
+    # Encoders, which keep no cache, have no logits; of other models embeddings come with them.
+    is_encoder = not any(c.k_width or c.state_elements for c in architecture.caches)
+    has_all_outputs = _is_older(launch) or (launch.embeds and not is_encoder)
     found: dict[str, float] = {
         "mask": tokens * sum(lengths),
         "mask_inputs": tokens * sum(lengths) * work.n_input_copies,
@@ -161,7 +164,7 @@ def graph_sizes(
         "ffn": row * architecture.ffn_width,
         "experts_middle": row * used * architecture.expert_width,
         "experts_out": row * used * architecture.n_embd,
-        "logits": n_vocab * _F32_BYTES * (tokens if _is_older(launch) else workload.slots),
+        "logits": n_vocab * _F32_BYTES * (tokens if has_all_outputs else workload.slots),
         "scores": 0.0 if _is_flash(architecture, launch) else row * longest * architecture.n_head,
     }
     latent = architecture.latent

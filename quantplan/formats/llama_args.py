@@ -142,6 +142,8 @@ def _parser(engine: Runtime) -> _Parser:
     flag("-nr", "--no-repack", action="store_true", dest="no_repack")
     flag("-fit", "--fit", default="off" if is_ik else "on")
     flag("--no-op-offload", action="store_true")
+    flag("--embedding", "--embeddings", action="store_true", dest="embeds")
+    flag("--rerank", "--reranking", action="store_true", dest="embeds")
     flag("--spec-type", default="")
     flag("-mm", "--mmproj", dest="projector", default="")
     flag("--no-mmproj-offload", action="store_true")
@@ -230,6 +232,7 @@ def parse_flags(
         op_offload=not found.no_op_offload,
         maps_file=not (found.no_mmap or found.run_time_repack or found.load_mode.lower() in _READS),
         repacks=not found.no_repack and ik is None,
+        embeds=found.embeds,
         predicts_tokens="draft-mtp" in found.spec_type,
         draft_tokens=found.draft_tokens,
         draft_model=found.draft_model,
