@@ -283,6 +283,28 @@ def test_likely_mistakes_are_named_with_what_to_do(
     assert not re.search(r"Traceback|pydantic|: : ", done.stderr)
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["plan GLM-4.5-Air --measured kept --recipe kept", "import GLM-4.5-Air kept --recipe ./kept",
+     "export kept shell --output link", "report kept -o kept", "calibrate kept --save kept",
+     "quantize kept model.gguf kept", "measure-weights kept kept",
+     "measure model.gguf kept --text kept", "run kept model.gguf --output kept",
+     "verify recipe.json kept --output kept", "verify kept.log model.gguf --output kept.json"],
+)  # fmt: skip
+def test_no_command_overwrites_what_it_reads(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file to write that is one to read, by any name of it, is refused and stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("kept", "kept.log"):
+        Path(name).write_text("much work")
+    Path("link").symlink_to("kept")
+    done = quantplan(*command.split())
+    assert done.returncode == 2
+    assert "would be overwritten, but it is to be read" in done.stderr
+    assert {Path(name).read_text() for name in ("kept", "kept.log")} == {"much work"}
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is full")
 @pytest.mark.parametrize("arguments", [["show", "GLM-4.5-Air"], ["models", "--json"], ["--help"]])
 def test_output_that_cannot_be_written_is_one_message(arguments: list[str]) -> None:

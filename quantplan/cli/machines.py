@@ -70,7 +70,7 @@ def calibrate(
 
     if bench is not None and llama_cpp is not None:
         raise InputError("give --bench or --llama-cpp, not both: one reads what the other measures")
-    check_targets(save)
+    check_targets(save, read=(model, bench))
     described, inventory = parse_machine(machine, None), read_model(model)
     if bench is not None:
         found = calibrate_machine(described, inventory, read_text(bench), flags or ())

@@ -59,7 +59,7 @@ def measure(
     from quantplan.printed import MeasuredLosses  # noqa: PLC0415
     from quantplan.runtime import find_llama_cpp  # noqa: PLC0415
 
-    check_targets(table)
+    check_targets(table, read=(source, *text, imatrix))
     setup = Setup(
         source=source,
         texts=tuple(read_text(path) for path in text),

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -145,14 +146,22 @@ def in_mix(inventory: "Inventory", ftype: str | None, *, has_imatrix: bool) -> "
     return inventory.with_qtypes(mix)
 
 
-def check_targets(*paths: Path | None) -> None:
-    """Refuses files that cannot be written, before anything is computed for them."""
+def check_targets(*paths: Path | None, read: Iterable[str | Path | None] = ()) -> None:
+    """Refuses files that cannot be written or would be lost, before anything is computed for them.
+
+    Args:
+        paths: Files to write.
+        read: Files that the command reads.
+    """
     faults = []
+    kept = [Path(path) for path in read if path is not None]
     for path in filter(None, paths):
         if path.is_dir():
             faults.append(f"{path} cannot be written: it is a directory; name a file")
         elif not path.absolute().parent.is_dir():
             faults.append(f"{path} cannot be written: there is no directory {path.parent}")
+        elif path.is_file() and any(p.is_file() and p.samefile(path) for p in kept):
+            faults.append(f"{path} would be overwritten, but it is to be read; name another file")
     if faults:
         raise InputError(faults)
 

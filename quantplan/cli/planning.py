@@ -105,7 +105,7 @@ def plan(
     context = 4096 if ctx == "max" else _tokens("--ctx", ctx, "max")
     physical = 512 if ubatch == "auto" else _tokens("--ubatch", ubatch, "auto")
     kv_type = _kv_type(kv)
-    check_targets(recipe, tensor_types)
+    check_targets(recipe, tensor_types, read=(model, machine, measured, weights))
     inventory = read_model(model)
     described = parse_machine(machine, margin, inventory)
     rules = parse_policy(policy, pin or [], allow or [])

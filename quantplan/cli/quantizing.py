@@ -31,7 +31,7 @@ def measure_weights(
     from quantplan.quantize.imatrix import read_imatrix  # noqa: PLC0415
     from quantplan.quantize.weights import measure_weights as measure  # noqa: PLC0415
 
-    check_targets(output)
+    check_targets(output, read=(source, imatrix))
     importance = None if imatrix is None else read_imatrix(imatrix)
     with working("quantizing a sample of each tensor") as shown:
         found = measure(
@@ -86,6 +86,7 @@ def quantize(
     import quantplan as qp  # noqa: PLC0415
     from quantplan.printed import WrittenFile  # noqa: PLC0415
 
+    check_targets(target, read=(recipe, imatrix))
     split_max_bytes = parse_size("--split-max-size", split_max_size)
     try:
         with writing() as report:

@@ -58,6 +58,7 @@ def export(
     import quantplan as qp  # noqa: PLC0415
     from quantplan.files import write_whole  # noqa: PLC0415
 
+    check_targets(output, read=(recipe,))
     made = read_recipe(recipe)
     text = qp.export_recipe(made, unchecked(target), model_path=gguf_name)
     if output is None:
@@ -123,7 +124,7 @@ def import_(
     import quantplan as qp  # noqa: PLC0415
     from quantplan.report import recipe_text  # noqa: PLC0415
 
-    check_targets(recipe)
+    check_targets(recipe, read=(model, source))
     found = qp.import_recipe(
         read_model(model),
         source,

@@ -55,7 +55,7 @@ def report(
     from quantplan.page.others import other_plans, why_not  # noqa: PLC0415
     from quantplan.plans.result import Plan  # noqa: PLC0415
 
-    check_targets(output)
+    check_targets(output, read=(plan, model, measured, weights))
     made = Plan.load(plan)
     asked = made.provenance
     rules = (

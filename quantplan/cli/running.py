@@ -90,7 +90,12 @@ def verify(
 
     if (kld is None) != (text is None):
         raise InputError("--kld BASE and --text FILE belong together")
-    check_targets(output, learn)
+    inputs = (recipe, gguf, kld, text)
+    check_targets(output, learn, read=inputs)
+    log = output.with_suffix(".log")
+    check_targets(log, read=inputs)
+    if log == output:
+        raise InputError(f"the log goes to {log}: give --output another ending, such as .json")
     promise = read_recipe(recipe)
     here = promise.provenance.machine if machine is None else qp.Machine.parse(machine)
     if learn is not None and learn.exists() and machine is None:
@@ -109,7 +114,7 @@ def verify(
             chunks=chunks,
             cache=output.with_name("quantplan-kld"),
             limit_s=limit,
-            log=output.with_suffix(".log"),
+            log=log,
         )
     found.save(output)
     tell(found, found.summary(), json_output)
@@ -150,6 +155,7 @@ def run(
 
     if json_output and not dry_run:
         raise InputError("--json says what --dry-run would do: give both, or neither")
+    check_targets(output, read=(recipe, imatrix))
     promise = read_recipe(recipe)
     service = prepare(
         promise,
