@@ -22,6 +22,7 @@ from quantplan.formats.llama_cpp import (
     read_tensor_type_file,
 )
 from quantplan.formats.lm_studio import lm_studio_settings
+from quantplan.formats.quantize_command import read_quantize_command
 from quantplan.formats.rules import (
     IK_QUANTIZE,
     LLAMA_QUANTIZE,
@@ -179,7 +180,8 @@ def import_recipe(
     """Reads types, and flags where there are any, that others have written down for a model.
 
     Args:
-        inventory: The model, unquantized. What is imported does not name keeps its types.
+        inventory: The model, unquantized. What is imported does not name keeps its types, but of a
+            llama-quantize command it gets those of its ftype.
         source: A file.
         source_format: ``gguf`` clones the types of a quantized file; ``llama-quantize`` is its
             tensor-type file; ``rules`` is the same with ``#`` comments; ``ik-custom-q`` the value
@@ -238,8 +240,8 @@ def _read(
         return _cloned(inventory, path), [], engine
     text = _text(path)
     if source_format == "command":
-        rules, dialect, flags = _read_commands(text, path.parent, engine)
-        return read_rules(rules, inventory, dialect), flags, engine
+        types, flags = _read_commands(text, path.parent, inventory, engine)
+        return types, flags, engine
     rules, dialect = _rules_in(source_format, text)
     return read_rules(rules, inventory, dialect), [], dialect.runtime
 
@@ -301,35 +303,30 @@ def _cloned(inventory: Inventory, path: Path) -> dict[str, str]:
     return {t.name: theirs[t.name].qtype for t in inventory.tensors}
 
 
-def _read_commands(text: str, folder: Path, engine: Runtime) -> tuple[Rules, Dialect, list[str]]:
-    """Rules of the llama-quantize commands, and the flags of the command that runs the model."""
-    rules: list[tuple[str, str]] = []
+def _read_commands(
+    text: str, folder: Path, inventory: Inventory, engine: Runtime
+) -> tuple[dict[str, str], list[str]]:
+    """The types that llama-quantize gives, and the flags of the command that runs the model."""
+    types = {tensor.name: tensor.qtype for tensor in inventory.tensors}
     flags: list[str] = []
     dialect = LLAMA_QUANTIZE if engine == "llama.cpp" else IK_QUANTIZE
-    for program, *arguments in commands_in(text):
-        given = options(arguments)
+    commands = commands_in(text)
+    n_files = sum(program == "llama-quantize" for program, *_ in commands)
+    if n_files > 1:
+        raise RecipeError(f"there are {n_files} commands of llama-quantize: leave the one meant")
+    for program, *arguments in commands:
         if program == "llama-quantize":
-            for flag, *values in given:
-                if flag == "--tensor-type":
-                    rules += split_rules(values[:1])
-                elif flag == "--tensor-type-file":
-                    rules += [
-                        r for v in values[:1] for r in read_tensor_type_file(_text(folder / v))
-                    ]
-                elif flag == "--custom-q" and ["--pure"] in given:
-                    raise RecipeError("ik_llama.cpp ignores --custom-q beside --pure; drop --pure")
-                elif flag == "--custom-q":
-                    rules += read_custom_q(values[0] if values else "")
-                    dialect = IK_QUANTIZE
+            command = read_quantize_command(arguments, dialect, lambda name: _text(folder / name))
+            types = command.types_of(inventory)
             continue
-        own = [o for o in given if o[0] not in ("-m", "--model", "--host", "--port")]
+        own = [o for o in options(arguments) if o[0] not in ("-m", "--model", "--host", "--port")]
         words = [word for option in own for word in option]
         if program == "llama-bench":
             words = from_bench_flags(words)
         elif program == "koboldcpp":
             words = from_koboldcpp_flags(words)
         flags = words
-    return rules, dialect, flags
+    return types, flags
 
 
 def _devices(

@@ -93,6 +93,7 @@ ORDER = [
     "formats.llama_cpp",
     "formats.bench_flags",
     "formats.ik_llama",
+    "formats.quantize_command",
     "formats.gguf_tool_suite",
     "formats.koboldcpp",
     "formats.lm_studio",

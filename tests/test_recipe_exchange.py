@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -16,7 +16,7 @@ from quantplan.formats.llama_cpp import options
 from quantplan.recipe import Recipe
 from tests.support.llama_cpp import needs_llama_cpp
 from tests.support.models import toy_moe
-from tests.support.quantizer import llama_quantize, recipe_for, spread
+from tests.support.quantizer import llama_chooses, llama_quantize, recipe_for, spread
 
 MACHINE = qp.Machine.parse("RTX 4090 + 64GiB@80GB/s")
 AIR = qp.read_inventory("GLM-4.5-Air")
@@ -190,6 +190,55 @@ def test_a_file_that_commands_name_is_read(tmp_path: Path, planned: Recipe) -> N
     (tmp_path / "types.txt").unlink()
     with pytest.raises(qp.RecipeError, match=r"types\.txt: No such file"):
         import_recipe(AIR, script)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("words", "ftype", "changes"),
+    [
+        ("in.gguf q4_k_m 8", "Q4_K_M", {}),
+        ("--imatrix i.gguf in.gguf out.gguf 12", "Q3_K_M", {"imatrix": {"any": [1.0]}}),
+        ("--tensor-type attn_v=Q8_0 --tensor-type 'blk\\.[1-2]\\.ffn_down=q6_k' in out Q4_K_M",
+         "Q4_K_M", {"rules": [("attn_v", "Q8_0"), (r"blk\.[1-2]\.ffn_down", "Q6_K")]}),
+        ("--pure --tensor-type attn=q5_k in out Q3_K_S", "Q3_K_S",
+         {"pure": True, "rules": [("attn", "Q5_K")]}),
+        ("--output-tensor-type q5_k --token-embedding-type Q8_0 --tensor-type e=q4_0 in out IQ4_XS",
+         "IQ4_XS", {"output": "Q5_K", "embedding": "Q8_0", "rules": [("e", "Q4_0")]}),
+        ("--leave-output-tensor in out Q5_K_S", "Q5_K_S", {"keeps_output": True}),
+        ("--tensor-type attn=q8_0 --token-embedding-type q6_k in out BF16", "BF16",
+         {"embedding": "Q6_K", "rules": [("attn", "Q8_0")]}),
+    ],
+)  # fmt: skip
+def test_a_command_gives_the_types_that_llama_quantize_writes(
+    words: str, ftype: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """What no rule of a llama-quantize command names gets the types of its ftype, as llama.cpp has
+    them with the same options.
+    """
+    source = toy_moe(tmp_path / "toy.gguf", layers=12)
+    (tmp_path / "quantize.sh").write_text(f"llama-quantize {words}\n")
+    found = import_recipe(qp.read_inventory(source), tmp_path / "quantize.sh")
+    assert types(found) == llama_chooses(source, ftype, **changes)
+
+
+def test_commands_whose_types_are_not_known_are_refused(tmp_path: Path) -> None:
+    """Of an ftype that is none, mixes of ik_llama.cpp and two commands nothing is made up."""
+    script = tmp_path / "quantize.sh"
+    for words, says in (
+        (
+            "llama-quantize in.gguf out.gguf $TYPE",
+            r"no ftype that is known, in the place of \$TYPE",
+        ),
+        ("llama-quantize --custom-q attn=q8_0 in out IQ4_KS", r"IQ4_KS gives \d+ tensors that no"),
+        ("llama-quantize in out Q8_0\nllama-quantize in out Q4_0", "2 commands of llama-quantize"),
+        (
+            "llama-quantize --output-tensor-type Q4_X in out Q8_0",
+            "--output-tensor-type: there is no",
+        ),
+    ):
+        script.write_text(words)
+        with pytest.raises(qp.RecipeError, match=says):
+            import_recipe(AIR, script)
 
 
 @needs_llama_cpp

@@ -163,13 +163,31 @@ def read_rules(rules: Rules, inventory: Inventory, dialect: Dialect) -> dict[str
     """The types that a program would write for a model, given its rules.
 
     Args:
-        rules: Patterns and types, in order.
+        rules: See `named_types`.
         inventory: The model. Tensors that no rule matches, and those that no quantizer touches,
             keep their types.
-        dialect: How the program reads rules.
+        dialect: See `named_types`.
 
     Returns:
         Type of every tensor by name, in file order, row fallbacks of the program included.
+
+    Raises:
+        RecipeError: See `named_types`.
+    """
+    named = named_types(rules, inventory, dialect)
+    return {tensor.name: named.get(tensor.name, tensor.qtype) for tensor in inventory.tensors}
+
+
+def named_types(rules: Rules, inventory: Inventory, dialect: Dialect) -> dict[str, str]:
+    """The types that rules name for the tensors of a model that a program changes.
+
+    Args:
+        rules: Patterns and types, in order.
+        inventory: The model.
+        dialect: How the program reads rules.
+
+    Returns:
+        Type by name, row fallbacks of the program included.
 
     Raises:
         RecipeError: Patterns that are none or match nothing, types that the program does not have
@@ -180,7 +198,7 @@ def read_rules(rules: Rules, inventory: Inventory, dialect: Dialect) -> dict[str
     read: list[tuple[re.Pattern[str], str]] = []
     names = [tensor.name for tensor in inventory.tensors]
     for pattern, value in rules:
-        faults += _type_faults(pattern, value, dialect)
+        faults += type_faults(pattern, value, dialect)
         try:
             regex = compiled(pattern, dialect)
         except RecipeError as error:
@@ -192,7 +210,6 @@ def read_rules(rules: Rules, inventory: Inventory, dialect: Dialect) -> dict[str
     qtypes = {}
     for tensor in inventory.tensors:
         wanted = first_match(read, tensor.name) if tensor.is_quantizable else None
-        qtypes[tensor.name] = tensor.qtype
         if wanted is not None and wanted in QTYPES:
             try:
                 qtypes[tensor.name] = _written(tensor, wanted, dialect)
@@ -211,7 +228,14 @@ def _written(tensor: Tensor, wanted: str, dialect: Dialect) -> str:
     return found.name
 
 
-def _type_faults(pattern: str, value: str, dialect: Dialect) -> list[str]:
+def type_faults(pattern: str, value: str, dialect: Dialect) -> list[str]:
+    """Why a program does not write a type; nothing where it does.
+
+    Args:
+        pattern: What names the type, a pattern or an option.
+        value: Name of the type.
+        dialect: The program.
+    """
     qtype = QTYPES.get(value.upper())
     if qtype is None:
         hint = similar(value, [type_name(name, dialect) for name in QTYPES])

@@ -1,11 +1,11 @@
 """Stock mixes: the types that llama-quantize gives the tensors of a model for an ftype.
 
-As llama.cpp b10434 does, without the options that name types of single tensors, ``--pure`` and
-``--keep-split``.
+As llama.cpp b10434 does, with the options that name types of single tensors.
 """
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from quantplan.errors import InputError
 from quantplan.ftypes.rules import MIXES, Family, Mix, ModelFacts, Position, family_of, rules_of
@@ -21,6 +21,30 @@ _65B_WITHOUT_GQA = {"llama", "llama-embed"}
 
 FTYPES = tuple(MIXES)
 """Every known ftype, roughly from most to fewest bits."""
+
+
+@dataclass(frozen=True)
+class MixOptions:
+    """Options of llama-quantize beside the ftype.
+
+    Attributes:
+        has_imatrix: An importance matrix is given, which changes some types. Without one,
+            llama-quantize refuses mixes with types that need one, and Q2_K_S; the types are then
+            those of its ``--dry-run``.
+        named: Types of single tensors by name (``--tensor-type``), before row fallbacks. A mix of
+            floats ignores them.
+        is_pure: Every other tensor gets the base type (``--pure``).
+        output: Type of the output matrix, which goes before a named one.
+        embedding: The same for the embedding.
+        keeps_output: The output matrix stays as it is (``--leave-output-tensor``).
+    """
+
+    has_imatrix: bool = False
+    named: Mapping[str, str] = field(default_factory=dict)
+    is_pure: bool = False
+    output: str | None = None
+    embedding: str | None = None
+    keeps_output: bool = False
 
 
 def stock_mix(inventory: Inventory, ftype: str, *, has_imatrix: bool = False) -> dict[str, str]:
@@ -42,11 +66,28 @@ def stock_mix(inventory: Inventory, ftype: str, *, has_imatrix: bool = False) ->
         UnsupportedModelError: The metadata hold no number of layers, or impossible counts.
     """
     check_given(("model", inventory, Inventory))
+    return quantized_types(inventory, ftype, MixOptions(has_imatrix=has_imatrix))
+
+
+def quantized_types(inventory: Inventory, ftype: str, options: MixOptions) -> dict[str, str]:
+    """The type that llama-quantize gives each tensor when it is called with options.
+
+    Args:
+        inventory: See `stock_mix`.
+        ftype: See `stock_mix`.
+        options: The options.
+
+    Raises:
+        InputError: See `stock_mix`; or a row is no whole number of blocks of the type that is named
+            for the output matrix or the embedding, for which there are no substitutes.
+        UnsupportedModelError: See `stock_mix`.
+    """
     name = ftype.upper()
     mix = MIXES.get(name)
     if mix is None:
         raise InputError(f"unknown ftype {ftype!r}; known are {', '.join(FTYPES)}")
-    chosen = _chosen_types(inventory, name, mix, has_imatrix=has_imatrix)
+    chosen = _chosen_types(inventory, name, mix, options)
+    exact = {"output": options.output, "embedding": options.embedding}
     qtypes, faults = {}, []
     for tensor in inventory.tensors:
         wanted = chosen.get(tensor.name)
@@ -54,10 +95,12 @@ def stock_mix(inventory: Inventory, ftype: str, *, has_imatrix: bool = False) ->
             qtypes[tensor.name] = tensor.qtype
             continue
         fitting = fitting_qtype(wanted, tensor.shape_ne[0])
-        if fitting is None:
+        is_exact = exact.get(family_of(tensor.name)) is not None
+        if fitting is None or (is_exact and fitting != QTYPES[wanted]):
             fault = QTYPES[wanted].row_fault(tensor.shape_ne[0])
+            advice = "name another type for it" if is_exact else "choose F16"
             faults.append(
-                f"llama-quantize has no type for {tensor.name} in {name}: {fault}; choose F16"
+                f"llama-quantize has no type for {tensor.name} in {name}: {fault}; {advice}"
             )
         else:
             qtypes[tensor.name] = fitting.name
@@ -92,21 +135,31 @@ def needs_imatrix(ftype: str, mix: Mapping[str, str]) -> bool:
 
 
 def _chosen_types(
-    inventory: Inventory, ftype: str, mix: Mix, *, has_imatrix: bool
+    inventory: Inventory, ftype: str, mix: Mix, options: MixOptions
 ) -> dict[str, str]:
-    """Types of all tensors that can be quantized, before row fallbacks.
+    """Types of all tensors that are quantized, before row fallbacks.
 
     Raises:
         InputError: A tensor of the experts is outside the layers.
     """
     tensors = sorted((t for t in inventory.tensors if t.is_quantizable), key=_file_order)
+    if options.keeps_output:
+        tensors = [t for t in tensors if family_of(t.name) != "output"]
+    exact = {"output": options.output, "embedding": options.embedding}
+    given = {t.name: q for t in tensors if (q := exact.get(family_of(t.name)))}
     if QTYPES[mix.base].is_float:
-        return {t.name: mix.base for t in tensors}
-    model = _read_model(inventory, has_imatrix=has_imatrix)
+        return {t.name: mix.base for t in tensors} | given
+    given = {name: q for name, q in options.named.items() if name not in given} | given
+    if options.is_pure:
+        return {t.name: given.get(t.name, mix.base) for t in tensors}
+    model = _read_model(inventory, has_imatrix=options.has_imatrix)
     counts: Counter[Family] = Counter()
     n_attn_v = sum(family_of(t.name) == "attn_v" for t in inventory.tensors)
     chosen, faults = {}, []
     for tensor in tensors:
+        if tensor.name in given:  # llama-quantize does not count it among its family
+            chosen[tensor.name] = given[tensor.name]
+            continue
         family = family_of(tensor.name)
         index = counts[family]
         counts[family] += 1

@@ -81,6 +81,11 @@ for run in job["runs"]:
         params.kv_overrides = (Text * len(texts))(*texts)
     params.nthread, params.ftype = job["threads"], run["ftype"]
     params.pure, params.dry_run = run["pure"], run["dry_run"]
+    params.quantize_output_tensor = not run["keeps_output"]
+    if run["output"] is not None:
+        params.output_tensor_type = run["output"]
+    if run["embedding"] is not None:
+        params.token_embedding_type = run["embedding"]
     params.allow_requantize = run["allow_requantize"]
     began = time.perf_counter()
     code = llama.llama_model_quantize(run["source"].encode(), run["target"].encode(), params)
@@ -190,6 +195,34 @@ def llama_reads_rules(
     ]
 
 
+def llama_chooses(
+    source: Path,
+    ftype: str,
+    rules: Sequence[tuple[str, str]] = (),
+    *,
+    output: str | None = None,
+    embedding: str | None = None,
+    **changes: Any,
+) -> dict[str, str]:
+    """Asks llama.cpp which type each tensor gets when it is called with options.
+
+    Args:
+        source: A model.
+        ftype: Name of the mix.
+        rules: Patterns and types in order.
+        output: Type of the output matrix.
+        embedding: Type of the embedding.
+        **changes: Further parameters of `_run`.
+    """
+    run = _run(source, ftype, dry_run=True) | changes
+    run["overrides"] = [(pattern, QTYPES[name].ggml_id) for pattern, name in rules]
+    for option, name in (("output", output), ("embedding", embedding)):
+        run[option] = name and QTYPES[name].ggml_id
+    ((code, _, log),) = _llama_runs([run], 1)
+    assert code == 0, log[-2000:]
+    return {name: (new or old).upper() for name, old, new in _TENSOR_LINE.findall(log)}
+
+
 def _run(
     source: Path,
     ftype: str,
@@ -211,6 +244,9 @@ def _run(
         "dry_run": dry_run,
         "allow_requantize": False,
         "metadata": {},
+        "keeps_output": False,
+        "output": None,
+        "embedding": None,
     }
 
 
