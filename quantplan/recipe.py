@@ -270,14 +270,20 @@ def assignment_table(tensors: Sequence[RecipeTensor]) -> Table:
     )
 
 
+def are_placed(tensors: Sequence[RecipeTensor]) -> bool:
+    """Whether the tensors have devices, so that one without is not loaded."""
+    return any(tensor.device for tensor in tensors)
+
+
 def type_lines(tensors: Sequence[RecipeTensor]) -> list[str]:
     """One line per role of the matrices: how many tensors have which type, where."""
     counts: dict[str, Counter[str]] = {}
+    is_placed = are_placed(tensors)
     for entry in tensors:
         tensor = entry.written
         if tensor.is_quantizable:
-            where = f"on {entry.device}" if entry.device else "not loaded"
-            counts.setdefault(tensor.role, Counter())[f"{entry.qtype} {where}"] += 1
+            where = f" on {entry.device}" if entry.device else " not loaded" if is_placed else ""
+            counts.setdefault(tensor.role, Counter())[f"{entry.qtype}{where}"] += 1
     return [
         f"{role:18} " + ", ".join(f"{n}x {what}" for what, n in counter.most_common())
         for role, counter in sorted(counts.items())
@@ -288,10 +294,11 @@ def types_html(tensors: Sequence[RecipeTensor]) -> str:
     """How many matrices of each role have which type, where, as a table in HTML."""
     counts: Counter[tuple[str, str, str]] = Counter()
     sizes: Counter[tuple[str, str, str]] = Counter()
+    nowhere = "not loaded" if are_placed(tensors) else ""
     for entry in tensors:
         tensor = entry.written
         if tensor.is_quantizable:
-            key = (tensor.role, entry.qtype, entry.device or "not loaded")
+            key = (tensor.role, entry.qtype, entry.device or nowhere)
             counts[key] += 1
             sizes[key] += tensor.n_bytes
     rows = [(*key, counts[key], sizes[key] / GIB) for key in sorted(counts)]

@@ -6,7 +6,7 @@ from collections import Counter
 
 from quantplan.costs.explanation import Explanation
 from quantplan.inventory import Inventory
-from quantplan.recipe import Recipe, type_lines
+from quantplan.recipe import Recipe, are_placed, type_lines
 from quantplan.units import gib
 
 
@@ -45,9 +45,9 @@ def recipe_text(recipe: Recipe) -> str:
     return "\n".join(
         [
             *origin,
-            "  types and places:",
+            "  types and places:" if are_placed(recipe.tensors) else "  types, without places:",
             *(f"    {line}" for line in type_lines(recipe.tensors)),
-            f"  flags: {shlex.join(recipe.flags)}",
+            *([f"  flags: {shlex.join(recipe.flags)}"] if recipe.flags else []),
         ]
     )
 

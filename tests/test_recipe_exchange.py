@@ -14,6 +14,7 @@ from quantplan.errors import RecipeError
 from quantplan.exchange import ExportFormat, ImportFormat, export_recipe, import_recipe
 from quantplan.formats.llama_cpp import options
 from quantplan.recipe import Recipe
+from quantplan.report import recipe_text
 from tests.support.llama_cpp import needs_llama_cpp
 from tests.support.models import toy_moe
 from tests.support.quantizer import llama_chooses, llama_quantize, recipe_for, spread
@@ -270,6 +271,17 @@ def test_a_list_by_hand_is_read_with_its_comments(tmp_path: Path) -> None:
     assert found["blk.5.ffn_down_exps.weight"] == "Q5_0"
     assert found["blk.5.attn_q.weight"] == "Q8_0"
     assert found["output.weight"] == AIR.by_name["output.weight"].qtype
+
+
+def test_tensors_that_nobody_has_placed_are_not_called_unloaded(
+    tmp_path: Path, planned: Recipe
+) -> None:
+    """Types without devices are shown without places; where some have one, the others do not."""
+    (tmp_path / "types.txt").write_text("ffn_.*_exps=q4_0")
+    found = import_recipe(AIR, tmp_path / "types.txt", source_format="rules")
+    assert "ffn_up_exps        46x Q4_0\n" in recipe_text(found)
+    assert "not loaded" not in recipe_text(found) + found._repr_html_()
+    assert "1x Q8_0 not loaded" in recipe_text(planned)
 
 
 def test_published_recipes_are_read(tmp_path: Path) -> None:
