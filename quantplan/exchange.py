@@ -50,6 +50,11 @@ ExportFormat = Literal[
 ImportFormat = Literal[
     "gguf", "llama-quantize", "rules", "ik-custom-q", "gguf-tool-suite", "command"
 ]
+# What says which file is served where, which is not the recipe's to say.
+_ITS_OWN = {
+    "-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "-hff", "--hf-file",
+    "-dr", "--docker-repo", "--host", "--port",
+}  # fmt: skip
 _NAMED = 3
 
 
@@ -311,15 +316,22 @@ def _read_commands(
     flags: list[str] = []
     dialect = LLAMA_QUANTIZE if engine == "llama.cpp" else IK_QUANTIZE
     commands = commands_in(text)
-    n_files = sum(program == "llama-quantize" for program, *_ in commands)
-    if n_files > 1:
-        raise RecipeError(f"there are {n_files} commands of llama-quantize: leave the one meant")
+    makes = [program for program, *_ in commands if program == "llama-quantize"]
+    runs = [program for program, *_ in commands if program != "llama-quantize"]
+    faults = [
+        f"there are {len(each)} commands of {' and '.join(dict.fromkeys(each))}: leave the one "
+        "that is meant"
+        for each in (makes, runs)
+        if len(each) > 1
+    ]
+    if faults:
+        raise RecipeError(faults)
     for program, *arguments in commands:
         if program == "llama-quantize":
             command = read_quantize_command(arguments, dialect, lambda name: _text(folder / name))
             types = command.types_of(inventory)
             continue
-        own = [o for o in options(arguments) if o[0] not in ("-m", "--model", "--host", "--port")]
+        own = [o for o in options(arguments) if o[0] not in _ITS_OWN]
         words = [word for option in own for word in option]
         if program == "llama-bench":
             words = from_bench_flags(words)

@@ -200,6 +200,23 @@ def test_the_script_runs_the_programs_as_meant(tmp_path: Path, imatrix: list[str
     assert [c[0] for c in commands_in(script.read_text())] == ["llama-quantize", "llama-server"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["X=1 nohup llama-server -m a.gguf -ot 'a|b;c=CPU' -t 2 > log 2>&1 &",
+     "echo on; llama-server -m a.gguf -ot 'a|b;c=CPU' -t 2 2>>log | tee all && echo off",
+     "( llama-server -m a.gguf -ot 'a|b;c=CPU' -t 2 ) # as ever",
+     "llama-server \\\n -m a.gguf \\  \n-ot 'a|b;c=CPU' -t 2",
+     "llama-server.exe ^\n -m a.gguf ^\n -ot 'a|b;c=CPU' -t 2",
+     "llama-server `\n -m a.gguf `\n -ot 'a|b;c=CPU' -t 2"],
+)  # fmt: skip
+def test_what_is_the_shells_is_no_argument(text: str) -> None:
+    """Pipes, redirections, comments, other commands of a line and the ends of lines that go on, of
+    any shell, are not taken for arguments.
+    """
+    words = ["llama-server", "-m", "a.gguf", "-ot", "a|b;c=CPU", "-t", "2"]
+    assert commands_in(text) == [words]
+
+
 def test_a_file_without_commands_is_refused() -> None:
     """Text without a known program, with odd quotes or a damaged list is refused by its fault."""
     for text, fault in [

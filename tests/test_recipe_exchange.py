@@ -232,6 +232,7 @@ def test_commands_whose_types_are_not_known_are_refused(tmp_path: Path) -> None:
         ),
         ("llama-quantize --custom-q attn=q8_0 in out IQ4_KS", r"IQ4_KS gives \d+ tensors that no"),
         ("llama-quantize in out Q8_0\nllama-quantize in out Q4_0", "2 commands of llama-quantize"),
+        ("llama-server -m a -c 64; llama-cli -m b", "2 commands of llama-server and llama-cli"),
         (
             "llama-quantize --output-tensor-type Q4_X in out Q8_0",
             "--output-tensor-type: there is no",

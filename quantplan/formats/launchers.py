@@ -35,6 +35,11 @@ _RPC_NOTE = """\
 """
 _COMPOSE_COMMAND = re.compile(r"^\s*command:\s*(\[.*\])\s*$", re.MULTILINE)
 _PROGRAMS = {"llama-quantize", "llama-server", "llama-cli", "llama-bench", "koboldcpp"}
+# Lines go on behind these in a shell, in Windows' command prompt and in PowerShell; blanks behind
+# them are never meant.
+_GOES_ON = re.compile(r"[\\^`][ \t]*\n")
+_OPERATORS = "();<>|&"
+_NUMBERED_OUTPUT = re.compile(r"(?<=\s)\d(?=[<>])")
 
 
 def shell_script(model: str, quantize: Sequence[str], serve: Sequence[str]) -> str:
@@ -156,17 +161,37 @@ def commands_in(text: str) -> list[list[str]]:
             ) from error
         return [["llama-server", *(str(word).replace("$$", "$") for word in words)]]
     found = []
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in _GOES_ON.sub(" ", text).splitlines():
         is_unit, _, unit_command = line.strip().partition("ExecStart=")
         try:
             if not is_unit and unit_command:
                 found += _programs(_unit_words(unit_command))
             elif any(name in line for name in _PROGRAMS) and not line.lstrip().startswith("#"):
-                found += _programs(shlex.split(line))
+                found += [p for words in _shell_commands(line) for p in _programs(words)]
         except ValueError as error:
             raise RecipeError(f"{line.strip()!r} is no command line: {error}") from error
     if not found:
         raise RecipeError(f"no command of {', '.join(sorted(_PROGRAMS))} found")
+    return found
+
+
+def _shell_commands(line: str) -> list[list[str]]:
+    """The words of each command in a line of a shell, without redirections and comments."""
+    reader = shlex.shlex(_NUMBERED_OUTPUT.sub("", line), posix=True, punctuation_chars=_OPERATORS)
+    reader.whitespace_split, reader.commenters = True, ""
+    found: list[list[str]] = [[]]
+    is_file = False  # what a redirection names is no argument
+    for word in reader:
+        if word.startswith("#"):
+            break
+        if set(word) <= set(_OPERATORS):
+            is_file = word[-1] in "<>" or word in (">&", "<&")
+            if not is_file:
+                found.append([])
+        elif is_file:
+            is_file = False
+        else:
+            found[-1].append(word)
     return found
 
 
