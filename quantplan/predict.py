@@ -6,7 +6,14 @@ from typing import Any
 
 from quantplan.configuration import Configuration, Resolved, resolve
 from quantplan.costs.calibration import for_model, model_key
-from quantplan.costs.compute import BytesEstimate, Work, estimate, n_input_copies, streamed_bytes
+from quantplan.costs.compute import (
+    BytesEstimate,
+    Work,
+    estimate,
+    n_input_copies,
+    streamed_bytes,
+    streams,
+)
 from quantplan.costs.host import is_repacked, mapped_bytes
 from quantplan.costs.ik_caches import COMPACTS_WINDOWS, derived_weight_bytes
 from quantplan.costs.speed import SpeedEstimate, SpeedPrediction, predict_speed
@@ -416,6 +423,7 @@ def compute_buffer(resolved: Resolved, machine: Machine, device: Device) -> Byte
         else 0,
         n_input_copies=n_input_copies(launch, placement, machine),
         is_first=device == machine.devices[0],
+        streams=device == machine.streaming_gpu and streams(launch),
     )
     found = estimate(architecture, inventory.n_vocab, launch, work)
     known = machine.measured_compute(model_key(architecture), device, found.expected)

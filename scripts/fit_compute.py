@@ -193,6 +193,7 @@ def case_buffers(case: Case) -> list[Buffer]:
             has_experts=has_experts,
             n_input_copies=n_copies,
             is_first=is_first,
+            streams=is_first and device.kind == "gpu",
         )
         sizes = graph_sizes(arch, inventory.n_vocab, launch, work)
         streams = placement and streamed_bytes(inventory, launch, placement, case.machine)

@@ -45,6 +45,7 @@ WORKS = st.builds(
     streamed_bytes=st.sampled_from([0, 300 * MIB]),
     n_input_copies=st.sampled_from([1, 4]),
     is_first=st.booleans(),
+    streams=st.booleans(),
 )
 WORKLOADS = st.builds(
     Workload,

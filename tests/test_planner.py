@@ -271,6 +271,7 @@ def audit(made: Plan, inventory: Inventory) -> dict[str, dict[str, int]]:
             streamed_bytes=streamed if name != "CPU" and is_first and streams else 0,
             n_input_copies=4 if is_pipeline else 1,
             is_first=is_first,
+            streams=name != "CPU" and is_first and streams,
         )
         launch = Launch(workload=made.workload)
         buffer = estimate(inventory.architecture, inventory.n_vocab, launch, work)

@@ -208,6 +208,23 @@ def test_a_model_that_is_not_quantized_is_told_to_be_so() -> None:
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize("n_layers", [0, 1, 99])
+def test_a_device_of_another_host_computes_what_it_holds(n_layers: int) -> None:
+    """Nothing is copied to it from RAM: without layers its buffer is the output's, or none."""
+    path = smollm2_path()
+    assert path is not None
+    flags = ["-ngl", f"{n_layers}", "-c", "1000", "-np", "3", "-kvu", "-ub", "64", "--fit", "off"]
+    with rpc_server() as endpoint:
+        machine = qp.Machine.parse(f"RPC {endpoint} 8GiB@20GB/s@10Gbit/s,0.1ms + 8GiB@20GB/s")
+        found = qp.predict(qp.read_inventory(path), ["--rpc", endpoint, *flags], machine)
+        with llama_server(path, flags, [endpoint]) as server:
+            on_host = sum(n for name, n in server.buffers.compute.items() if "RPC" not in name)
+            measured = (sum(server.buffers.compute.values()) - on_host) * 2**20
+    gpu = found.devices[0]
+    assert gpu.compute_low_bytes <= measured <= gpu.compute_high_bytes
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("flag", ["--embedding", "--reranking"])
 def test_embeddings_have_logits_of_every_token(flag: str) -> None:
     """A server that embeds reserves logits of a whole ubatch, not of one token per slot."""

@@ -58,6 +58,8 @@ class Work:
             has the first GPU do so for all.
         n_input_copies: Copies of the graph's inputs; 4 where several GPUs work as a pipeline.
         is_first: Whether it is the first device, to which the inputs go.
+        streams: Whether it computes large batches of every layer, with weights that it copies from
+            RAM.
     """
 
     device_kind: DeviceKind
@@ -67,6 +69,7 @@ class Work:
     streamed_bytes: int = 0
     n_input_copies: int = 1
     is_first: bool = True
+    streams: bool = False
 
 
 class BytesEstimate(Frozen):
@@ -237,8 +240,7 @@ def graph_keys(architecture: Architecture, launch: Launch, work: Work) -> tuple[
     """The kind of graph, as ``data/compute.json`` names it, then the most similar kinds."""
     flash = "flash" if _is_flash(architecture, launch) else "scores"
     kind = attention_kind(architecture, launch)
-    # The first GPU computes large batches even where no layer is on it.
-    has_layers = work.has_layers or (work.device_kind == "gpu" and work.is_first)
+    has_layers = work.has_layers or work.streams
     held = {"layers": has_layers, "experts": work.has_experts and architecture.n_expert > 0}
     does = " ".join(name for name, is_here in held.items() if is_here) or "inputs"
     kinds = dict.fromkeys([kind, "latent" if kind == "sparse" else "plain", "plain"])
@@ -265,7 +267,7 @@ def estimate(architecture: Architecture, n_vocab: int, launch: Launch, work: Wor
     fits = _fits()[runtime_of(launch)]
     found = BytesEstimate(low=0, expected=0, high=0)
     has_experts = work.has_experts and architecture.n_expert > 0
-    if work.device_kind == "cpu" or work.has_layers or work.is_first or has_experts:
+    if work.device_kind == "cpu" or work.has_layers or work.streams or has_experts:
         found = _interval(fit_of(architecture, launch, work), sizes)
     if work.has_output:
         found = found.at_least(_interval(fits["output"], sizes))

@@ -334,6 +334,7 @@ class TypedModel:
                     streamed_bytes=int(streamed[b]) if device == costs.machine.streaming_gpu else 0,
                     n_input_copies=costs.n_pipeline_copies if whole[b] else 1,
                     is_first=d == 0,
+                    streams=costs.streams and device == costs.machine.streaming_gpu,
                 )
                 found[b, d] = costs.buffer_bytes(work)
         return found

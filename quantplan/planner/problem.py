@@ -172,6 +172,7 @@ class Problem:
             streamed_bytes=streamed_bytes if device == self.machine.streaming_gpu else 0,
             n_input_copies=compute.PIPELINE_COPIES if is_pipeline else 1,
             is_first=is_first,
+            streams=device == self.machine.streaming_gpu and compute.streams(self._launch),
         )
         has_layers = (True,) if is_gpu else (False, True)
         if device.name not in self.layer_devices and device not in self.layer_gpus:

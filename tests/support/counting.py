@@ -258,6 +258,7 @@ def compute_bytes(
     """
     gpus = task.machine.gpus
     is_first = device == task.machine.devices[0]
+    streams = bool(gpus) and is_first and task.workload.ubatch >= OFFLOAD_MIN_BATCH
 
     def graph(n_copies: int) -> int:
         parts = {False, "CPU" in task.layers}
@@ -268,14 +269,14 @@ def compute_bytes(
             planned_bytes(
                 task.inventory,
                 task.workload,
-                Work(device.kind, has_layers, False, is_last, 0, n_copies, is_first),
+                Work(device.kind, has_layers, False, is_last, 0, n_copies, is_first, streams),
             )
             for has_layers in parts
         )
 
     is_pipeline = (streamed == 0) & ~is_moved & (len(gpus) > 1)
     found = np.where(is_pipeline, graph(4), graph(1)).astype(float)
-    if gpus and is_first and task.workload.ubatch >= OFFLOAD_MIN_BATCH:
+    if streams:
         around = around_streamed_bytes(task.inventory, task.workload)
         found = np.where(streamed > 0, np.maximum(found, around + streamed), found)
     return found
