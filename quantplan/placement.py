@@ -80,6 +80,7 @@ class Launch(Frozen):
         maps_file: Whether weights in RAM stay in the mapped file.
         repacks: Whether the CPU may hold matrices in another layout (``--repack``).
         embeds: Whether every token of a batch has an output (``--embedding``, ``--reranking``).
+        prompt_cache_mib: ``-cram``: most RAM in MiB for earlier prompts; below 0 without a limit.
         predicts_tokens: Multi-token prediction (``--spec-type draft-mtp``).
         draft_tokens: ``--spec-draft-n-max``: tokens that are drafted at a time.
         draft: How a draft model, or multi-token prediction's draft context, is started.
@@ -103,6 +104,7 @@ class Launch(Frozen):
     maps_file: bool = False
     repacks: bool = True
     embeds: bool = False
+    prompt_cache_mib: int = 0
     predicts_tokens: bool = False
     draft_tokens: int = 3
     draft: "Launch | None" = None

@@ -18,7 +18,7 @@ from quantplan.costs.host import is_repacked, mapped_bytes
 from quantplan.costs.ik_caches import COMPACTS_WINDOWS, derived_weight_bytes
 from quantplan.costs.speed import SpeedEstimate, SpeedPrediction, predict_speed
 from quantplan.display import Table, html_card
-from quantplan.formats.args_notes import kernel_notes
+from quantplan.formats.args_notes import kernel_notes, prompt_cache_notes
 from quantplan.given import check_given
 from quantplan.hardware.device import Device
 from quantplan.hardware.machine import Machine
@@ -270,6 +270,11 @@ def predict_resolved(
             *_type_notes(resolved.inventory),
             *_network_notes(launch.endpoints, machine),
             *_host_notes(uses[-1]),
+            *prompt_cache_notes(
+                uses[-1].free_bytes - uses[-1].margin_bytes,
+                launch.prompt_cache_mib,
+                launch.workload.llama_cpp_build,
+            ),
             *_ik_notes(resolved),
             *_kernel_notes(resolved, machine),
         ),

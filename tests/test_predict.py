@@ -232,7 +232,7 @@ def test_embeddings_have_logits_of_every_token(flag: str) -> None:
     assert path is not None
     flags = ["-ngl", "99", "-c", "2048", "--fit", "off", flag]
     with rpc_server() as endpoint:
-        machine = qp.Machine.parse(f"RPC {endpoint} 8GiB@20GB/s@10Gbit/s,0.1ms + 8GiB@20GB/s")
+        machine = qp.Machine.parse(f"RPC {endpoint} 8GiB@20GB/s@10Gbit/s,0.1ms + 64GiB@20GB/s")
         found = qp.predict(qp.read_inventory(path), ["--rpc", endpoint, *flags], machine)
         with llama_server(path, flags, [endpoint]) as server:
             measured = max(server.buffers.compute.values()) * 2**20
@@ -254,6 +254,36 @@ def test_a_context_beyond_the_trained_one_is_noted() -> None:
     (note,) = notes["-c 200000"]
     assert "200000 tokens in a slot is longer than the 131072" in note
     assert notes["-c 200000 -np 2 -kvu"] == [note]
+
+
+def test_earlier_prompts_are_told_where_they_may_fill_the_ram() -> None:
+    """llama-server keeps up to 8 GiB of them in RAM; where less is left than it is allowed, a note
+    says what to allow, of a plan too.
+    """
+    notes = {
+        (capacity, flag, build): [
+            note
+            for note in qp.predict(
+                AIR,
+                f"--cpu-moe -c 4096 --fit off {flag}",
+                qp.Machine.parse(f"RTX 4090 + {capacity}GiB@80GB/s"),
+                llama_cpp_build=build,
+            ).notes
+            if "-cram" in note
+        ]
+        for capacity, flag, build in (
+            (195, "", 11434), (512, "", 11434), (195, "-cram 0", 11434), (512, "-cram -1", 11434),
+            (195, "", 6000), (150, "", 11434),
+        )
+    }  # fmt: skip
+    assert [bool(found) for found in notes.values()] == [True, False, False, True, False, False]
+    ((note,), *_) = notes.values()
+    assert "up to 8.00 GiB" in note
+    limit = int(note.rsplit("-cram ", 1)[1].split()[0])
+    assert 0 < limit < 8192
+    machine = qp.Machine.parse("RTX 4090 + 64GiB@80GB/s")
+    tight = qp.plan(AIR, machine, min_decode_tps=10, baselines=False)
+    assert any("-cram" in note for note in tight.notes)
 
 
 def test_caches_stay_in_ram_when_told_so() -> None:

@@ -12,10 +12,16 @@ from quantplan.llama_cpp import (
     NEWEST_KNOWN_BUILD,
     OLDEST_KNOWN_BUILD,
 )
+from quantplan.units import MIB, gib
 from quantplan.workload import Workload
 
 # Builds from this one on refuse --no-mmap (seen in b11434; b10434 calls it deprecated).
 _LOAD_MODE_BUILD = 11434
+# llama-server keeps prompts in RAM since October 2025 (pull request 16391).
+_PROMPT_CACHE_BUILD = 6730
+PROMPT_CACHE_MIB = 8192
+"""Most that it keeps where ``-cram`` does not say."""
+
 # Flags with a value that memory depends on, but this prediction does not.
 NOT_COUNTED = (
     ("-dev", "--device"),
@@ -105,6 +111,24 @@ def kernel_notes(workload: Workload, machine: Machine) -> tuple[str, ...]:
         f"KV cache in {k} and {v}: CUDA and ROCm builds have no kernel for that{only}, and then "
         "attention runs on the CPU, many times slower and with a large buffer in RAM, which is not "
         "counted; f16, q8_0 or q4_0 for both need nothing",
+    )
+
+
+def prompt_cache_notes(left_bytes: int, limit_mib: int, llama_cpp_build: int) -> tuple[str, ...]:
+    """Says so where llama-server's copies of earlier prompts may fill the RAM.
+
+    Args:
+        left_bytes: RAM that is left beside the margin.
+        limit_mib: Most that the server keeps; below 0 without a limit.
+        llama_cpp_build: Build number of the llama.cpp.
+    """
+    has_room = 0 <= limit_mib * MIB <= left_bytes
+    if has_room or left_bytes <= 0 or llama_cpp_build < _PROMPT_CACHE_BUILD:
+        return ()
+    most = f"up to {gib(limit_mib * MIB)}" if limit_mib >= 0 else "any amount"
+    return (
+        f"llama-server keeps earlier prompts in {most} of RAM, which is not counted, and "
+        f"{gib(left_bytes)} are left: -cram {left_bytes // MIB} keeps it within that",
     )
 
 

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
 from quantplan.errors import InputError
-from quantplan.formats.args_notes import NOT_COUNTED, flag_notes, flag_warnings, misspelt
+from quantplan.formats.args_notes import (
+    NOT_COUNTED,
+    PROMPT_CACHE_MIB,
+    flag_notes,
+    flag_warnings,
+    misspelt,
+)
 from quantplan.formats.llama_cpp import flag_words
 from quantplan.inventory import Inventory
 from quantplan.llama_cpp import NEWEST_KNOWN_BUILD
@@ -142,11 +148,10 @@ def _parser(engine: Runtime) -> _Parser:
     flag("-nr", "--no-repack", action="store_true", dest="no_repack")
     flag("-fit", "--fit", default="off" if is_ik else "on")
     flag("--no-op-offload", action="store_true")
-    flag("--embedding", "--embeddings", action="store_true", dest="embeds")
-    flag("--rerank", "--reranking", action="store_true", dest="embeds")
     flag("--spec-type", default="")
     flag("-mm", "--mmproj", dest="projector", default="")
     flag("--no-mmproj-offload", action="store_true")
+    _add_server_flags(parser)
     _add_draft_flags(parser)
     for names in NOT_COUNTED:
         flag(*names)
@@ -162,6 +167,13 @@ def _parser(engine: Runtime) -> _Parser:
         parser.set_defaults(run_time_repack=False, swa_compress=False)
     parser.set_defaults(overrides=[], draft_overrides=[], given=set())
     return parser
+
+
+def _add_server_flags(parser: _Parser) -> None:
+    flag = parser.flag
+    flag("-cram", "--cache-ram", type=int, default=PROMPT_CACHE_MIB, dest="prompt_cache_mib")
+    flag("--embedding", "--embeddings", action="store_true", dest="embeds")
+    flag("--rerank", "--reranking", action="store_true", dest="embeds")
 
 
 def _add_draft_flags(parser: _Parser) -> None:
@@ -233,6 +245,7 @@ def parse_flags(
         maps_file=not (found.no_mmap or found.run_time_repack or found.load_mode.lower() in _READS),
         repacks=not found.no_repack and ik is None,
         embeds=found.embeds,
+        prompt_cache_mib=found.prompt_cache_mib if ik is None else 0,
         predicts_tokens="draft-mtp" in found.spec_type,
         draft_tokens=found.draft_tokens,
         draft_model=found.draft_model,

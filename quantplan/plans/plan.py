@@ -7,7 +7,7 @@ from quantplan.costs import data_hashes
 from quantplan.costs.calibration import for_model
 from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable, type_errors
-from quantplan.formats.args_notes import kernel_notes
+from quantplan.formats.args_notes import PROMPT_CACHE_MIB, kernel_notes, prompt_cache_notes
 from quantplan.ftypes.mixes import published_mix
 from quantplan.given import check_given
 from quantplan.hardware.machine import Machine
@@ -170,6 +170,11 @@ def _plan_of(
             *backend_notes(machine, outcome.flags),
             *build_notes(problem.workload, outcome.flags),
             *kernel_notes(problem.workload, problem.machine),
+            *prompt_cache_notes(
+                outcome.devices[-1].free_bytes - outcome.devices[-1].margin_bytes,
+                PROMPT_CACHE_MIB,
+                problem.workload.llama_cpp_build,
+            ),
             *imatrix_notes(outcome.tensors, problem.inventory, problem.evidence),
             *evidence_notes(problem.evidence),
         ),
