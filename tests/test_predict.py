@@ -37,6 +37,26 @@ def test_slots_that_llama_server_chooses_share_their_cells(flag: str) -> None:
         assert round(predicted.devices[-1].kv_bytes / 2**20, 2) == sum(server.buffers.kv.values())
 
 
+@needs_llama_cpp
+def test_every_spelling_that_llama_server_takes_counts() -> None:
+    """Long names with `_` in place of `-`, and each word that switches attention on, are read."""
+    path = smollm2_path()
+    assert path is not None
+    flags = ["--n_gpu_layers", "0", "--ctx_size", "512", "--parallel", "1", "-fa", "enabled"]
+    flags += ["--cache_type_k", "q8_0", "--fit", "off"]
+    predicted = qp.predict(qp.read_inventory(path), flags, qp.Machine.parse("64GiB@80GB/s"))
+    with llama_server(path, flags) as server:
+        assert round(predicted.devices[-1].kv_bytes / 2**20, 2) == sum(server.buffers.kv.values())
+    assert (predicted.warnings, predicted.notes) == ((), ())
+
+
+@pytest.mark.parametrize("flag", ["--ctx-size=4096", "-ngl=5", "-np 0"])
+def test_what_llama_server_refuses_is_refused(flag: str) -> None:
+    """A value behind `=` and no slots are errors, not another configuration."""
+    with pytest.raises(qp.InputError, match=flag):
+        qp.predict(AIR, flag, qp.Machine.parse(GPU))
+
+
 def test_a_rule_places_both_copies_of_a_tied_embedding() -> None:
     """Where an architecture always copies its tied embedding, a rule moves the copy along."""
     for name, n_copies in (("gemma-4-31B-it", 2), ("gemma-3-27b-it", 1)):
@@ -444,7 +464,7 @@ def test_every_builds_names_of_gpus_are_understood(name: str) -> None:
         ("-ot exps=CPU2", GPU, "unknown buffer type"),
         ("-sm graph", TWO, "invalid choice: 'graph'"),
         ("-sm none -mg -1", TWO, "there are 2 GPUs"),
-        ("-c 0 -np 0 -ctvd q8_0 -fa off", GPU, "needs flash attention"),
+        ("-c 0 -np -1 -ctvd q8_0 -fa off", GPU, "needs flash attention"),
         ("-fa maybe", GPU, "'maybe' is not on, off or auto"),
         ("-ctk q8_0 -ctv q6_0", GPU, "no KV type q6_0"),
         ("-sm none -mg 2", TWO, "there are 2 GPUs"),

@@ -34,7 +34,10 @@ _DEFAULT_CONTEXT = 4096
 _DRAFT_TOKENS = 3
 # Load modes that read the file into buffers instead of mapping it.
 _READS = {"none", "dio"}
-_SWITCH = {"on": True, "1": True, "auto": True, "off": False, "0": False}
+_SWITCH = {
+    **dict.fromkeys(("on", "enabled", "true", "1", "auto", "-1"), True),
+    **dict.fromkeys(("off", "disabled", "false", "0"), False),
+}
 _NUMBER = re.compile(r"-\d+(\.\d*)?")
 _IK_ONLY = {
     "-mla", "--mla-use", "-amb", "--attention-max-batch", "-fmoe", "--fused-moe", "-no-fmoe",
@@ -70,7 +73,10 @@ class _Parser(argparse.ArgumentParser):
         side = others
         for argument in arguments:
             if argument.startswith("-") and argument != "-" and not _NUMBER.fullmatch(argument):
-                side = known if argument.partition("=")[0] in self.names else others
+                name, equals, value = argument.partition("=")
+                if equals and name in self.names:
+                    self.error(f"{argument} is refused by it: write {name} {value}")
+                side = known if argument in self.names else others
             side.append(argument)
         return known, others
 
@@ -297,6 +303,8 @@ def _workload(
         if found.flash_attn not in _SWITCH:
             parser.error(f"-fa {found.flash_attn!r} is not on, off or auto")
         flash_attention = _SWITCH[found.flash_attn]
+    if found.parallel == 0:
+        parser.error("-np 0 is no number of slots; leave it out for llama.cpp to choose")
     auto = found.parallel < 1
     return Workload(
         context=found.ctx_size or trained or _DEFAULT_CONTEXT,

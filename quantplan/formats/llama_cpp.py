@@ -179,6 +179,8 @@ def cli_flags(flags: Sequence[str]) -> list[str]:
 def flag_words(flags: str | Sequence[str]) -> list[str]:
     """The arguments of a command line, without a leading program name.
 
+    Long names are spelt with ``-``, for which llama.cpp takes ``_`` too.
+
     Raises:
         InputError: A quote is not closed.
     """
@@ -186,7 +188,8 @@ def flag_words(flags: str | Sequence[str]) -> list[str]:
         found = shlex.split(flags) if isinstance(flags, str) else list(flags)
     except ValueError as error:
         raise InputError(f"the flags {flags!r} cannot be read: {error}") from error
-    return found[1:] if found and not found[0].startswith("-") else found
+    words = found[1:] if found and not found[0].startswith("-") else found
+    return [w.replace("_", "-") if w.startswith("--") else w for w in words]
 
 
 def options(flags: Sequence[str]) -> list[list[str]]:
