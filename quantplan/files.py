@@ -19,11 +19,10 @@ def write_whole(path: Path, text: str) -> None:
     """
     content = text.encode()
     try:
-        place = Path(os.path.realpath(path))
-        if place.exists() and not place.is_file():
+        if path.exists() and not path.is_file():
             path.write_bytes(content)
         else:
-            replace_whole(place, content)
+            replace_whole(Path(os.path.realpath(path)), content)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 

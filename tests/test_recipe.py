@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantplan.cli.options import check_targets
 from quantplan.errors import InputError, RecipeError
+from quantplan.files import write_whole
 from quantplan.inventory.catalog import catalog_names
 from quantplan.inventory.sources import read_inventory
 from quantplan.qtypes import QTYPES
@@ -219,6 +222,16 @@ def test_a_folder_is_no_file_to_save_to(
 
 
 @posix
+def test_a_pipe_without_a_name_is_written_to() -> None:
+    """So is the pipe of a shell behind /dev/stdout, which has no place among the files."""
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end) as reader, os.fdopen(write_end, "w"), ThreadPoolExecutor(1) as pool:
+        text = pool.submit(reader.readline)
+        write_whole(Path(f"/dev/fd/{write_end}"), "a recipe\n")
+        assert text.result(timeout=10) == "a recipe\n"
+
+
+@posix
 def test_a_read_only_directory_changes_nothing(tmp_path: Path) -> None:
     """Where the directory cannot be written to, saving fails and the old file stays."""
     directory = tmp_path / "recipes"
@@ -228,6 +241,25 @@ def test_a_read_only_directory_changes_nothing(tmp_path: Path) -> None:
         small().save(directory / "recipe.json")
     assert [p.name for p in directory.iterdir()] == ["recipe.json"]
     assert (directory / "recipe.json").read_text() == "old"
+
+
+@posix
+def test_a_read_only_directory_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    """A command that would save there, or where nobody may look, ends at once with what is wrong; a
+    device is written to wherever it is.
+    """
+    with TemporaryDirectory() as name:  # the folders above are everybody's
+        directory = Path(name, "recipes")
+        directory.mkdir()
+        Path(name).chmod(0o755)
+        (directory / "device").symlink_to("/dev/null")
+        tmp_path.chmod(0o700)
+        with read_only(directory):
+            with pytest.raises(InputError, match="its directory is read-only"):
+                check_targets(directory / "recipe.json")
+            check_targets(directory / "device", Path("/dev/null"))
+            with pytest.raises(InputError, match="cannot be written"):
+                check_targets(tmp_path / "inside" / "recipe.json")
 
 
 @posix

@@ -1,6 +1,7 @@
 """Options that several commands have, and what they mean."""
 
 import contextlib
+import os
 import shutil
 import textwrap
 from collections.abc import Iterable
@@ -156,14 +157,36 @@ def check_targets(*paths: Path | None, read: Iterable[str | Path | None] = ()) -
     faults = []
     kept = [Path(path) for path in read if path is not None]
     for path in filter(None, paths):
-        if path.is_dir():
-            faults.append(f"{path} cannot be written: it is a directory; name a file")
-        elif not path.absolute().parent.is_dir():
-            faults.append(f"{path} cannot be written: there is no directory {path.parent}")
-        elif path.is_file() and any(p.is_file() and p.samefile(path) for p in kept):
-            faults.append(f"{path} would be overwritten, but it is to be read; name another file")
+        try:
+            faults += _target_faults(path, kept)
+        except OSError as error:
+            faults.append(f"{path} cannot be written: {error.strerror or error}")
     if faults:
         raise InputError(faults)
+
+
+def _target_faults(path: Path, kept: Iterable[Path]) -> list[str]:
+    """Why a file cannot be written, or would be lost; nothing where it can.
+
+    Raises:
+        OSError: The system does not let anyone look.
+    """
+    if path.is_dir():
+        return [f"{path} cannot be written: it is a directory; name a file"]
+    if not path.absolute().parent.is_dir():
+        return [f"{path} cannot be written: there is no directory {path.parent}"]
+    if not _may_write(path):
+        return [f"{path} cannot be written: its directory is read-only; name another one"]
+    if path.is_file() and any(p.is_file() and p.samefile(path) for p in kept):
+        return [f"{path} would be overwritten, but it is to be read; name another file"]
+    return []
+
+
+def _may_write(path: Path) -> bool:
+    """Whether a file can be put in its place; what is no file, such as a pipe, stays there."""
+    is_other = path.exists() and not path.is_file()
+    place = path if is_other else Path(os.path.realpath(path)).parent
+    return os.access(place, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def read_text(path: Path) -> str:
