@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantplan.cli.options import check_targets
-from quantplan.errors import InputError, RecipeError
+from quantplan.errors import InputError, RecipeError, SourceError
 from quantplan.files import write_whole
 from quantplan.inventory.catalog import catalog_names
-from quantplan.inventory.sources import read_inventory
+from quantplan.inventory.sources import read_headers, read_inventory
 from quantplan.qtypes import QTYPES
 from quantplan.recipe import Provenance, Recipe, RecipeTensor
 
@@ -260,6 +260,15 @@ def test_a_read_only_directory_is_refused_before_anything_is_computed(tmp_path: 
             check_targets(directory / "device", Path("/dev/null"))
             with pytest.raises(InputError, match="cannot be written"):
                 check_targets(tmp_path / "inside" / "recipe.json")
+
+
+@posix
+def test_a_source_where_nobody_may_look_is_told(tmp_path: Path) -> None:
+    """A model in such a folder is the caller's fault, to say by its name, and no fault in here."""
+    directory = tmp_path / "secret"
+    directory.mkdir(0o000)
+    with read_only(tmp_path), pytest.raises(SourceError, match=r"model\.gguf: Permission denied"):
+        read_headers(directory / "model.gguf")
 
 
 @posix

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from urllib.parse import urlsplit, urlunsplit
@@ -106,9 +107,13 @@ def headers_sha256(headers: Sequence[Header]) -> str:
 
 
 def _refuse_irregular(path: Path) -> None:
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return  # opening it says why
+    if stat.S_ISDIR(mode):
         raise SourceError(f"{_text(path)}: is a directory; name a GGUF file")
-    if path.exists() and not path.is_file():
+    if not stat.S_ISREG(mode):
         raise SourceError(f"{_text(path)}: is no regular file, but a device or a pipe")
 
 
