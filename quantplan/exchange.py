@@ -244,6 +244,8 @@ def _read(
     if source_format == "gguf":
         return _cloned(inventory, path), [], engine
     text = _text(path)
+    if source_format != "llama-quantize":  # which takes a mark of Windows' editors for a letter
+        text = text.removeprefix("\ufeff")
     if source_format == "command":
         types, flags = _read_commands(text, path.parent, inventory, engine)
         return types, flags, engine

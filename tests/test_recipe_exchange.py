@@ -285,6 +285,21 @@ def test_tensors_that_nobody_has_placed_are_not_called_unloaded(
     assert "1x Q8_0 not loaded" in recipe_text(planned)
 
 
+def test_lists_of_windows_editors_are_read(tmp_path: Path) -> None:
+    """The mark that they put in front of UTF-8 is no part of the first pattern, but for
+    llama-quantize, which would take it for one.
+    """
+    path = tmp_path / "types.txt"
+    path.write_bytes(b"\xef\xbb\xbfffn_up_exps=q4_0\r\nattn_q=q8_0\r\n")
+    formats: tuple[ImportFormat, ...] = ("rules", "ik-custom-q", "gguf-tool-suite")
+    for source_format in formats:
+        found = types(import_recipe(AIR, path, source_format=source_format))
+        assert found["blk.1.ffn_up_exps.weight"] == "Q4_0"
+        assert found["blk.1.attn_q.weight"] == "Q8_0"
+    with pytest.raises(qp.RecipeError, match="ufeff"):
+        import_recipe(AIR, path, source_format="llama-quantize")
+
+
 def test_published_recipes_are_read(tmp_path: Path) -> None:
     """A .recipe in the style of GGUF-Tool-Suite, unanchored in part, gives each tensor its type."""
     path = tmp_path / "air.recipe"
