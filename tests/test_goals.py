@@ -24,6 +24,7 @@ from quantplan import (
     Inventory,
     Machine,
     NoPlanError,
+    SolverError,
     Workload,
     frontier,
     plan,
@@ -38,7 +39,7 @@ from quantplan.costs.speed import predict_speed
 from quantplan.hardware.network import Network
 from quantplan.planner import decisions
 from quantplan.planner.bounds import bounds_over_splits
-from quantplan.planner.changes import least_loss
+from quantplan.planner.changes import ANY_TPS, least_loss
 from quantplan.planner.goal import Goal
 from quantplan.planner.milp import add_cutoff, build_model, build_relaxation
 from quantplan.planner.model import Model
@@ -611,6 +612,30 @@ def test_points_over_the_context_are_the_fastest_plans_with_their_loss() -> None
         work, most = Workload(context=point.context), point.loss_nats * (1 + 1e-5) + 1e-8
         made = plan(inventory, machine, work, max_loss_nats=most, baselines=False)
         assert point.decode_tps == pytest.approx(made.predicted.decode_tps, rel=0.011)
+
+
+def test_a_frontier_over_the_speed_reaches_the_fastest_plan(
+    glm: Inventory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fastest plan is a point, also where there is no time for any but those at the ends."""
+
+    def in_no_time(problem: Problem, limits: Limits, *more: Any, **known: Any) -> Solution | None:
+        is_end = problem.goal.min_decode_tps in (None, ANY_TPS)
+        return search(problem, limits, *more, **known) if is_end else known["known"]
+
+    monkeypatch.setattr("quantplan.plans.frontier.solve", in_no_time)
+    found = frontier(glm, Machine.parse(GLM), WORK, points=3).points
+    fastest = plan(glm, Machine.parse(GLM), WORK, max_loss_nats=1.0, baselines=False)
+    assert found[-1].decode_tps >= 0.98 * fastest.predicted.decode_tps
+
+
+def test_a_frontier_without_time_does_not_say_that_nothing_fits(
+    glm: Inventory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no plan was found in time, that is what is said: none of its limits is in the way."""
+    monkeypatch.setattr("quantplan.plans.frontier.solve", lambda *_, **__: None)
+    with pytest.raises(SolverError, match=r"within 1e-09 s; give it more time"):
+        frontier(glm, Machine.parse(GLM), WORK, time_limit_s=1e-9)
 
 
 def test_a_frontier_solves_no_limit_twice() -> None:

@@ -10,7 +10,7 @@ from quantplan.costs.evidence import Evidence
 from quantplan.costs.memory import CELL_PADDING
 from quantplan.costs.quality import kld_nats
 from quantplan.display import Table
-from quantplan.errors import InputError
+from quantplan.errors import InputError, SolverError
 from quantplan.given import check_given
 from quantplan.hardware.machine import Machine
 from quantplan.inventory import Inventory
@@ -20,7 +20,7 @@ from quantplan.planner.diagnose import no_plan
 from quantplan.planner.goal import Goal, Status
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits, solve
-from quantplan.planner.solution import Solution, checked
+from quantplan.planner.solution import Solution, checked, within_limits
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
 from quantplan.schema import Frozen
@@ -147,6 +147,7 @@ def frontier(
     Raises:
         InputError: A number is out of range.
         NoPlanError: Nothing fits.
+        SolverError: Nothing was found in time.
     """
     check_given(("model", inventory, Inventory), ("machine", machine, Machine))
     goal = Goal(min_decode_tps=min_decode_tps)
@@ -166,11 +167,15 @@ def frontier(
     )
     search = Limits(gap, deadline, gap / 2)
     fastest = solve(replace(problem, goal=Goal(best="speed")), search)
-    best = solve(_at(problem, "speed", min_decode_tps or ANY_TPS), search)
+    easiest = _at(problem, "speed", min_decode_tps or ANY_TPS)
+    best = fastest and solve(easiest, search, known=within_limits(easiest, fastest))
     if fastest is None or best is None:
+        if search.is_over:
+            raise SolverError(f"no plan was found within {time_limit_s:g} s; give it more time")
         raise no_plan(problem, time_limit_s)
     limits = _limits_between(problem, fastest, best, over, points)
-    traced = _trace(problem, limits, over, gap=gap, deadline=deadline, progress=progress)
+    start = fastest if over == "speed" else None
+    traced = _trace(problem, limits, over, start, gap=gap, deadline=deadline, progress=progress)
     points_found = tuple(_undominated(list(traced)[::-1]))
     return Frontier(model=inventory.name, over=over, points=points_found)
 
@@ -211,17 +216,20 @@ def _trace(
     problem: Problem,
     limits: list[float],
     over: Over,
+    known: Solution | None,
     *,
     gap: float,
     deadline: float,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[FrontierPoint]:
-    """Points from the hardest limit to the easiest; limits without a plan are left out."""
-    known: Solution | None = None
+    """Points from the hardest limit to the easiest; limits without a plan are left out.
+
+    ``known`` is a solution at the hardest limit, where there is one.
+    """
     for n, limit in enumerate(limits):
         left_s = max(0.3, (deadline - time.monotonic()) / (len(limits) - n))
         at = _at(problem, over, limit)
-        if known is not None and over == "context":
+        if known is not None:
             known = checked(known.split(at), known.choices)
         # Most points close their gap at once; one that does not may use what they left over.
         search = Limits(gap, time.monotonic() + 4 * left_s, gap / 2)
