@@ -55,6 +55,7 @@ from quantplan.policy import parse_rule
 from tests.support.models import toy_inventory
 
 GLM = "RTX 4090 + 64GiB@80GB/s"
+GPUS = "RTX 3060 + RTX 4090"
 WORK = Workload(context=32768, kv_type="q8_0")
 GAP = 1e-4
 solving = settings(
@@ -612,6 +613,34 @@ def test_points_over_the_context_are_the_fastest_plans_with_their_loss() -> None
         work, most = Workload(context=point.context), point.loss_nats * (1 + 1e-5) + 1e-8
         made = plan(inventory, machine, work, max_loss_nats=most, baselines=False)
         assert point.decode_tps == pytest.approx(made.predicted.decode_tps, rel=0.011)
+
+
+def test_points_over_the_size_are_on_the_faster_card() -> None:
+    """A size limits no time, and still each point is as fast as its types can be."""
+    inventory = read_inventory("Qwen3-4B-Instruct-2507")
+    alone, both = (Machine.parse(f"{gpus} + 16GiB@40GB/s") for gpus in ("RTX 4090", GPUS))
+    slow, fast = (frontier(inventory, m, over="size", points=3).points for m in (both, alone))
+    assert [p.decode_tps for p in slow] == pytest.approx([p.decode_tps for p in fast], rel=0.02)
+
+
+@pytest.mark.parametrize("turn_s", [None, 500.0])
+def test_where_places_lose_alike_the_plan_is_in_the_fastest(turn_s: float | None) -> None:
+    """A model that fits on either card as it is goes to the faster one, whatever is asked for."""
+    inventory = read_inventory("Qwen3-4B-Instruct-2507")
+    machine = Machine.parse(f"{GPUS} + 16GiB@40GB/s")
+    made, fastest = (
+        plan(
+            inventory,
+            machine,
+            min_decode_tps=None if turn_s else 3.0,
+            max_turn_s=turn_s,
+            max_loss_nats=most,
+            baselines=False,
+        )
+        for most in (None, 0.0)
+    )
+    assert made.predicted.loss_nats == 0
+    assert made.predicted.decode_tps >= 0.95 * fastest.predicted.decode_tps
 
 
 def test_a_frontier_over_the_speed_reaches_the_fastest_plan(

@@ -19,7 +19,7 @@ from quantplan.planner.context import with_context
 from quantplan.planner.diagnose import no_plan
 from quantplan.planner.goal import Goal, Status
 from quantplan.planner.problem import Problem, build_problem
-from quantplan.planner.search import Limits, solve
+from quantplan.planner.search import Limits, in_faster_places, solve
 from quantplan.planner.solution import Solution, checked, within_limits
 from quantplan.policy import Policy
 from quantplan.policy import policy as policy_preset
@@ -31,8 +31,6 @@ Over = Literal["speed", "size", "context"]
 
 # A size that the smallest types fit into in spite of what the solver holds back.
 _SIZE_SLACK_BYTES = 2**21
-# Losses that differ by less, relatively or in nats, are equal when the faster plan is taken.
-_SAME_LOSS, _SAME_LOSS_NATS = 1e-5, 1e-8
 _SHORTEST_CONTEXT = 4096
 
 
@@ -128,8 +126,8 @@ def frontier(
 
     One limit after the other is set and the loss minimised under it (the epsilon-constraint
     method). The points share the groups, their options and the splits that were good so far, and a
-    solution under a harder limit is one under an easier limit too. Over the context each point is
-    the fastest plan with its loss.
+    solution under a harder limit is one under an easier limit too. The types of each point are in
+    the fastest places.
 
     Args:
         inventory: The model.
@@ -173,6 +171,9 @@ def frontier(
         if search.is_over:
             raise SolverError(f"no plan was found within {time_limit_s:g} s; give it more time")
         raise no_plan(problem, time_limit_s)
+    if over == "speed":
+        until = time.monotonic() + (deadline - time.monotonic()) / points
+        best = in_faster_places(easiest, best, gap, until)
     limits = _limits_between(problem, fastest, best, over, points)
     start = fastest if over == "speed" else None
     traced = _trace(problem, limits, over, start, gap=gap, deadline=deadline, progress=progress)
@@ -235,20 +236,11 @@ def _trace(
         search = Limits(gap, time.monotonic() + 4 * left_s, gap / 2)
         found = solve(at, search, [known.layer_devices] if known else (), known=known)
         if found is not None:
-            known = found = _fastest(at, found, search) if over == "context" else found
-            yield _point(at, limit, found)
+            until = time.monotonic() + left_s
+            known = in_faster_places(at, found, gap, until)
+            yield _point(at, limit, known)
         if progress is not None:
             progress(n + 1, len(limits))
-
-
-def _fastest(problem: Problem, found: Solution, limits: Limits) -> Solution:
-    """The fastest solution that loses as little, with the bound of the loss."""
-    most = kld_nats(found.loss_nats * (1 + _SAME_LOSS) + _SAME_LOSS_NATS)
-    hurried = replace(problem, goal=replace(problem.goal, best="speed", max_loss_nats=most))
-    known = checked(found.split(hurried), found.choices)
-    fastest = solve(hurried, limits, [found.layer_devices], known=known) or known
-    again = checked(fastest.split(problem), fastest.choices)
-    return limits.judged(again, found.bound_nats)
 
 
 def _point(problem: Problem, limit: float, solution: Solution) -> FrontierPoint:
