@@ -34,6 +34,7 @@ from quantplan import (
     stock_mix,
 )
 from quantplan.costs import memory
+from quantplan.costs.evidence import Evidence
 from quantplan.costs.quality import LossTable, kld_nats
 from quantplan.costs.speed import predict_speed
 from quantplan.hardware.network import Network
@@ -721,6 +722,34 @@ def test_shared_memory_has_one_price(glm: Inventory) -> None:
     border = found["1 GiB from CPU to GPU"]
     slack = 1e-3 * before
     assert border.low_nats - slack <= before - after <= border.high_nats + slack
+
+
+def test_more_of_a_resource_is_never_worse(glm: Inventory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan that there is fits a better machine too, also where there is no time to search."""
+
+    def in_no_time(problem: Problem, limits: Limits, *more: Any, **known: Any) -> Solution | None:
+        return known["known"] if known else search(problem, limits, *more)
+
+    made = plan(glm, Machine.parse(GLM), WORK, min_decode_tps=15.0, baselines=False)
+    monkeypatch.setattr("quantplan.plans.prices.solve", in_no_time)
+    found = prices(made, glm).resources
+    assert len(found) == 3
+    for price in found:
+        assert price.loss_nats == 0
+        assert price.decode_tps >= 0
+
+
+def test_prices_need_the_evidence_of_the_plan() -> None:
+    """A plan that rests on measurements is not priced without them."""
+    inventory, machine = (
+        toy_inventory([256], experts=0),
+        Machine.parse("1GiB@100GB/s + 1GiB@10GB/s"),
+    )
+    evidence = Evidence(curve={"Q4_0": 0.5, "Q3_K": 1.0})
+    made = plan(inventory, machine, evidence=evidence, policy=policy().pin(".", "Q4_K"))
+    assert prices(made, inventory, evidence=evidence).resources
+    with pytest.raises(InputError, match="the KLD of 2 types: give the same evidence"):
+        prices(made, inventory)
 
 
 def test_a_long_turn_finds_its_context() -> None:

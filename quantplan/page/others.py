@@ -1,10 +1,8 @@
 """The other points of the frontier, each as a whole plan with its own command."""
 
-import math
 from collections.abc import Callable
 
 from quantplan.costs.evidence import Evidence
-from quantplan.costs.quality import LossTable
 from quantplan.errors import NoPlanError
 from quantplan.inventory import Inventory
 from quantplan.plans.frontier import frontier
@@ -12,8 +10,6 @@ from quantplan.plans.plan import plan
 from quantplan.plans.result import Plan
 from quantplan.policy import Policy
 
-# Relative difference of two predictions of one loss that rounding explains.
-_ROUNDING = 1e-6
 # Relative gap of the points: to prove less takes most of the time, and no picture shows it.
 _GAP = 1e-2
 
@@ -37,9 +33,7 @@ def why_not(made: Plan, inventory: Inventory, policy: Policy, evidence: Evidence
         )
     if made.predicted.upper_loss_nats is not None and not (evidence and evidence.upper_sds):
         return "the plan was made against the upper end of losses (--robust)"
-    types = {a.tensor: a.qtype for a in made.assignments}
-    now = LossTable(inventory, evidence).model_kld_nats(types)
-    if not math.isclose(now, made.predicted.loss_nats, rel_tol=_ROUNDING, abs_tol=1e-12):
+    if not made.was_made_with(inventory, evidence):
         return (
             "the plan was made with measurements of the model, or by another version of "
             "quantplan; give the same --measured and --weights, or plan again"

@@ -17,7 +17,7 @@ from quantplan.planner.bounds import split_bounds
 from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits, solve
-from quantplan.planner.solution import Solution
+from quantplan.planner.solution import Solution, checked
 from quantplan.plans.result import Plan
 from quantplan.policy import Policy
 from quantplan.schema import Frozen
@@ -156,11 +156,17 @@ def prices(
         progress: Is told before each resource how many are done, and how many there are.
 
     Raises:
-        InputError: The plan is for another model, or was made with rules that have no name.
+        InputError: The plan is for another model, or was made with other evidence, or with rules
+            that have no name.
     """
     check_given(("plan", plan, Plan), ("model", inventory, Inventory))
     if plan.provenance.header_sha256 != inventory.header_sha256:
         raise InputError(f"the plan is for {plan.model}, not for {inventory.name}")
+    if not plan.was_made_with(inventory, evidence):
+        raise InputError(
+            f"the plan for {plan.model} was made with losses from "
+            f"{plan.provenance.evidence or 'metadata alone'}: give the same evidence, or plan again"
+        )
     asked = plan.provenance
     goal = Goal.within(asked.min_decode_tps, asked.max_turn_s, asked.max_loss_nats)
     rules = policy or asked.rules
@@ -178,7 +184,11 @@ def prices(
         for n, (resource, better) in enumerate(changed.items()):
             if progress is not None:
                 progress(n, len(changed))
-            new = solve(problem_on(better), Limits(gap, deadline, gap / 2), [base.layer_devices])
+            problem = problem_on(better)
+            # With the border moved, the RAM may be too small for the plan.
+            known = None if resource == _BORDER else checked(base.split(problem), base.choices)
+            search = Limits(gap, deadline, gap / 2)
+            new = solve(problem, search, [base.layer_devices], known=known) or known
             if new is not None:
                 found.append(_price(resource, base, new, duals.get(resource)))
     return Prices(

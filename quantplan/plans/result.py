@@ -1,14 +1,18 @@
 """The plan: what to quantize how, where to put it, what to expect, and how sure that is."""
 
 import contextlib
+import math
 import os
 from typing import Any, Literal, Self
 
+from quantplan.costs.evidence import Evidence
+from quantplan.costs.quality import LossTable
 from quantplan.costs.speed import SpeedPrediction
 from quantplan.display import Table, html_card
 from quantplan.errors import InputError
 from quantplan.formats.llama_cpp import server_command
 from quantplan.hardware.machine import Machine
+from quantplan.inventory import Inventory
 from quantplan.planner.baseline_tables import baseline_lines, baseline_row, baseline_table
 from quantplan.planner.baselines import Baseline
 from quantplan.planner.goal import Status
@@ -32,6 +36,8 @@ from quantplan.workload import Workload
 # Plain answers that a summary shows, and those that a notebook does; the table has all of them.
 _SHOWN_BASELINES = 3
 _TABLED_BASELINES = 8
+# Relative difference of two predictions of one loss that rounding explains.
+_ROUNDING = 1e-6
 
 
 class Plan(Frozen):
@@ -102,6 +108,19 @@ class Plan(Frozen):
             ),
             provenance=self.provenance,
         )
+
+    def was_made_with(self, inventory: Inventory, evidence: Evidence | None) -> bool:
+        """Whether the model's losses are predicted as the plan was made with.
+
+        Args:
+            inventory: The model.
+            evidence: What was measured of its losses, as it is given now.
+        """
+        said = self.predicted
+        promised = said.loss_nats if said.upper_loss_nats is None else said.upper_loss_nats
+        types = {a.tensor: a.qtype for a in self.assignments}
+        now = LossTable(inventory, evidence).model_kld_nats(types)
+        return math.isclose(now, promised, rel_tol=_ROUNDING, abs_tol=1e-12)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, whole or not at all.
