@@ -350,6 +350,21 @@ def test_a_quantized_model_keeps_its_types(machine: str, experts: int) -> None:
     assert made.predicted.loss_nats == 0
 
 
+def test_a_model_that_is_quantized_in_part_says_what_changes() -> None:
+    """A plan that changes some matrices of a file with quantized ones says how many."""
+    source = toy_inventory([512, 512], experts=8)
+    experts = {t.name: "Q4_K" for t in source.tensors if t.is_expert}
+    inventory, machine = source.with_qtypes(experts), Machine.parse("64GiB@100MB/s")
+    made = plan(inventory, machine)
+    pairs = zip(made.assignments, inventory.tensors, strict=True)
+    n_changed = sum(a.qtype != t.qtype for a, t in pairs)
+    assert n_changed
+    assert any(f"quantized in part: {n_changed} of its" in note for note in made.notes)
+    kept = plan(inventory, machine, policy=policy().pin(".", "SOURCE"))
+    assert any("types are kept, only places were chosen" in note for note in kept.notes)
+    assert not any("quantized" in note for note in plan(source, machine).notes)
+
+
 def test_a_quantized_model_is_as_fast_however_its_file_is_ordered() -> None:
     """Without a GPU too, experts are read at the rate of experts, wherever the file lists them."""
     inventory = toy_inventory([512, 512], experts=8, dtype="Q4_K")

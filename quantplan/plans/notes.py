@@ -35,8 +35,6 @@ def plan_notes(machine: Machine, problem: Problem, solution: Solution) -> tuple[
     n_cpu = solution.layer_devices.count(problem.machine.ram.name) if problem.machine.gpus else 0
     if n_cpu:
         notes.append(f"attention and KV cache of the first {n_cpu} layers are in RAM")
-    if not any(qtype(t.qtype).is_float and t.is_quantizable for t in problem.inventory.tensors):
-        notes.append("the model is quantized already: types are kept, only places were chosen")
     if kld_nats(solution.loss_nats) > link().valid_kld_nats:
         notes.append("the predicted loss is beyond what the loss model holds for: expect nonsense")
     if solution.status == "time_limit":
@@ -46,6 +44,21 @@ def plan_notes(machine: Machine, problem: Problem, solution: Solution) -> tuple[
             f"nothing better than this was found, and the proofs left a gap of {solution.gap:.1%}"
         )
     return tuple(notes)
+
+
+def source_notes(assignments: tuple[RecipeTensor, ...], inventory: Inventory) -> tuple[str, ...]:
+    """Says of a model that is quantized already, or in part, whether its types are kept."""
+    matrices = {t.name: t.qtype for t in inventory.tensors if t.is_quantizable}
+    open_ones = {name for name, kind in matrices.items() if qtype(kind).is_float}
+    if len(open_ones) == len(matrices) and matrices:
+        return ()
+    n_changed = sum(a.qtype != matrices.get(a.tensor, a.qtype) for a in assignments)
+    if not n_changed:
+        return ("the model is quantized already: types are kept, only places were chosen",)
+    return (
+        f"the model is quantized in part: {n_changed} of its {len(open_ones)} unquantized matrices "
+        "get another type, so the file has to be written anew; the rule .=SOURCE (--pin) keeps all",
+    )
 
 
 def backend_notes(machine: Machine, flags: Sequence[str]) -> tuple[str, ...]:

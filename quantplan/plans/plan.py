@@ -30,6 +30,7 @@ from quantplan.plans.notes import (
     evidence_notes,
     imatrix_notes,
     plan_notes,
+    source_notes,
     text_notes,
 )
 from quantplan.plans.result import Plan
@@ -167,6 +168,7 @@ def _plan_of(
             *baseline_notes(plain),
             *text_notes(held_out, changes),
             *plan_notes(machine, problem, solution),
+            *source_notes(outcome.tensors, problem.inventory),
             *backend_notes(machine, outcome.flags),
             *build_notes(problem.workload, outcome.flags),
             *kernel_notes(problem.workload, problem.machine),
