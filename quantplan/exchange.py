@@ -56,6 +56,8 @@ _ITS_OWN = {
     "-dr", "--docker-repo", "--host", "--port",
 }  # fmt: skip
 _NAMED = 3
+# Programs that serve one request at a time, where llama-server makes four slots by itself.
+_WITH_ONE_SLOT = {"llama-cli", "llama-bench", "koboldcpp"}
 
 
 def export_recipe(recipe: Recipe, target: ExportFormat, *, model_path: str = "model.gguf") -> str:
@@ -339,6 +341,9 @@ def _read_commands(
             words = from_bench_flags(words)
         elif program == "koboldcpp":
             words = from_koboldcpp_flags(words)
+        has_slots = any(option[0] in ("-np", "--parallel") for option in own)
+        if program in _WITH_ONE_SLOT and engine == "llama.cpp" and not has_slots:
+            words = [*words, "-np", "1"]
         flags = words
     return types, flags
 

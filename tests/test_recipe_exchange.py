@@ -52,6 +52,21 @@ def test_an_export_for_ik_llama_cpp_says_where_it_does_not_fit(tmp_path: Path) -
     assert "warning: ik_llama.cpp needs more memory than was planned" in done.stderr
 
 
+@pytest.mark.parametrize("program", ["llama-cli", "koboldcpp"])
+def test_a_program_without_slots_is_predicted_with_one(
+    program: ExportFormat, tmp_path: Path
+) -> None:
+    """A command of a program that serves one request at a time takes the memory of one slot."""
+    model, path = qp.read_inventory("gemma-3-27b-it"), tmp_path / "run.sh"
+    work = qp.Workload(context=16384)
+    made = qp.plan(model, MACHINE, work, policy="compact", baselines=False)
+    path.write_text(export_recipe(made.recipe, program), encoding="utf-8")
+    typed = model.with_qtypes(types(made.recipe))
+    back = import_recipe(typed, path, machine=MACHINE)
+    kv = [use.kv_bytes for use in qp.predict(typed, back, MACHINE).devices]
+    assert kv == [use.kv_bytes for use in made.devices]
+
+
 def types(recipe: Recipe) -> dict[str, str]:
     """Types by tensor."""
     return {t.tensor: t.qtype for t in recipe.tensors}
