@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from quantplan.hardware.network import Network
 from quantplan.planner import decisions
 from quantplan.planner.bounds import bounds_over_splits
 from quantplan.planner.changes import ANY_TPS, least_loss
+from quantplan.planner.context import longest_context
 from quantplan.planner.goal import Goal
 from quantplan.planner.milp import add_cutoff, build_model, build_relaxation
 from quantplan.planner.model import Model
@@ -337,6 +339,33 @@ def test_a_turn_takes_no_longer_than_asked(glm: Inventory) -> None:
     assert fast.predicted.turn_s is not None
     assert fast.predicted.turn_s <= 32
     assert slow.predicted.loss_nats < fast.predicted.loss_nats
+
+
+def test_no_time_for_the_longest_context_is_not_no_plan(
+    glm: Inventory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no context was found in time, though there is a plan, that is what is said."""
+    monkeypatch.setattr("quantplan.planner.decisions.longest_context", lambda *_: None)
+    with pytest.raises(SolverError, match="give it more time"):
+        plan(glm, Machine.parse(GLM), WORK, context="max", min_decode_tps=10.0)
+
+
+def test_one_context_leaves_time_for_others(
+    glm: Inventory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context that takes all the time that it is given does not take that of shorter ones."""
+    tried = []
+
+    def slow(problem: Problem, deadline: float) -> Solution | None:
+        tried.append((problem.workload.context, deadline))
+        return None
+
+    monkeypatch.setattr("quantplan.planner.context.any_solution", slow)
+    problem = build_problem(glm, Machine.parse(GLM), WORK, policy(), Goal(min_decode_tps=10.0))
+    end = time.monotonic() + 100
+    assert longest_context(problem, 131072, end) is None
+    assert len(tried) > 5
+    assert all(until < end - 50 for _, until in tried)
 
 
 def test_the_longest_context_is_the_longest(glm: Inventory) -> None:

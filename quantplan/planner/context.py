@@ -8,6 +8,10 @@ from quantplan.planner.bounds import bounds_over_splits
 from quantplan.planner.problem import Problem
 from quantplan.planner.search import any_solution
 
+# Share of the time that is left for one context: of one that is just too long it takes longest to
+# find that nothing fits, and shorter ones have to be tried too.
+_TRY_SHARE = 0.25
+
 
 def with_context(problem: Problem, context: int) -> Problem:
     """The problem with another context."""
@@ -50,7 +54,9 @@ def longest_context(problem: Problem, most: int, deadline: float) -> tuple[int, 
         at = (fits_at + fails_at) // 2
         if fits_at < least:
             at = max(least, fails_at - step)
-        if any_solution(with_context(problem, at * CELL_PADDING), deadline):
+        now = time.monotonic()
+        until = now + _TRY_SHARE * (deadline - now)
+        if any_solution(with_context(problem, at * CELL_PADDING), until):
             fits_at = at
         else:
             fails_at, step = at, 2 * step
