@@ -78,6 +78,7 @@ ORDER = [
     "planner.model",
     "planner.milp",
     "planner.bounds",
+    "planner.regions",
     "planner.split",
     "planner.solution",
     "planner.solve",

@@ -1,6 +1,7 @@
 """The optimiser, compared with counting every choice out."""
 
 import math
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from quantplan import read_inventory as read
 from quantplan.costs import memory
 from quantplan.costs.compute import Work, estimate
 from quantplan.placement import Launch
+from quantplan.planner import linear
+from quantplan.planner.linear import LinearProgram
 from quantplan.planner.problem import Problem
 from quantplan.planner.search import Limits
 from quantplan.planner.search import solve as search
@@ -557,3 +560,17 @@ def test_layers_stay_on_the_gpus_if_some_split_fits() -> None:
         assert every_choice(task).fits_easily.any()
     found = by_name(plan(inventory, machine, workload, policy=rules))
     assert [found[f"blk.{n}.attn_q.weight"][1] for n in range(2)] == ["GPU0", "GPU0"]
+
+
+def test_a_solver_that_never_ends_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where HiGHS is blind to its time limit, the answer is that the time is up."""
+    program = LinearProgram()
+    x = program.add_variable("x", 1, is_integer=True)
+    program.minimise({x: 1.0})
+    is_over = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr("highspy.Highs.run", lambda _: is_over.wait())
+        patched.setattr(linear, "_GRACE_S", 0.01)
+        assert program.solve(time_limit_s=0.01).ending == "out_of_time"
+    is_over.set()
+    assert program.solve(time_limit_s=60.0).ending == "solved"

@@ -126,13 +126,13 @@ def best_solution(
         found = _from_extremes(candidates, limits)
     if found is not None:
         return _hurried(*found, limits)
+    if left_open.context:
+        problem = with_context(problem, least_context(problem))
     # That no longest context was found in time does not say that there is no plan.
     until = time.monotonic() + _CONTEXT_SHARE * limits.left_s
     is_late = left_open.context and any_solution(problem, until) is not None
     if limits.is_over or is_late:
         raise SolverError(f"no plan was found within {time_limit_s:g} s; give it more time")
-    if left_open.context:
-        problem = with_context(problem, least_context(problem))
     raise no_plan(problem, max(_DIAGNOSIS_S, limits.left_s), at_least_context=left_open.context)
 
 

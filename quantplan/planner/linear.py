@@ -29,6 +29,9 @@ Ranges = Mapping[pulp.LpVariable, tuple[float, float]]
 
 Ending = Literal["solved", "infeasible", "out_of_time"]
 
+# How much longer than its limit the solver may take to see that its time is up.
+_GRACE_S = 30.0
+
 _BEFORE_RUNS: ContextVar[Callable[[], None]] = ContextVar("before_runs", default=lambda: None)
 
 
@@ -135,7 +138,7 @@ class LinearProgram:
             SolverError: HiGHS failed.
         """
         highs = self._built(solver_options(gap, time_limit_s), is_mixed=True)
-        return self._run(highs, within or {}, is_mixed=bool(self.lp.isMIP()))
+        return self._run(highs, within or {}, time_limit_s, is_mixed=bool(self.lp.isMIP()))
 
     def relaxation(self) -> Callable[[Ranges], Answer]:
         """A function that solves the program without integers, with some variables in ranges.
@@ -145,7 +148,7 @@ class LinearProgram:
         duals. The function raises `SolverError` where HiGHS fails.
         """
         highs = self._built(solver_options(0.0, math.inf), is_mixed=False)
-        return lambda within: self._run(highs, within, is_mixed=False)
+        return lambda within: self._run(highs, within, math.inf, is_mixed=False)
 
     def _built(self, options: Mapping[str, Any], *, is_mixed: bool) -> Any:
         with _GREETING:
@@ -155,19 +158,21 @@ class LinearProgram:
         solver.buildSolverModel(self.lp)
         return self.lp.solverModel
 
-    def _run(self, highs: Any, within: Ranges, *, is_mixed: bool) -> Answer:
+    def _run(self, highs: Any, within: Ranges, time_limit_s: float, *, is_mixed: bool) -> Answer:
         """Runs HiGHS with some variables in ranges, and says how that ended."""
         for variable, (least, most) in within.items():
             highs.changeColBounds(variable.index, least, most)
         ended = highspy.HighsModelStatus
         _BEFORE_RUNS.get()()
-        highs.run()
+        if not _ends(highs, time_limit_s):
+            return Answer("out_of_time", math.inf, -math.inf)
         if highs.getModelStatus() in (ended.kUnknown, ended.kNotset, ended.kSolveError):
             # It may lose its way from the basis of the run before, or in what presolve leaves of a
             # program that is just infeasible; without both it does not.
             highs.clearSolver()
             highs.setOptionValue("presolve", "off")
-            highs.run()
+            if not _ends(highs, time_limit_s):
+                return Answer("out_of_time", math.inf, -math.inf)
             highs.setOptionValue("presolve", "choose")
         status, info = highs.getModelStatus(), highs.getInfo()
         if status in (ended.kInfeasible, ended.kUnboundedOrInfeasible):
@@ -183,6 +188,21 @@ class LinearProgram:
         if status == ended.kTimeLimit:
             return Answer("out_of_time", math.inf, bound)
         raise SolverError(f"HiGHS failed: {status.name}; please report this")
+
+
+def _ends(highs: Any, time_limit_s: float) -> bool:
+    """Runs HiGHS; whether it ends, at the latest some time after its limit.
+
+    HiGHS 1.16 was seen to propagate conflicts for ever, blind to its time limit. Nothing can end it
+    then, so its thread is left behind, to be gone with this process.
+    """
+    if math.isinf(time_limit_s):
+        highs.run()
+        return True
+    run = threading.Thread(target=highs.run, daemon=True)
+    run.start()
+    run.join(time_limit_s + _GRACE_S)
+    return not run.is_alive()
 
 
 _GREETING = threading.Lock()
