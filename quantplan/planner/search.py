@@ -123,8 +123,7 @@ def _solve_with_output(
     """The best solution with the output where it is; its bound is for these splits."""
     problem = relaxed.problem
     found = _Search(problem, limits, relaxed.least_nats, best=known)
-    places = {problem.machine.ram.name, *(gpu.name for gpu in problem.layer_gpus)}
-    starts = [*(s for s in splits if places.issuperset(s)), *first_splits(problem)]
+    starts = [*(s for s in splits if found.may_have(s)), *first_splits(problem)]
     if len(problem.layer_gpus) > 1:
         guess, bound_nats = promising_split(relaxed, _GUESS_SHARE * limits.left_s)
         found.raise_bound(bound_nats)
@@ -214,6 +213,10 @@ class _Search:
     def is_closed(self) -> bool:
         """Whether the best solution is proven to be within the gap."""
         return self.answer is not None and self.answer.is_closed
+
+    def may_have(self, layers: Layers) -> bool:
+        """Whether a split has layers only where they may be with the output where it is."""
+        return set(layers) <= set(self.problem.layer_places)
 
     def raise_bound(self, nats: float) -> None:
         """Notes another bound that covers every split."""
@@ -313,7 +316,7 @@ class _Search:
 
     def _best_split(self, region: Region) -> Counts | None:
         """The split of the best solution, where it is in a region."""
-        if self.best is None or not set(self.best.layer_devices) <= set(self.problem.layer_places):
+        if self.best is None or not self.may_have(self.best.layer_devices):
             return None
         counts = layer_counts(self.problem, self.best.layer_devices)
         return counts if counts in region else None
