@@ -21,6 +21,8 @@ _LOAD_MODE_BUILD = 11434
 _PROMPT_CACHE_BUILD = 6730
 PROMPT_CACHE_MIB = 8192
 """Most that it keeps where ``-cram`` does not say."""
+# Advice is a multiple of this, so that it is 0 where hardly a prompt would fit.
+_PROMPT_CACHE_STEP_MIB = 256
 
 # Flags with a value that memory depends on, but this prediction does not.
 NOT_COUNTED = (
@@ -126,9 +128,10 @@ def prompt_cache_notes(left_bytes: int, limit_mib: int, llama_cpp_build: int) ->
     if has_room or left_bytes <= 0 or llama_cpp_build < _PROMPT_CACHE_BUILD:
         return ()
     most = f"up to {gib(limit_mib * MIB)}" if limit_mib >= 0 else "any amount"
+    advised = left_bytes // MIB // _PROMPT_CACHE_STEP_MIB * _PROMPT_CACHE_STEP_MIB
     return (
         f"llama-server keeps earlier prompts in {most} of RAM, which is not counted, and "
-        f"{gib(left_bytes)} are left: -cram {left_bytes // MIB} keeps it within that",
+        f"{gib(left_bytes)} are left: -cram {advised} keeps it within that",
     )
 
 
