@@ -41,6 +41,7 @@ from quantplan.placement import place
 from quantplan.qtypes import Runtime
 from quantplan.recipe import Provenance, Recipe, RecipeTensor
 from quantplan.version import __version__
+from quantplan.words import listed
 
 ExportFormat = Literal[
     "llama-quantize", "llama-quantize-command", "ik-custom-q", "ik-quantize-command",
@@ -323,7 +324,7 @@ def _read_commands(
     makes = [program for program, *_ in commands if program == "llama-quantize"]
     runs = [program for program, *_ in commands if program != "llama-quantize"]
     faults = [
-        f"there are {len(each)} commands of {' and '.join(dict.fromkeys(each))}: leave the one "
+        f"there are {len(each)} commands of {listed(list(dict.fromkeys(each)))}: leave the one "
         "that is meant"
         for each in (makes, runs)
         if len(each) > 1

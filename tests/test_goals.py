@@ -241,7 +241,7 @@ def test_the_bound_of_a_region_holds(
     part = data.draw(st.sampled_from(parts))
     bounds = regions.bounds(part, range(len(build_relaxation(problem).levels)))
     if bounds.order:
-        assert regions.promising_split(bounds) in part
+        assert regions.nearest_split(bounds) in part
     for counts, layers in splits.items():
         if counts in part:
             solution = solve_split(problem.with_layers(layers), GAP, 60.0)

@@ -46,6 +46,11 @@ class MixOptions:
     embedding: str | None = None
     keeps_output: bool = False
 
+    def exact(self, tensor: Tensor) -> str | None:
+        """The type that is named for the output matrix or the embedding, without substitutes."""
+        named: dict[Family, str | None] = {"output": self.output, "embedding": self.embedding}
+        return named.get(family_of(tensor.name))
+
 
 def stock_mix(inventory: Inventory, ftype: str, *, has_imatrix: bool = False) -> dict[str, str]:
     """The type that llama-quantize gives each tensor, row fallbacks included.
@@ -87,7 +92,6 @@ def quantized_types(inventory: Inventory, ftype: str, options: MixOptions) -> di
     if mix is None:
         raise InputError(f"unknown ftype {ftype!r}; known are {', '.join(FTYPES)}")
     chosen = _chosen_types(inventory, name, mix, options)
-    exact = {"output": options.output, "embedding": options.embedding}
     qtypes, faults = {}, []
     for tensor in inventory.tensors:
         wanted = chosen.get(tensor.name)
@@ -95,7 +99,7 @@ def quantized_types(inventory: Inventory, ftype: str, options: MixOptions) -> di
             qtypes[tensor.name] = tensor.qtype
             continue
         fitting = fitting_qtype(wanted, tensor.shape_ne[0])
-        is_exact = exact.get(family_of(tensor.name)) is not None
+        is_exact = options.exact(tensor) is not None
         if fitting is None or (is_exact and fitting != QTYPES[wanted]):
             fault = QTYPES[wanted].row_fault(tensor.shape_ne[0])
             advice = "name another type for it" if is_exact else "choose F16"
@@ -145,8 +149,7 @@ def _chosen_types(
     tensors = sorted((t for t in inventory.tensors if t.is_quantizable), key=_file_order)
     if options.keeps_output:
         tensors = [t for t in tensors if family_of(t.name) != "output"]
-    exact = {"output": options.output, "embedding": options.embedding}
-    given = {t.name: q for t in tensors if (q := exact.get(family_of(t.name)))}
+    given = {t.name: q for t in tensors if (q := options.exact(t))}
     if QTYPES[mix.base].is_float:
         return {t.name: mix.base for t in tensors} | given
     given = {name: q for name, q in options.named.items() if name not in given} | given

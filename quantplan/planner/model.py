@@ -107,19 +107,14 @@ class Model:
     @property
     def layer_pools(self) -> list[tuple[int, str]]:
         """Number of each pool that may have layers, and the name of its first device."""
-        places = (*self.problem.layer_gpus, self.problem.machine.ram)
-        return [(d, pool[0].name) for d, pool in enumerate(self.pools) if pool[0] in places]
+        names = [pool[0].name for pool in self.pools]
+        return [(d, name) for d, name in enumerate(names) if name in self.problem.layer_places]
 
     @property
     def levels(self) -> list[dict[pulp.LpVariable, tuple[float, float]]]:
         """Every setting of the steps: the largest tensor that may be streamed, smallest first."""
-        values = [
-            [float(s < level) for s in range(len(self.steps))]
-            for level in range(len(self.steps) + 1)
-        ]
-        return [
-            {c: (v, v) for c, v in zip(self.steps, of_level, strict=True)} for of_level in values
-        ]
+        n, settled = len(self.steps), ((0.0, 0.0), (1.0, 1.0))
+        return [{c: settled[s < level] for s, c in enumerate(self.steps)} for level in range(n + 1)]
 
     @cached_property
     def decode_ms(self) -> dict[pulp.LpVariable, float]:

@@ -73,7 +73,7 @@ class RegionBounds:
         answers = {n: self._relaxed({**self._levels[n], **within}) for n in levels}
         return Bounds(self._problem, model, answers)
 
-    def promising_split(self, bounds: Bounds) -> Counts:
+    def nearest_split(self, bounds: Bounds) -> Counts:
         """The split of a region that is nearest to what its bound is reached with."""
         answer = bounds.answers[bounds.order[0]]
         parts = [answer.value(bounds.model.n_layers[name]) for name in self._problem.layer_places]

@@ -264,8 +264,7 @@ class _Search:
         for nats, layers, level in waiting:
             cutoff = None
             if self.best is not None:
-                # To prove that nothing is better at all takes several times as long.
-                cutoff = self.best.objective_nats * (1 - max(self.limits.gap, _PROGRESS))
+                cutoff = self._enough
                 if max(nats, self.bound_nats) > cutoff or self.limits.is_over:
                     break
             left_s = _SPLIT_SHARE * self.limits.left_s
@@ -298,7 +297,7 @@ class _Search:
         waiting = [(bounds.least_nats, next(numbers), everywhere, bounds)]
         while waiting and waiting[0][0] < min(least, self._enough) and time.monotonic() < until:
             _, _, region, bounds = heapq.heappop(waiting)
-            split = self._best_split(region) or regions.promising_split(bounds)
+            split = self._best_split(region) or regions.nearest_split(bounds)
             layers = devices_of(self.problem, split)
             self._look_at(layers)
             self.solve_in_order()
@@ -311,8 +310,12 @@ class _Search:
 
     @property
     def _enough(self) -> float:
-        """The bound at which the gap is closed."""
-        return self.best.objective_nats * (1 - self.limits.gap) if self.best else math.inf
+        """The bound at which the gap is closed.
+
+        To prove that nothing is better at all would take several times as long.
+        """
+        gap = max(self.limits.gap, _PROGRESS)
+        return self.best.objective_nats * (1 - gap) if self.best else math.inf
 
     def _best_split(self, region: Region) -> Counts | None:
         """The split of the best solution, where it is in a region."""

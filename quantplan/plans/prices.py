@@ -17,7 +17,7 @@ from quantplan.planner.bounds import split_bounds
 from quantplan.planner.goal import Goal
 from quantplan.planner.problem import Problem, build_problem
 from quantplan.planner.search import Limits, solve
-from quantplan.planner.solution import Solution, checked
+from quantplan.planner.solution import Solution, within_limits
 from quantplan.plans.result import Plan
 from quantplan.policy import Policy
 from quantplan.schema import Frozen
@@ -185,8 +185,7 @@ def prices(
             if progress is not None:
                 progress(n, len(changed))
             problem = problem_on(better)
-            # With the border moved, the RAM may be too small for the plan.
-            known = None if resource == _BORDER else checked(base.split(problem), base.choices)
+            known = within_limits(problem, base)  # None where a moved border leaves too little
             search = Limits(gap, deadline, gap / 2)
             new = solve(problem, search, [base.layer_devices], known=known) or known
             if new is not None:
